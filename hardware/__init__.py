@@ -1,0 +1,1 @@
+"""Devices: profiles, probes and fingerprints. The lowest package: it imports nothing local."""

@@ -1,0 +1,67 @@
+"""What the performance model answers: one type for an operator, one for a forward, one for a decoding step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from runtime.config import DecodingConfig, Workload
+
+Bound = Literal["memory", "compute", "overhead"]
+
+
+@dataclass(frozen=True)
+class OperatorPrediction:
+    """One operator summed over the layers of one forward (or of the step's own work, for the sampler)."""
+
+    name: str
+    flops: float
+    bytes: float  # moved to and from memory
+    launches: float
+    seconds: float  # calibrated estimate, the operator's share of overhead included
+    bound_seconds: float  # roofline at datasheet peaks: no measurement may be below
+    bound: Bound  # what the estimate is made of for the most part
+
+    @property
+    def arithmetic_intensity(self) -> float:
+        """FLOPs per byte; 0 for an operator that moves nothing."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+@dataclass(frozen=True)
+class ForwardPrediction:
+    """One model forward of batch x slots tokens over a cached context."""
+
+    name: str  # "decode", "draft", "verify"
+    slots: int
+    seconds: float
+    bound_seconds: float
+    bound: Bound
+    flops: float
+    bytes: float
+    experts_per_layer: float
+    operators: tuple[OperatorPrediction, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One decoding step on one device, and what follows from it."""
+
+    model: str
+    hardware: str
+    workload: Workload
+    decoding: DecodingConfig
+    context: int  # cached tokens per sequence
+    expert_coverage: str  # "uniform", "measured", "correlated(0.3)", "all", "min"
+    acceptance_length: float  # tokens committed per step and sequence, with the verifier's own
+    forwards: tuple[ForwardPrediction, ...]
+    sampler_seconds: float
+    step_seconds: float
+    bound_step_seconds: float
+    bound: Bound
+    tokens_per_second: float  # all sequences of the batch together
+    bound_tokens_per_second: float
+    autoregressive_step_seconds: float
+    speedup_over_autoregressive: float
+    experts_per_layer: float  # in the step's widest forward
+    ridge_point_flops_per_byte: float

@@ -1,0 +1,109 @@
+"""One measured run, with everything needed to trust it and to repeat it. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hardware.files import UserError, build, plain
+from runtime.config import DecodingConfig, KernelConfig, Workload, require
+
+Kind = Literal["forward", "generation"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Raw samples of one quantity at one operating point.
+
+    kind "forward": `seconds` are the times of one forward of `batch` x `slots` tokens over `context` cached tokens.
+    kind "generation": `seconds` are whole generations; `tokens` their committed tokens (one count per sample).
+    `simulated` names what was not real (for example "random weights; imposed acceptance"), or is None.
+    """
+
+    kind: Kind
+    model: str
+    model_hash: str
+    device: dict[str, Any]  # hardware.fingerprint.fingerprint(): device, cpu, software versions
+    command: str
+    commit: str
+    date: str
+    workload: Workload
+    decoding: DecodingConfig
+    kernels: KernelConfig
+    slots: int
+    context: int
+    seconds: tuple[float, ...]
+    tokens: tuple[int, ...] = ()
+    forwards: int = 0
+    acceptance_histogram: tuple[int, ...] = ()  # entry n: steps that accepted n drafts
+    experts_per_layer: float | None = None  # distinct experts a layer ran in one forward, mean over layers
+    quality: dict[str, float] = field(default_factory=dict)
+    simulated: str | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.seconds) >= 1, "a measurement must have at least one sample")
+        require(min(self.seconds) > 0, f"seconds > 0 must hold, but got {min(self.seconds)}")
+
+    @property
+    def median_seconds(self) -> float:
+        """Median of the samples."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the interquartile range over the median (0 for a single sample)."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2 / self.median_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over samples of committed tokens per second; UserError for a forward."""
+        if not self.tokens:
+            raise UserError("tokens_per_second needs a measurement of kind 'generation'")
+        return statistics.median(n / s for n, s in zip(self.tokens, self.seconds, strict=True))
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Mean tokens committed per step, counting the one the verifier adds; None without drafts."""
+        steps = sum(self.acceptance_histogram)
+        if not steps:
+            return None
+        return 1 + sum(n * count for n, count in enumerate(self.acceptance_histogram)) / steps
+
+
+def append_jsonl(path: str | os.PathLike[str], measurement: Measurement) -> None:
+    """Append one record as one line, in a single write, so that a killed run loses at most that record."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as stream:
+            stream.write((json.dumps(plain(measurement)) + "\n").encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[Measurement]:
+    """Read records back. A line that is not a record raises UserError with its number; a cut last line is an error too."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not valid JSON: {error.msg}") from error
+        data.get("kernels", {})["experts"] = {int(k): v for k, v in data.get("kernels", {}).get("experts", {}).items()}
+        records.append(build(Measurement, data, f"{path} line {number}"))
+    return records
