@@ -1,0 +1,276 @@
+"""A device as frozen data, read strictly from one YAML. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hardware.files import UserError, build, known, plain, read_yaml, write_atomic
+
+DType = Literal["float32", "bfloat16", "float16", "fp8"]
+
+
+def _positive(owner: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} > 0 must hold, but got {value}")
+
+
+@dataclass(frozen=True)
+class MemoryLevel:
+    """One level that all compute units share, or (on a CPU) the private caches of all cores together.
+
+    `peak` is the datasheet's figure (None where the vendor states none and none can be derived), `achieved` what a
+    read-dominated stream reached. They are never multiplied into each other.
+    """
+
+    name: str  # "l2", "infinity_cache", "hbm"; on a CPU "l2", "l3", "memory"
+    capacity_bytes: float
+    peak_bandwidth_bytes_per_second: float | None = None
+    achieved_bandwidth_bytes_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "capacity_bytes", "peak_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second")
+
+
+@dataclass(frozen=True)
+class BandwidthPoint:
+    """The rate of reading `working_set_bytes` again and again (bytes read, none written)."""
+
+    working_set_bytes: float
+    bytes_per_second: float
+
+    def __post_init__(self) -> None:
+        _positive(self, "working_set_bytes", "bytes_per_second")
+
+
+@dataclass(frozen=True)
+class MatmulPoint:
+    """`batch` products [m, k] x [k, n] in one call.
+
+    `seconds` includes the call's dispatch. The calls walk through copies of the weights that fill
+    `working_set_bytes`, as the layers of a model do, so that a small matrix is not timed out of the first cache.
+    """
+
+    dtype: DType
+    batch: int
+    m: int
+    k: int
+    n: int
+    seconds: float
+    working_set_bytes: float
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch", "m", "k", "n", "seconds", "working_set_bytes")
+
+    @property
+    def flops_per_second(self) -> float:
+        """2 batch m k n over the seconds."""
+        return 2 * self.batch * self.m * self.k * self.n / self.seconds
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a probe measured with `threads` threads: the curves that a performance model interpolates.
+
+    elementwise_seconds: one tiny elementwise operator of a chain, eager. linear_seconds: one tiny linear layer.
+    python_seconds: one Python-level function call, the host's own cost.
+    """
+
+    threads: int
+    elementwise_seconds: float
+    linear_seconds: float
+    python_seconds: float
+    bandwidth: tuple[BandwidthPoint, ...]
+    matmul: tuple[MatmulPoint, ...]
+
+    def __post_init__(self) -> None:
+        _positive(self, "threads", "elementwise_seconds", "linear_seconds", "python_seconds")
+        for name in ("bandwidth", "matmul"):
+            if not getattr(self, name):
+                raise UserError(f"{name} must have at least one point")
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """One device. Datasheet peaks and achieved figures are apart, and every figure has a source.
+
+    `sources` maps the dotted path of a figure (`memory.hbm.capacity_bytes`), or of a group of them (`memory.hbm`,
+    `measured`), to a URL, "derived: formula" or "measured: command, date". A figure without one is an error, and so is
+    a source of no figure.
+    """
+
+    name: str
+    vendor: str
+    kind: Literal["gpu", "cpu"]
+    compile_target: str  # "sm_90", "gfx942", "cpu"
+    compute_units: int  # SMs, CUs or cores
+    warp_size: int  # 1 on a CPU
+    shared_memory_bytes: int  # scratch of one unit: shared memory or LDS; on a CPU the first data cache
+    peak_flops_per_second: dict[DType, float]  # dense only
+    achieved_flops_per_second: dict[DType, float]  # the best rate that a large matmul reached
+    memory: tuple[MemoryLevel, ...]  # from the fastest cache to main memory, which is last
+    launch_seconds: float  # host seconds per operator launched eagerly
+    graph_node_seconds: float  # device seconds per kernel of a replayed graph, over its own work; CPU: as eager
+    sources: dict[str, str]
+    tdp_watts: float | None = None
+    price_dollars_per_hour: float | None = None
+    measured: tuple[Curves, ...] = ()  # one per thread count; empty unless a probe wrote the profile
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # of the machine that a probe measured
+
+    def __post_init__(self) -> None:
+        _positive(self, "compute_units", "warp_size", "shared_memory_bytes", "launch_seconds", "graph_node_seconds")
+        _positive(self, "tdp_watts", "price_dollars_per_hour")
+        if not self.name or any(c.isspace() or c in "/\\" for c in self.name):
+            raise UserError(f"name must be one word without slashes, but is {self.name!r}")
+        for group in ("peak_flops_per_second", "achieved_flops_per_second"):
+            for dtype, rate in getattr(self, group).items():
+                if not 0 < rate < math.inf:
+                    raise UserError(f"{group}.{dtype} > 0 must hold, but got {rate}")
+        if not self.peak_flops_per_second:
+            raise UserError("peak_flops_per_second must have at least one dtype")
+        for dtype, rate in self.achieved_flops_per_second.items():
+            if rate > self.peak_flops_per_second.get(dtype, 0):
+                raise UserError(
+                    f"achieved_flops_per_second.{dtype} <= its peak must hold, "
+                    f"but got {rate} and {self.peak_flops_per_second.get(dtype)}"
+                )
+        self._check_memory()
+        threads = [c.threads for c in self.measured]
+        if len(set(threads)) < len(threads):
+            raise UserError(f"measured must have one entry per thread count, but has {threads}")
+        self._check_sources()
+
+    def _check_memory(self) -> None:
+        names = [level.name for level in self.memory]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"memory must have at least one level and no name twice, but has {names}")
+        for faster, slower in zip(self.memory, self.memory[1:], strict=False):
+            if faster.capacity_bytes > slower.capacity_bytes:
+                raise UserError(f"memory must be ordered from the smallest to main memory, but has {names}")
+        if self.memory[-1].peak_bandwidth_bytes_per_second is None:
+            raise UserError(f"memory.{names[-1]} must have peak_bandwidth_bytes_per_second")
+        for level in self.memory:
+            peak, achieved = level.peak_bandwidth_bytes_per_second, level.achieved_bandwidth_bytes_per_second
+            if peak is not None and achieved is not None and achieved > peak:
+                raise UserError(f"memory.{level.name}: achieved <= peak must hold, but got {achieved} and {peak}")
+
+    def _check_sources(self) -> None:
+        used = set()
+        for path in self.figures():
+            place = self._source_place(path)
+            if place is None:
+                raise UserError(f"sources must name the source of every figure, but {path} has none")
+            used.add(place)
+        for place, text in self.sources.items():
+            if place not in used:
+                raise UserError(f"sources.{place} is the source of no figure")
+            if not text.strip():
+                raise UserError(f"sources.{place} is empty")
+
+    def figures(self) -> dict[str, float]:
+        """Every number of the profile by its dotted path (levels by name, curves as `measured.<threads>`)."""
+        skipped = {"sources", "fingerprint"}
+        found: dict[str, float] = {}
+        for f in dataclasses.fields(self):
+            if f.name not in skipped:
+                found.update(_numbers(f.name, getattr(self, f.name)))
+        return found
+
+    def _source_place(self, path: str) -> str | None:
+        parts = path.split(".")
+        places = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        return next((place for place in places if place in self.sources), None)
+
+    def source(self, path: str) -> str:
+        """Where the figure at the dotted `path` came from: its own source, or its group's."""
+        figures = self.figures()
+        if path not in figures:
+            raise known("figure", path, figures)
+        place = self._source_place(path)
+        assert place is not None  # held by _check_sources
+        return self.sources[place]
+
+    def level(self, name: str) -> MemoryLevel:
+        """The memory level of that name."""
+        for level in self.memory:
+            if level.name == name:
+                return level
+        raise known("memory level", name, (level.name for level in self.memory))
+
+    @property
+    def main_memory(self) -> MemoryLevel:
+        """The last and largest level."""
+        return self.memory[-1]
+
+    def curves(self, threads: int | None = None) -> Curves:
+        """The measured curves for a thread count; None: the most threads that were measured."""
+        if not self.measured:
+            raise UserError(f"profile {self.name} has no measured curves; `ridgepoint hardware probe` measures them")
+        if threads is None:
+            return max(self.measured, key=lambda c: c.threads)
+        for curves in self.measured:
+            if curves.threads == threads:
+                return curves
+        raise known("thread count", str(threads), (str(c.threads) for c in self.measured))
+
+
+def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return
+    if isinstance(value, (int, float)):
+        yield path, float(value)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(f"{path}.{key}", item)
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _numbers(f"{path}.{getattr(item, 'name', getattr(item, 'threads', index))}", item)
+    else:
+        for f in dataclasses.fields(value):
+            yield from _numbers(f"{path}.{f.name}", getattr(value, f.name))
+
+
+def user_folder() -> Path:
+    """Where the user's own profiles lie: `$RIDGEPOINT_HOME/hardware`, or `~/.ridgepoint/hardware`."""
+    home = os.environ.get("RIDGEPOINT_HOME")
+    return (Path(home) if home else Path.home() / ".ridgepoint") / "hardware"
+
+
+def list_profiles() -> dict[str, Path]:
+    """The known profiles by name: the bundled ones, and the user's, which win over bundled ones of the same name."""
+    bundled = Path(str(importlib.resources.files("hardware") / "profiles"))
+    found: dict[str, Path] = {}
+    for folder in (bundled, user_folder()):
+        found.update({path.stem: path for path in sorted(folder.glob("*.yaml"))})
+    return found
+
+
+def load_profile(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
+    """Read a profile by name, or from a path that ends in .yaml or .yml.
+
+    UserError: an unknown name (lists the known), or a file that breaks a rule (names the file, the key and the rule).
+    """
+    text = os.fspath(name_or_path)
+    if text.endswith((".yaml", ".yml")):
+        path = Path(text)
+    else:
+        profiles = list_profiles()
+        if text not in profiles:
+            raise known("hardware", text, profiles)
+        path = profiles[text]
+    return build(HardwareProfile, read_yaml(path), str(path))
+
+
+def save_profile(profile: HardwareProfile, path: str | os.PathLike[str]) -> Path:
+    """Write a profile as YAML that `load_profile` reads back equal."""
+    return write_atomic(path, yaml.safe_dump(plain(profile), sort_keys=False, allow_unicode=True, width=120))
