@@ -139,7 +139,7 @@ def evaluation_problems(family: str, count: int, seed: int = 0) -> list[Problem]
 def source_prompts(
     count: int, prompt_bytes: int, seed: int = 0, continuation_bytes: int = 256
 ) -> list[tuple[bytes, bytes]]:
-    """`count` pairs (prompt, true continuation) of exactly these lengths from held-out files, each from a line start."""
+    """`count` pairs (prompt, true continuation) of these lengths from held-out files, each from a line start."""
     source, rng = _source("test"), random.Random(f"prompts/{seed}")
     wanted = prompt_bytes + continuation_bytes
     longest = max(end - begin for begin, end in zip((0, *source.ends), source.ends, strict=False))

@@ -1,0 +1,79 @@
+"""The state of a batch of sequences: keys, values and CCA columns, all addressed by position.
+
+Rejecting tokens only shortens a length: nothing is patched, because a slot's keys, values and columns are stored at its
+position and are overwritten when that position is decoded again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from runtime.config import ModelConfig, require
+
+
+class Cache:
+    """Keys and values [B, capacity, KV heads, head_dim] and a ring of CCA columns [B, ring + 1, column] per layer.
+
+    A column is what later positions need of a token: its query|key projections before the convolutions and its
+    delayed half of the value. The ring keeps `conv_history` columns before the oldest length a rollback can return
+    to, so it holds `max_slots + conv_history` of them; one more entry takes writes of padding, and is never read.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        max_slots: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        self.config = config
+        self.capacity = capacity
+        self.ring = max_slots + config.conv_history
+        self.lengths = [0] * batch
+        kv = (batch, capacity, config.num_key_value_heads, config.head_dim)
+        column = config.query_size + config.kv_size + config.kv_size // 2
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
+        self.columns = [torch.zeros(batch, self.ring + 1, column, dtype=dtype, device=device) for _ in layers]
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return len(self.lengths)
+
+    def advance(self, counts: list[int]) -> None:
+        """Commit `counts[b]` of the slots that the last forward wrote for sequence b. All others are rejected."""
+        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+
+    def rollback(self, lengths: list[int]) -> None:
+        """Shorten the sequences. A cut deeper than `max_slots` tokens would need columns that the ring has dropped."""
+        slack = self.ring - self.config.conv_history
+        for old, new in zip(self.lengths, lengths, strict=True):
+            require(
+                0 <= new <= old and old - new <= slack, f"rollback of at most {slack} tokens holds, got {old} to {new}"
+            )
+        self.lengths = list(lengths)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these sequences, in this order."""
+        index = torch.tensor(rows, device=self.keys[0].device)
+        for store in (self.keys, self.values, self.columns):
+            for layer, tensor in enumerate(store):
+                store[layer] = tensor.index_select(0, index)
+        self.lengths = [self.lengths[r] for r in rows]
+
+    def state(self, row: int) -> dict[str, Tensor]:
+        """Everything the next forward can read of one sequence, by name: for comparing two histories."""
+        n, h = self.lengths[row], self.config.conv_history
+        ring = [(n - h + i) % self.ring for i in range(h)]
+        named: dict[str, Tensor] = {}
+        for layer in range(self.config.num_hidden_layers):
+            named[f"layers.{layer}.keys"] = self.keys[layer][row, :n]
+            named[f"layers.{layer}.values"] = self.values[layer][row, :n]
+            named[f"layers.{layer}.columns"] = self.columns[layer][row, ring]
+        return named

@@ -1,0 +1,68 @@
+"""How the slots of one forward lie: positions, who sees whom, and which token each convolution starts from.
+
+Prefill, decode, draft, verify and the conversion's training sequences differ in nothing else, so one forward serves all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """S slots that follow the cached tokens of every sequence.
+
+    offsets: int64 [S] or [B,S], a slot's position minus the cached length.
+    visible: bool [S,S] or [B,S,S], slot s sees slot t; None means causal. Cached tokens are seen by every slot.
+    previous: int64 [S] or [B,S], the slot whose state the convolution and the delayed value of s continue; -1 is
+        the last cached token. None means the slot before (slot 0 continues the cache).
+    committed: leading slots that form a causal chain and whose state the cache keeps.
+    """
+
+    offsets: Tensor
+    visible: Tensor | None
+    previous: Tensor | None
+    committed: int
+
+    @property
+    def slots(self) -> int:
+        """Slots per sequence."""
+        return int(self.offsets.shape[-1])
+
+
+@lru_cache(maxsize=256)
+def causal(slots: int, device: str = "cpu") -> Layout:
+    """A run of true tokens: prefill, one decoding step, or the verify forward [anchor, K drafts]."""
+    return Layout(torch.arange(slots, device=device), None, None, slots)
+
+
+@lru_cache(maxsize=256)
+def draft(draft_tokens: int, device: str = "cpu") -> Layout:
+    """[anchor, K masks]: the anchor is causal; the masks see the prefix, the anchor and each other. Nothing is kept."""
+    slots = draft_tokens + 1
+    visible = torch.ones(slots, slots, dtype=torch.bool, device=device)
+    visible[0, 1:] = False
+    return Layout(torch.arange(slots, device=device), visible, None, 0)
+
+
+def predecessors(previous: Tensor, history: int) -> Tensor:
+    """Indices [..., S, history + 1] of each slot's convolution inputs, oldest first, the slot itself last.
+
+    They index the sequence [history cached columns, S slots]. previous: int64 [..., S], -1 for the last cached token.
+    """
+    slots = torch.arange(previous.shape[-1], device=previous.device).expand_as(previous)
+    chain = torch.cat(  # the predecessor of every entry of [cached columns, slots]; the oldest cached one is its own
+        [
+            torch.arange(-1, history - 1, device=previous.device).clamp_min(0).expand(*previous.shape[:-1], history),
+            previous + history,
+        ],
+        dim=-1,
+    )
+    taps = [slots + history]
+    for _ in range(history):
+        taps.append(torch.gather(chain, -1, taps[-1]))
+    return torch.stack(taps[::-1], dim=-1)
