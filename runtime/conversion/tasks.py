@@ -116,7 +116,7 @@ def _multiply_work(prompt: str) -> list[str]:
         product = int(a[-done]) * int(b)
         total = product + carry
         result = f"{total % 10}{result}"
-        sums = f"{a[-done]}*{b}={product:02d}+{carry}={total:02d}"
+        sums = f"{a[-done]}*{b}={product:02d} {product:02d}+{carry}={total:02d}"
         lines.append(f"{_cross_right(a, done)}*{b} {sums} carry {total // 10} now {result:.>4}")
         carry = total // 10
     return [*lines, f"= {carry}{result}"]
