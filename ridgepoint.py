@@ -24,7 +24,7 @@ import runtime.cli
 from hardware.files import UserError
 
 app = typer.Typer(
-    help="Does block-diffusion decoding pay on this device, with this model, batch and context, and with which settings?",
+    help="Does block-diffusion decoding pay on this device, with this model, batch and context, and how is it set?",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
