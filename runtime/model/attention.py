@@ -40,6 +40,7 @@ class Fused(NamedTuple):
     projection_bias: Tensor | None
     convolution: Tensor  # [heads, head_dim * taps, head_dim], the two convolutions folded into one
     convolution_bias: Tensor  # [heads, 1, head_dim]
+    residual: Tensor  # [heads, heads]: which heads' projections are added to a convolved head
     head_scale: Tensor  # [heads, 1]: 1 for queries, the key temperature for keys
 
 
@@ -78,17 +79,6 @@ class Attention(nn.Module):
         self.qkv_proj = CCAProjection(config)
         self.qk_norm = QKNorm(config)
         self.o_proj = nn.Linear(config.query_size, config.hidden_size, bias=config.attention_bias)
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        mix = torch.zeros(heads + groups, heads + groups)
-        for h in range(heads):  # query residual: mean of the query and its group's key
-            g = heads + h * groups // heads
-            mix[h, h] += 0.5
-            mix[h, g] += 0.5
-        for g in range(groups):  # key residual: mean of its group's query residuals
-            members = range(g * heads // groups, (g + 1) * heads // groups)
-            mix[heads + g] = torch.stack([mix[h] for h in members]).mean(0)
-        self.register_buffer("residual_mix", mix, persistent=False)
-        self.residual_mix: Tensor
         self._fused: Fused | None = None
 
     def freeze(self) -> None:
@@ -117,11 +107,18 @@ class Attention(nn.Module):
         bias = bias + inner @ grouped.sum(-1).transpose(1, 2)
         ones = self.qk_norm.temp.new_ones(config.num_attention_heads)
         dtype = p.q_proj.weight.dtype
+        # A query's residual is the mean of itself and its group's key; a key's is the mean of its group's queries'.
+        own = torch.eye(config.num_attention_heads, device=bias.device)
+        group = torch.eye(config.num_key_value_heads, device=bias.device)
+        group = group.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=0)
+        queries = torch.cat([own, group], dim=1) / 2
+        residual = torch.cat([queries, group.T @ queries / group.sum(0)[:, None]])
         return Fused(
             torch.cat([m.weight for m in linears]),
             torch.cat([m.bias for m in linears]) if config.attention_bias else None,
             weight.to(dtype).contiguous(),
             bias.to(dtype),
+            residual.to(dtype),
             torch.cat([ones, self.qk_norm.temp])[:, None],
         )
 
@@ -140,7 +137,7 @@ class Attention(nn.Module):
         convolved = torch.baddbmm(
             fused.convolution_bias, taps.reshape(rows, heads, -1).transpose(0, 1), fused.convolution
         ).transpose(0, 1)
-        residual = torch.matmul(self.residual_mix, columns[..., :qk_size].reshape(rows, heads, config.head_dim))
+        residual = torch.matmul(fused.residual, columns[..., :qk_size].reshape(rows, heads, config.head_dim))
         # RMS over head_dim is the L2 norm over sqrt(head_dim): one op for normalising to length sqrt(head_dim).
         qk = F.rms_norm(convolved + residual, (config.head_dim,), eps=1e-14)
         qk = (qk * fused.head_scale).view(batch, slots, heads, config.head_dim)
