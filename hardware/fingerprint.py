@@ -21,8 +21,8 @@ _TIMING_KEYS = ("device", "cpu", "cores", "machine", "python", *_PACKAGES)  # no
 def fingerprint(gpu: str | None = None) -> dict[str, Any]:
     """Device, processor, memory and software versions.
 
-    `device` is the name of the accelerator: `gpu` where given, else the current CUDA device if torch is already imported
-    and has one, else the processor. Versions come from the installed packages' metadata (None: not installed).
+    `device` names the accelerator: `gpu` where given, else the current CUDA device if torch is already imported and has
+    one, else the processor. Versions come from the installed packages' metadata (None: not installed).
     """
     cpu = cpu_model()
     return {

@@ -44,10 +44,14 @@ class MemoryLevel:
 
 @dataclass(frozen=True)
 class BandwidthPoint:
-    """The rate of reading `working_set_bytes` again and again (bytes read, none written)."""
+    """The rate of reading `working_set_bytes` again and again (bytes read, none written) in one long call.
+
+    `spread` is half the interquartile range of the samples over their median.
+    """
 
     working_set_bytes: float
     bytes_per_second: float
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         _positive(self, "working_set_bytes", "bytes_per_second")
@@ -55,10 +59,11 @@ class BandwidthPoint:
 
 @dataclass(frozen=True)
 class MatmulPoint:
-    """`batch` products [m, k] x [k, n] in one call.
+    """`batch` products [m, k] x [k, n] in one call: a linear layer, or for batch > 1 a batched matmul.
 
-    `seconds` includes the call's dispatch. The calls walk through copies of the weights that fill
-    `working_set_bytes`, as the layers of a model do, so that a small matrix is not timed out of the first cache.
+    `seconds` includes the call's dispatch on a CPU, and the gap between graph nodes on a GPU. The calls walk through
+    copies of the weights that fill `working_set_bytes`, as the layers of a model do, so that a small matrix is not
+    timed out of the first cache. `spread` is half the interquartile range of the samples over their median.
     """
 
     dtype: DType
@@ -68,6 +73,7 @@ class MatmulPoint:
     n: int
     seconds: float
     working_set_bytes: float
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         _positive(self, "batch", "m", "k", "n", "seconds", "working_set_bytes")
@@ -82,8 +88,8 @@ class MatmulPoint:
 class Curves:
     """What a probe measured with `threads` threads: the curves that a performance model interpolates.
 
-    elementwise_seconds: one tiny elementwise operator of a chain, eager. linear_seconds: one tiny linear layer.
-    python_seconds: one Python-level function call, the host's own cost.
+    elementwise_seconds: one tiny elementwise operator of a chain, eager. linear_seconds: one tiny linear layer, eager.
+    python_seconds: one call of a module that does nothing, the host's own cost.
     """
 
     threads: int
@@ -115,7 +121,7 @@ class HardwareProfile:
     compile_target: str  # "sm_90", "gfx942", "cpu"
     compute_units: int  # SMs, CUs or cores
     warp_size: int  # 1 on a CPU
-    shared_memory_bytes: int  # scratch of one unit: shared memory or LDS; on a CPU the first data cache
+    shared_memory_bytes: int | None  # scratch of one unit: shared memory or LDS; a CPU's first data cache, if known
     peak_flops_per_second: dict[DType, float]  # dense only
     achieved_flops_per_second: dict[DType, float]  # the best rate that a large matmul reached
     memory: tuple[MemoryLevel, ...]  # from the fastest cache to main memory, which is last
@@ -272,5 +278,9 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
 
 
 def save_profile(profile: HardwareProfile, path: str | os.PathLike[str]) -> Path:
-    """Write a profile as YAML that `load_profile` reads back equal."""
-    return write_atomic(path, yaml.safe_dump(plain(profile), sort_keys=False, allow_unicode=True, width=120))
+    """Write a profile as YAML that `load_profile` reads back equal; a curve's point takes one line."""
+    data = plain(profile)
+    sources = data.pop("sources")
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=200, default_flow_style=None)
+    text += yaml.safe_dump({"sources": sources}, sort_keys=False, allow_unicode=True, width=118)
+    return write_atomic(path, text)
