@@ -1,0 +1,20 @@
+"""The runtime: the ZAYA model, its cache, samplers and conversion. Public names load torch only when they are used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.checkpoint import load_model
+    from runtime.engine import GenerationResult, generate
+
+__all__ = ["GenerationResult", "generate", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    homes = {"load_model": "runtime.checkpoint", "generate": "runtime.engine", "GenerationResult": "runtime.engine"}
+    if name not in homes:
+        raise AttributeError(f"module 'runtime' has no attribute {name!r}")
+    return getattr(import_module(homes[name]), name)

@@ -155,7 +155,9 @@ def model_config_from_json(path: Path) -> ModelConfig:
     data = read_json(path)
     kind = data.get("model_type")
     require(kind == "zaya", f"{path}: model_type must be 'zaya', but is {kind!r}")
-    require(data.get("hidden_act", "silu") == "silu", f"{path}: hidden_act must be 'silu', but is {data['hidden_act']!r}")
+    require(
+        data.get("hidden_act", "silu") == "silu", f"{path}: hidden_act must be 'silu', but is {data['hidden_act']!r}"
+    )
     kept: dict[str, Any] = {k: v for k, v in data.items() if k not in _IGNORED_KEYS}
     rope = kept.get("rope_parameters")
     if isinstance(rope, dict):  # the published config carries a stray top-level rope_type beside the nested ones

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.cache import Cache
@@ -111,7 +110,8 @@ class Zaya(nn.Module):
 
         Returns float32 [B, T, V]; rows of padding are undefined. Raises UserError beyond max_position_embeddings.
         """
-        slots = input_ids.shape[1]
+        slots, context = input_ids.shape[1], self.config.max_position_embeddings
+        require(slots <= context, f"tokens must fit the context of {context}, but got {slots}")
         shift = None
         if attention_mask is not None:  # bring the real tokens to the front; causality hides what is behind them
             first = attention_mask.to(torch.int64).argmax(1, keepdim=True)
@@ -174,11 +174,7 @@ class Zaya(nn.Module):
         positions = layout.offsets + (longest if start is not None else length)
         if positions.dim() == 1:
             positions = positions[None]
-        end = longest + max(slots, int(layout.offsets.max()) + 1)
-        require(
-            end <= config.max_position_embeddings,
-            f"prompt and generated tokens must fit the context of {config.max_position_embeddings}, but need {end}",
-        )
+        end = longest + slots
         rotary = {kind: self.rotary.factors(kind, positions, dtype, end) for kind in self._kinds}
         masks = {kind: self._mask(kind, layout, length, start, total, positions, dtype) for kind in self._kinds}
         frame = Frame(
@@ -212,7 +208,14 @@ class Zaya(nn.Module):
         return frame
 
     def _mask(
-        self, kind: str, layout: Layout, length: Tensor, start: int | None, total: int, positions: Tensor, dtype: torch.dtype
+        self,
+        kind: str,
+        layout: Layout,
+        length: Tensor,
+        start: int | None,
+        total: int,
+        positions: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor | None:
         slots, window = layout.slots, self.config.sliding_window if kind == "hybrid_sliding" else None
         if start is not None and slots == 1 and (window is None or total <= window):
@@ -231,7 +234,9 @@ class Zaya(nn.Module):
             expanded = visible.expand(length.shape[0], slots, slots)
             among = expanded.gather(2, index[:, None].expand(-1, slots, -1))
             seen = (slot < 0)[:, None] | (among & ((slot >= 0) & (slot < slots))[:, None])
-            keys = torch.where(slot < 0, torch.arange(total, device=device), positions.expand(len(length), -1).gather(1, index))
+            keys = torch.where(
+                slot < 0, torch.arange(total, device=device), positions.expand(len(length), -1).gather(1, index)
+            )
         if window is not None:
             seen = seen & (positions[:, :, None] - keys[:, None] < window)
         return attention_mask(seen, self.config.num_attention_heads // self.config.num_key_value_heads, dtype)

@@ -1,0 +1,13 @@
+"""The samplers by name: each is one file with `step(decode) -> committed tokens per sequence`, and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from runtime.samplers import autoregressive, two_forward
+from runtime.samplers.state import Decode
+
+SAMPLERS: dict[str, Callable[[Decode], list[list[int]]]] = {
+    "autoregressive": autoregressive.step,
+    "two_forward": two_forward.step,
+}

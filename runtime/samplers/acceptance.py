@@ -1,0 +1,104 @@
+"""Accept or reject drafts so that what is committed follows the target distribution (Leviathan et al., arXiv 2211.17192).
+
+A draft x with draft probability q(x) and target probability p(x) is accepted with min(1, p / q); the first rejected
+position is redrawn from max(p - q, 0); when all drafts pass, a bonus token is drawn from the row behind them. An argmax
+draft has q = 1 at the draft. With mixing, p of the K draft rows comes from w * AR + (1 - w) * draft logits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Draft(NamedTuple):
+    """K drafts per sequence."""
+
+    tokens: Tensor  # int64 [B, K]
+    logits: Tensor  # float32 [B, K, V] that they were drawn from
+    temperatures: Tensor  # float32 [K] they were drawn at; 0 is argmax
+
+
+class Accepted(NamedTuple):
+    """What a verification commits: the first `count` drafts, then `token`."""
+
+    count: Tensor  # int64 [B]
+    token: Tensor  # int64 [B]
+
+
+class Randomness:
+    """One random stream per sequence, so that a sequence's draws do not depend on its neighbours."""
+
+    def __init__(self, seed: int, sequences: int) -> None:
+        self.generators = [torch.Generator().manual_seed((seed << 32) + i) for i in range(sequences)]
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these sequences' streams."""
+        self.generators = [self.generators[r] for r in rows]
+
+    def uniform(self, count: int, device: torch.device) -> Tensor:
+        """float64 [B, count] in [0, 1)."""
+        draws = [torch.rand(count, generator=g, dtype=torch.float64) for g in self.generators]
+        return torch.stack(draws).to(device)
+
+
+def choose(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Draw an index by inverse CDF. weights [..., V] >= 0 with any positive sum, uniform [...] -> int64 [...]."""
+    cumulative = weights.double().cumsum(-1)
+    target = uniform[..., None].to(cumulative.dtype) * cumulative[..., -1:]
+    # right=True: an index of weight zero is never drawn, not even by a uniform of exactly 0.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(weights.shape[-1] - 1)
+
+
+def sample(logits: Tensor, temperature: float, randomness: Randomness) -> Tensor:
+    """One token per sequence from logits [B, V]; temperature 0 is argmax and draws nothing."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    uniform = randomness.uniform(1, logits.device)[:, 0]
+    return choose(torch.softmax(logits / temperature, -1), uniform)
+
+
+def draw_drafts(logits: Tensor, temperatures: Tensor, randomness: Randomness) -> Draft:
+    """Draw one draft per row of float32 logits [B, K, V], each row at its own temperature [K]."""
+    tokens = logits.argmax(-1)
+    warm = temperatures > 0
+    if bool(warm.any()):
+        scaled = logits / torch.where(warm, temperatures, 1.0)[:, None]
+        drawn = choose(torch.softmax(scaled, -1), randomness.uniform(logits.shape[1], logits.device))
+        tokens = torch.where(warm, drawn, tokens)
+    return Draft(tokens, logits, temperatures)
+
+
+def verify(
+    ar_logits: Tensor, draft: Draft, temperature: float, mixing_weight: float, randomness: Randomness
+) -> Accepted:
+    """Decide on K drafts from the verifier's float32 logits [B, K + 1, V]; row j judges draft j, row K is the bonus."""
+    drafts = draft.tokens.shape[1]
+    target = ar_logits[:, :drafts]
+    if mixing_weight != 1:
+        target = mixing_weight * target + (1 - mixing_weight) * draft.logits
+    if temperature == 0:
+        best = torch.cat([target.argmax(-1), ar_logits[:, drafts:].argmax(-1)], dim=1)
+        count = (best[:, :drafts] == draft.tokens).long().cumprod(1).sum(1)
+        return Accepted(count, best.gather(1, count[:, None]).squeeze(1))
+    uniform = randomness.uniform(drafts + 1, ar_logits.device)
+    p = torch.softmax(target / temperature, -1)
+    q = draft_probabilities(draft)
+    index = draft.tokens[..., None]
+    accept = uniform[:, :drafts] * q.gather(-1, index).squeeze(-1) < p.gather(-1, index).squeeze(-1)
+    count = accept.long().cumprod(1).sum(1)
+    bonus = torch.softmax(ar_logits[:, drafts:] / temperature, -1)
+    remaining = torch.cat([(p - q).clamp_min(0), bonus], dim=1)
+    row = remaining.gather(1, count[:, None, None].expand(-1, 1, remaining.shape[-1])).squeeze(1)
+    return Accepted(count, choose(row, uniform[:, drafts]))
+
+
+def draft_probabilities(draft: Draft) -> Tensor:
+    """q [B, K, V]: softmax at the row's temperature, or all of the mass on an argmax draft."""
+    warm = (draft.temperatures > 0)[:, None]
+    scaled = draft.logits / torch.where(warm, draft.temperatures[:, None], 1.0)
+    certain = F.one_hot(draft.tokens, draft.logits.shape[-1]).to(draft.logits.dtype)
+    return torch.where(warm, torch.softmax(scaled, -1), certain)

@@ -1,0 +1,16 @@
+"""One token per forward: the baseline, and the oracle that every lossless sampler must equal."""
+
+from __future__ import annotations
+
+from runtime.layout import causal
+from runtime.samplers.acceptance import sample
+from runtime.samplers.state import Decode
+
+
+def step(decode: Decode) -> list[list[int]]:
+    """Commit one token per sequence."""
+    hidden = decode.forward("decode", decode.anchors, causal(1, str(decode.anchors.device)))
+    token = sample(decode.model.project(hidden[:, -1]), decode.decoding.temperature, decode.randomness)
+    decode.cache.advance([1] * decode.cache.batch)
+    decode.anchors = token[:, None]
+    return [[t] for t in token.tolist()]
