@@ -18,6 +18,23 @@ from typing import Any, TypeVar, Union
 import yaml
 
 T = TypeVar("T")
+_FastLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser where PyYAML was built with it
+
+
+class _StrictLoader(_FastLoader):
+    """A safe loader for which a key given twice is an error; YAML's own rule is that the last one silently wins."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key.value, str):
+                continue  # not a plain key: the loader itself refuses it
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 class UserError(Exception):
@@ -36,7 +53,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
