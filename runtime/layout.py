@@ -1,6 +1,6 @@
 """How the slots of one forward lie: positions, who sees whom, and which token each convolution starts from.
 
-Prefill, decode, draft, verify and the conversion's training sequences differ in nothing else, so one forward serves all.
+Prefill, decode, draft, verify and the conversion's training sequences differ in nothing else: one forward serves all.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def append_jsonl(path: str | os.PathLike[str], measurement: Measurement) -> None
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Measurement]:
-    """Read records back. A line that is not a record raises UserError with its number; a cut last line is an error too."""
+    """Read records back. A line that is not a record, a cut last one too, raises UserError with its number."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -140,7 +140,7 @@ def _open(recipe: Recipe, out: Path, start_from: str | None) -> _Run:
     require(int(tensors.pop("position")) == _position(run), f"{out}: state.safetensors is not of progress.json's step")
     with torch.no_grad():
         for name, value in model.state_dict().items():
-            value.copy_(tensors[f"model.{name}"] if f"model.{name}" in tensors else value)
+            value.copy_(tensors.get(f"model.{name}", value))  # a tied head is stored once
         for i, parameter in enumerate(model.parameters()):
             if f"optimizer.{i}.exp_avg" in tensors:
                 run.optimizer.state[parameter] = {

@@ -83,7 +83,7 @@ class Zaya(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = Rotary(config)
-        self._kinds = sorted(set(config.layer_types))
+        self._kinds: list[str] = sorted(set(config.layer_types))
 
     def freeze(self) -> Zaya:
         """Derive the inference weights and stop gradients. Returns self."""
@@ -176,7 +176,7 @@ class Zaya(nn.Module):
             positions = positions[None]
         end = longest + slots
         rotary = {kind: self.rotary.factors(kind, positions, dtype, end) for kind in self._kinds}
-        masks = {kind: self._mask(kind, layout, length, start, total, positions, dtype) for kind in self._kinds}
+        masks = {kind: self._mask(kind, layout, length, start, positions, dtype) for kind in self._kinds}
         frame = Frame(
             rotary=rotary,
             masks=masks,

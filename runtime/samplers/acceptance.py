@@ -1,4 +1,4 @@
-"""Accept or reject drafts so that what is committed follows the target distribution (Leviathan et al., arXiv 2211.17192).
+"""Accept or reject drafts so that what is committed follows the target distribution (arXiv 2211.17192).
 
 A draft x with draft probability q(x) and target probability p(x) is accepted with min(1, p / q); the first rejected
 position is redrawn from max(p - q, 0); when all drafts pass, a bonus token is drawn from the row behind them. An argmax
