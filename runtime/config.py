@@ -156,7 +156,7 @@ def model_config_from_json(path: Path) -> ModelConfig:
     kind = data.get("model_type")
     require(kind == "zaya", f"{path}: model_type must be 'zaya', but is {kind!r}")
     require(
-        data.get("hidden_act", "silu") == "silu", f"{path}: hidden_act must be 'silu', but is {data['hidden_act']!r}"
+        data.get("hidden_act", "silu") == "silu", f"{path}: hidden_act must be 'silu', but is {data.get('hidden_act')!r}"
     )
     kept: dict[str, Any] = {k: v for k, v in data.items() if k not in _IGNORED_KEYS}
     rope = kept.get("rope_parameters")
