@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hardware.files import UserError, known
-from hardware.fingerprint import core_count, fingerprint, memory_bytes
+from hardware.fingerprint import core_count, cpu_model, fingerprint, memory_bytes
 from hardware.profile import BandwidthPoint, Curves, DType, HardwareProfile, MatmulPoint, MemoryLevel
 
 Progress = Callable[[str, float], None]  # what is measured next, and the share that is done
@@ -336,7 +336,7 @@ def _profile(machine: _Cpu | _Cuda, tasks: list[_Task], counts: list[int], comma
         peak[dtype] = _round(max(t.work / t.fastest() for t in products))
         achieved[dtype] = _round(max(t.work / t.seconds(most) for t in products if most in t.samples))
     sources["peak_flops_per_second"] = f"{source}; the fastest sample of any matmul"
-    sources["achieved_flops_per_second"] = f"{source}; the best matmul with {most} threads"
+    sources["achieved_flops_per_second"] = f"{source}; the best matmul, threads: {most}"
 
     levels, inner = [], 0
     for name, capacity in facts["levels"]:
@@ -376,7 +376,7 @@ def _profile(machine: _Cpu | _Cuda, tasks: list[_Task], counts: list[int], comma
         graph_node_seconds=graph,
         sources=sources,
         measured=curves,
-        fingerprint=fingerprint(),
+        fingerprint=fingerprint(cpu_model() if machine.kind == "cpu" else None),
     )
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import hardware.cli
 import hardware.probe
 from hardware.files import UserError, build, plain, read_yaml, write_atomic
-from hardware.fingerprint import fingerprint, fingerprint_key, git_commit
+from hardware.fingerprint import cpu_model, fingerprint, fingerprint_key, git_commit
 from hardware.profile import HardwareProfile, list_profiles, load_profile, save_profile
 
 BUNDLED = ("h100-sxm", "mi300x")
@@ -226,7 +226,7 @@ def test_a_probe_is_a_profile_that_is_written_and_read_back(probed: Any, tmp_pat
     profile = probed[0]
     assert load_profile(save_profile(profile, tmp_path / "probe.yaml")) == profile
     assert profile.kind == "cpu" and profile.name == "local-cpu"
-    assert profile.fingerprint == fingerprint()
+    assert profile.fingerprint == fingerprint(cpu_model())
     assert all(profile.source(path).startswith(("measured: ", "derived: ")) for path in profile.figures())
     assert "ridgepoint hardware probe --device cpu --quick --threads 1" in profile.source("launch_seconds")
 
