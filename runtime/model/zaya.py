@@ -213,11 +213,12 @@ class Zaya(nn.Module):
         layout: Layout,
         length: Tensor,
         start: int | None,
-        total: int,
         positions: Tensor,
         dtype: torch.dtype,
     ) -> Tensor | None:
+        """What slots [B, S] at `positions` see of the T keys: cached tokens up to `length` [B, 1], then slots."""
         slots, window = layout.slots, self.config.sliding_window if kind == "hybrid_sliding" else None
+        total = (int(length.max()) if start is None else start) + slots
         if start is not None and slots == 1 and (window is None or total <= window):
             return None
         device = length.device
@@ -234,9 +235,8 @@ class Zaya(nn.Module):
             expanded = visible.expand(length.shape[0], slots, slots)
             among = expanded.gather(2, index[:, None].expand(-1, slots, -1))
             seen = (slot < 0)[:, None] | (among & ((slot >= 0) & (slot < slots))[:, None])
-            keys = torch.where(
-                slot < 0, torch.arange(total, device=device), positions.expand(len(length), -1).gather(1, index)
-            )
+            own = positions.expand(len(length), -1).gather(1, index)
+            keys = torch.where(slot < 0, torch.arange(total, device=device), own)
         if window is not None:
             seen = seen & (positions[:, :, None] - keys[:, None] < window)
         return attention_mask(seen, self.config.num_attention_heads // self.config.num_key_value_heads, dtype)
