@@ -281,6 +281,6 @@ def save_profile(profile: HardwareProfile, path: str | os.PathLike[str]) -> Path
     """Write a profile as YAML that `load_profile` reads back equal; a curve's point takes one line."""
     data = plain(profile)
     sources = data.pop("sources")
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=200, default_flow_style=None)
-    text += yaml.safe_dump({"sources": sources}, sort_keys=False, allow_unicode=True, width=118)
+    text = yaml.safe_dump(data, sort_keys=False, width=200, default_flow_style=None)
+    text += yaml.safe_dump({"sources": sources}, sort_keys=False, width=118)
     return write_atomic(path, text)

@@ -58,9 +58,10 @@ wholes = st.builds(
 
 
 @given(wholes)
-def test_build_inverts_plain_through_yaml(whole: Whole) -> None:
-    text = yaml.safe_dump(plain(whole), allow_unicode=True)
-    assert build(Whole, yaml.safe_load(text), "text") == whole
+def test_build_inverts_plain_through_a_yaml_file(tmp_path_factory: pytest.TempPathFactory, whole: Whole) -> None:
+    path = tmp_path_factory.getbasetemp() / "whole.yaml"
+    path.write_text(yaml.safe_dump(plain(whole)), encoding="utf-8")
+    assert build(Whole, read_yaml(path), "whole.yaml") == whole
 
 
 @given(wholes)
