@@ -49,12 +49,14 @@ class Prediction:
 
     model: str
     hardware: str
+    engine: str
     workload: Workload
     decoding: DecodingConfig
     context: int  # cached tokens per sequence
     expert_coverage: str  # "uniform", "measured", "correlated(0.3)", "all", "min"
     acceptance_length: float  # tokens committed per step and sequence, with the verifier's own
     forwards: tuple[ForwardPrediction, ...]
+    operators: tuple[OperatorPrediction, ...]  # summed over the forwards, with the sampler; they add up to the step
     sampler_seconds: float
     step_seconds: float
     bound_step_seconds: float

@@ -1,0 +1,193 @@
+"""The time of operators on a device: a bound at datasheet peaks, and an estimate at achieved rates with overhead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hardware.files import UserError
+from hardware.profile import Curves, HardwareProfile
+from perfmodel.engine import EngineProfile
+from perfmodel.execution import Executed
+from perfmodel.operators import Array, Matmul, OperatorCost
+from perfmodel.prediction import Bound
+from runtime.config import DTYPE_BYTES
+
+BOUNDS: tuple[Bound, ...] = ("memory", "compute", "overhead")  # codes 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one operator in a forward; arrays of one shape. The parts add up to `seconds`, the operator's share."""
+
+    executed: Executed
+    seconds: Array
+    bound_seconds: Array
+    parts: tuple[Array, Array, Array]  # in the order of BOUNDS
+
+    @property
+    def name(self) -> str:
+        """The operator's name."""
+        return self.executed.cost.name
+
+
+class Device:
+    """The rates of one hardware profile for one dtype and thread count, ready for arrays.
+
+    Raises UserError for a dtype without a peak, and for a thread count that a probed profile has no curves for.
+    """
+
+    def __init__(self, hardware: HardwareProfile, dtype: str, threads: int | None = None) -> None:
+        peaks = {str(name): rate for name, rate in hardware.peak_flops_per_second.items()}
+        if dtype not in peaks or dtype not in DTYPE_BYTES:
+            usable = ", ".join(sorted(set(peaks) & set(DTYPE_BYTES)))
+            raise UserError(f"{hardware.name} has no peak for dtype {dtype!r}; it has {usable}")
+        self.hardware, self.dtype = hardware, dtype
+        self.peak_flops = peaks[dtype]
+        achieved = {str(name): rate for name, rate in hardware.achieved_flops_per_second.items()}
+        self.achieved_flops = achieved.get(dtype, self.peak_flops)
+        curves = hardware.curves(threads) if hardware.measured else None
+        self.dispatch_seconds = curves.elementwise_seconds if curves else hardware.launch_seconds
+        self._bandwidth = _bandwidth_curve(curves) if curves else None
+        self._matmuls = _MatmulTimes(hardware, curves, dtype) if curves else None
+        if self._matmuls is not None and not self._matmuls.shapes:
+            self._matmuls = None
+
+    def peak_bandwidth(self, working_set_bytes: Array) -> Array:
+        """Datasheet bandwidth of the level that holds the working set; infinite for a cache without a figure."""
+        rates = [level.peak_bandwidth_bytes_per_second or np.inf for level in self.hardware.memory]
+        return self._by_level(working_set_bytes, rates)
+
+    def bandwidth(self, working_set_bytes: Array) -> Array:
+        """Achieved bandwidth for a working set that is read again and again."""
+        if self._bandwidth is not None:
+            sizes, rates = self._bandwidth
+            return np.exp(np.interp(np.log(np.maximum(working_set_bytes, 1.0)), sizes, rates))
+        rates, slower = [], np.nan
+        for level in reversed(self.hardware.memory):  # a level without a figure is no faster than the one behind it
+            slower = level.achieved_bandwidth_bytes_per_second or level.peak_bandwidth_bytes_per_second or slower
+            rates.insert(0, slower)
+        return self._by_level(working_set_bytes, rates)
+
+    def _by_level(self, working_set_bytes: Array, rates: Sequence[float]) -> Array:
+        capacities = [level.capacity_bytes for level in self.hardware.memory[:-1]]
+        return np.asarray(rates)[np.searchsorted(capacities, working_set_bytes)]
+
+    def matmul_seconds(self, matmul: Matmul, weight_bytes_each: float, working_set_bytes: Array) -> Array:
+        """Achieved seconds of the products, launches excluded: by the probed curves, else by the best rate."""
+        memory = matmul.count * weight_bytes_each / self.bandwidth(working_set_bytes)
+        if self._matmuls is None:
+            return np.maximum(matmul.flops / self.achieved_flops, memory)
+        return np.maximum(matmul.count * self._matmuls.seconds(matmul.rows, matmul.inner, matmul.outer), memory)
+
+
+def _bandwidth_curve(curves: Curves) -> tuple[Array, Array]:
+    """Log sizes and log rates. Small sets are slowed by the call itself, so a rate is at least that of larger sets."""
+    points = sorted(curves.bandwidth, key=lambda p: p.working_set_bytes)
+    rates = np.maximum.accumulate([p.bytes_per_second for p in reversed(points)])[::-1]
+    return np.log([p.working_set_bytes for p in points]), np.log(rates)
+
+
+class _MatmulTimes:
+    """Seconds of one product [rows, k] x [k, n] without its dispatch, from the probed shapes nearest to it.
+
+    Of each probed [k, n] the seconds are interpolated over rows and scaled by k * n; shapes are weighted by the
+    inverse fourth power of their distance in octaves. Every step keeps the order of rows, so time never falls with them.
+    """
+
+    def __init__(self, hardware: HardwareProfile, curves: Curves, dtype: str) -> None:
+        overhead = hardware.graph_node_seconds if hardware.kind == "gpu" else curves.elementwise_seconds
+        peak = {str(d): rate for d, rate in hardware.peak_flops_per_second.items()}[dtype]
+        groups: dict[tuple[int, int], dict[int, list[float]]] = {}
+        for point in curves.matmul:
+            if point.dtype == dtype:
+                floor = 2 * point.m * point.k * point.n / peak
+                work = max((point.seconds - overhead) / point.batch, floor)
+                groups.setdefault((point.k, point.n), {}).setdefault(point.m, []).append(work)
+        self.shapes = [
+            (k, n, np.array(sorted(by_rows)), np.maximum.accumulate([min(by_rows[m]) for m in sorted(by_rows)]))
+            for (k, n), by_rows in groups.items()
+        ]
+
+    def seconds(self, rows: Array, k: int, n: int) -> Array:
+        total, weights = 0.0, 0.0
+        for inner, outer, known_rows, known_seconds in self.shapes:
+            distance = np.hypot(np.log2(inner / k), np.log2(outer / n))
+            weight = 1 / (0.05 + distance**4)
+            beyond = np.maximum(rows / known_rows[-1], 1.0)  # more rows than probed: in proportion
+            found = np.interp(rows, known_rows, known_seconds) * beyond * (k * n) / (inner * outer)
+            total, weights = total + weight * np.log(found), weights + weight
+        return np.exp(total / weights)
+
+
+def bound_seconds(cost: OperatorCost, device: Device, stream_bytes: Array) -> Array:
+    """Roofline at datasheet peaks: no kernel that reads the same weights and cache can be faster.
+
+    Weights and cache stream from the level that holds all of the forward's (`stream_bytes`), activations from the
+    level that holds one operator's; without a figure for that level they are free.
+    """
+    streamed = (cost.weight_bytes + cost.kv_bytes) / device.peak_bandwidth(stream_bytes)
+    activations = cost.activation_bytes / device.peak_bandwidth(cost.activation_set_bytes)
+    return np.maximum(cost.least_flops / device.peak_flops, streamed + activations)
+
+
+def time_operators(
+    operators: Sequence[Executed], device: Device, engine: EngineProfile, stream_bytes: Array
+) -> list[Timing]:
+    """Time operators that run after each other in one forward; `stream_bytes` are its weights and cache.
+
+    synchronous: host + kernels of each operator. graph: kernels + the gap between graph nodes. eager: the kernels, or
+    the host where it is slower: max(sum of kernels, sum of host), the waiting shared out by launches. The operators'
+    seconds add up to the forward's, and none is below its bound.
+    """
+    dispatch = engine.scale_of("dispatch")
+    host = [op.host_units * device.dispatch_seconds * dispatch for op in operators]
+    node = [op.launches * device.hardware.graph_node_seconds for op in operators]
+    if engine.host == "synchronous":
+        overhead = host
+    else:
+        overhead = [n * dispatch for n in node] if engine.host == "graph" else node
+    bounds = [bound_seconds(op.cost, device, stream_bytes) for op in operators]
+    parts = []
+    for op, bound, extra in zip(operators, bounds, overhead, strict=True):
+        memory, compute = _work(op, device, engine, stream_bytes)
+        # Below the bound a fitted rate exceeds the datasheet's: the estimate is then the bound.
+        missing = np.maximum(bound - (memory + compute + extra), 0.0)
+        computing = op.cost.least_flops / device.peak_flops >= bound
+        parts.append((memory + np.where(computing, 0.0, missing), compute + np.where(computing, missing, 0.0), extra))
+    if engine.host == "eager":
+        hosted = sum(host, np.zeros(()))
+        waiting = np.maximum(hosted - sum((sum(p) for p in parts), np.zeros(())), 0.0)
+        share = waiting / np.maximum(hosted, np.finfo(float).tiny)
+        parts = [(memory, compute, extra + h * share) for (memory, compute, extra), h in zip(parts, host, strict=True)]
+    return [Timing(op, sum(p, np.zeros(())), b, p) for op, p, b in zip(operators, parts, bounds, strict=True)]
+
+
+def _work(op: Executed, device: Device, engine: EngineProfile, stream_bytes: Array) -> tuple[Array, Array]:
+    """Seconds of an operator's kernels, as (memory, compute)."""
+    cost, overlap = op.cost, engine.overlap
+    streamed = op.weight_bytes / device.bandwidth(stream_bytes)
+    moved = op.moved_bytes / (device.bandwidth(cost.activation_set_bytes) * engine.scale_of("activations"))
+    cached = cost.kv_bytes / device.bandwidth(stream_bytes)
+    if not op.matmuls:  # attention, or an operator that only moves
+        arithmetic = cost.flops / (device.achieved_flops * engine.scale_of("attention"))
+        memory = streamed + moved + cached / engine.scale_of("cache")
+        return _hide(memory, arithmetic) if overlap else (memory, arithmetic)
+    matmul = np.zeros(np.shape(cost.flops))
+    for product in op.matmuls:
+        each = product.inner * product.outer * DTYPE_BYTES[device.dtype]
+        matmul = matmul + device.matmul_seconds(product, each, stream_bytes)
+    matmul = np.maximum(matmul, streamed) / engine.scale_of("matmul")
+    waits = streamed > cost.flops / device.peak_flops  # a matmul that waits for its weights counts as memory
+    if overlap:
+        memory = streamed + moved + cached
+        return _hide(np.where(waits, np.maximum(memory, matmul), memory), np.where(waits, 0.0, matmul))
+    return moved + cached + np.where(waits, matmul, 0.0), np.where(waits, 0.0, matmul)
+
+
+def _hide(memory: Array, arithmetic: Array) -> tuple[Array, Array]:
+    """The larger of the two, alone."""
+    return np.where(memory >= arithmetic, memory, 0.0), np.where(memory >= arithmetic, 0.0, arithmetic)

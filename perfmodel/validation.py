@@ -1,0 +1,154 @@
+"""Predicted against measured: per row and in summary, with rows that were fitted to kept apart."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hardware.profile import HardwareProfile
+from perfmodel.decoding import Setting, setting, time_forward
+from perfmodel.engine import EngineProfile, engine_for
+from perfmodel.experts import ExpertCoverage
+from perfmodel.model_spec import ModelSpec, load_spec, require_context
+from perfmodel.operators import Array
+from runtime.config import KernelConfig, require
+from runtime.measurement import Measurement
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured forward and what was predicted for it."""
+
+    name: str
+    measured_seconds: float
+    predicted_seconds: float
+    bound_seconds: float
+    fitted: bool
+
+    @property
+    def error(self) -> float:
+        """(predicted - measured) / measured."""
+        return self.predicted_seconds / self.measured_seconds - 1
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Errors of some rows, as shares of the measured time. bias is the median signed error."""
+
+    count: int
+    median_absolute_error: float
+    mean_absolute_error: float
+    bias: float
+    bound_violations: int
+
+
+def point_name(m: Measurement) -> str:
+    """The operating point of a forward, in words: what must agree for two rows to be the same point."""
+    tokens = m.workload.batch * m.slots
+    threads = "default" if m.kernels.threads is None else m.kernels.threads
+    return (
+        f"{m.model} {m.workload.dtype} batch={m.workload.batch} slots={m.slots} context={m.context} "
+        f"experts={m.kernels.expert_mode(tokens)} threads={threads}"
+    )
+
+
+def forwards(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The rows of kind "forward"; UserError when there are none."""
+    found = [m for m in measurements if m.kind == "forward"]
+    require(len(found) > 0, f"measurements of kind 'forward' are needed, but none of {len(measurements)} rows is one")
+    return found
+
+
+def recorded_coverage(measurements: Sequence[Measurement]) -> ExpertCoverage:
+    """The distinct experts that the runtime recorded in these rows, by tokens per forward, as measured coverage."""
+    by_tokens: dict[float, list[float]] = defaultdict(list)
+    for m in measurements:
+        if m.experts_per_layer is not None:
+            by_tokens[float(m.workload.batch * m.slots)].append(m.experts_per_layer)
+    require(len(by_tokens) > 0, "recorded expert coverage needs rows with experts_per_layer, but none has it")
+    return ExpertCoverage("measured", measured=tuple((t, float(np.mean(v))) for t, v in sorted(by_tokens.items())))
+
+
+class Forwards:
+    """Measured forwards grouped by what a prediction cannot vary over (model, dtype, kernels), ready to be predicted.
+
+    The LM head is taken to run on every slot, as the bench does. Raises UserError for models that cannot be found
+    and for contexts beyond theirs.
+    """
+
+    def __init__(
+        self, measurements: Sequence[Measurement], hardware: HardwareProfile, coverage: ExpertCoverage | str
+    ) -> None:
+        self.rows = forwards(measurements)
+        self.measured = np.array([m.median_seconds for m in self.rows])
+        self._hardware, self._coverage = hardware, coverage
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, m in enumerate(self.rows):
+            groups[f"{m.model} {m.workload.dtype} {m.kernels}"].append(index)
+        self._groups: list[tuple[ModelSpec, str, KernelConfig, list[int]]] = []
+        for members in groups.values():
+            first = self.rows[members[0]]
+            spec = load_spec(first.model)
+            for i in members:
+                require_context(spec, self.rows[i].context + self.rows[i].slots)
+            self._groups.append((spec, first.workload.dtype, first.kernels, members))
+
+    def predict(self, engine: EngineProfile) -> tuple[Array, Array]:
+        """Estimated and bound seconds of every row, in the order of `rows`."""
+        seconds, bound = np.zeros(len(self.rows)), np.zeros(len(self.rows))
+        for at, members in self._settings(engine):
+            grid = np.array([(self.rows[i].workload.batch, self.rows[i].slots, self.rows[i].context) for i in members])
+            timing = time_forward(at, *grid.T)
+            seconds[members], bound[members] = timing.seconds, timing.bound_seconds
+        return seconds, bound
+
+    def _settings(self, engine: EngineProfile) -> list[tuple[Setting, list[int]]]:
+        found = []
+        for spec, dtype, kernels, members in self._groups:
+            at = setting(
+                spec, self._hardware, dtype, expert_coverage=self._coverage, engine=engine, kernels=kernels
+            )
+            found.append((at, members))
+        return found
+
+
+def validate(
+    measurements: Sequence[Measurement],
+    hardware: HardwareProfile,
+    *,
+    engine: EngineProfile | str | None = None,
+    expert_coverage: ExpertCoverage | str = "uniform",
+) -> list[Row]:
+    """Predict every measured forward. A row counts as fitted when the engine was calibrated on the same point."""
+    found = engine_for(hardware, engine)
+    data = Forwards(measurements, hardware, expert_coverage)
+    seconds, bound = data.predict(found)
+    fitted = set(found.fit.points) if found.fit else set()
+    return [
+        Row(name, float(measured), float(predicted), float(low), name in fitted)
+        for name, measured, predicted, low in zip(
+            map(point_name, data.rows), data.measured, seconds, bound, strict=True
+        )
+    ]
+
+
+def summarise(rows: Sequence[Row]) -> Summary:
+    """Median and mean absolute error, bias and bound violations; UserError for no rows."""
+    require(len(rows) > 0, "a summary needs at least one row")
+    errors = np.array([row.error for row in rows])
+    return Summary(
+        count=len(rows),
+        median_absolute_error=float(np.median(np.abs(errors))),
+        mean_absolute_error=float(np.mean(np.abs(errors))),
+        bias=float(np.median(errors)),
+        bound_violations=sum(row.measured_seconds < row.bound_seconds for row in rows),
+    )
+
+
+def summaries(rows: Sequence[Row]) -> dict[str, Summary]:
+    """Summaries of the rows held out from the fit, and of those fitted to; an empty group is left out."""
+    groups = {"held_out": [r for r in rows if not r.fitted], "fitted": [r for r in rows if r.fitted]}
+    return {name: summarise(members) for name, members in groups.items() if members}
