@@ -21,12 +21,14 @@ class Layout:
     previous: int64 [S] or [B,S], the slot whose state the convolution and the delayed value of s continue; -1 is
         the last cached token. None means the slot before (slot 0 continues the cache).
     committed: leading slots that form a causal chain and whose state the cache keeps.
+    contiguous: whether offsets are 0, 1, 2 ..., so that views serve where indices otherwise would.
     """
 
     offsets: Tensor
     visible: Tensor | None
     previous: Tensor | None
     committed: int
+    contiguous: bool = False
 
     @property
     def slots(self) -> int:
@@ -37,7 +39,7 @@ class Layout:
 @lru_cache(maxsize=256)
 def causal(slots: int, device: str = "cpu") -> Layout:
     """A run of true tokens: prefill, one decoding step, or the verify forward [anchor, K drafts]."""
-    return Layout(torch.arange(slots, device=device), None, None, slots)
+    return Layout(torch.arange(slots, device=device), None, None, slots, contiguous=True)
 
 
 @lru_cache(maxsize=256)
@@ -46,7 +48,7 @@ def draft(draft_tokens: int, device: str = "cpu") -> Layout:
     slots = draft_tokens + 1
     visible = torch.ones(slots, slots, dtype=torch.bool, device=device)
     visible[0, 1:] = False
-    return Layout(torch.arange(slots, device=device), visible, None, 0)
+    return Layout(torch.arange(slots, device=device), visible, None, 0, contiguous=True)
 
 
 def predecessors(previous: Tensor, history: int) -> Tensor:

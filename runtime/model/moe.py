@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.config import ExpertMode, ModelConfig
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size] in any float type -> the weight's type."""
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+from runtime.model.layers import Derived, RMSNorm, rms_norm
 
 
 class RouterMLP(nn.Module):
@@ -33,12 +23,24 @@ class RouterMLP(nn.Module):
         self.fc2 = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, config.num_experts + 1, bias=False)
 
-    def forward(self, state: Tensor) -> Tensor:
-        """state: [T, router] -> logits [T, experts + 1]."""
-        return self.out_proj(F.gelu(self.fc2(F.gelu(self.fc1(self.norm(state))))))
+
+class RouterWeights(NamedTuple):
+    """The router's parameters as plain tensors."""
+
+    down: Tensor
+    down_bias: Tensor
+    state_scale: Tensor | None  # None in layer 0, which has no state to take over
+    norm: Tensor
+    norm_eps: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+    out: Tensor
+    balancing: Tensor
 
 
-class Router(nn.Module):
+class Router(Derived):
     """Top-1 on probability + balancing bias; class `num_experts` is the skip expert, which contributes nothing."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -53,17 +55,35 @@ class Router(nn.Module):
         self.register_buffer("balancing_biases", biases)
         self.balancing_biases: Tensor
 
+    def derive(self) -> RouterWeights:
+        """The parameters, and eps as a tensor."""
+        mlp = self.router_mlp
+        return RouterWeights(
+            self.down_proj.weight,
+            self.down_proj.bias,
+            getattr(self, "router_states_scale", None),
+            *mlp.norm.derive(),
+            mlp.fc1.weight,
+            mlp.fc1.bias,
+            mlp.fc2.weight,
+            mlp.fc2.bias,
+            mlp.out_proj.weight,
+            self.balancing_biases,
+        )
+
     def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, hidden], the previous layer's state [T, router] -> expert [T], its probability [T], the next state."""
-        own = self.down_proj(x)
-        state = own if state is None else torch.addcmul(own, state, self.router_states_scale)
-        probability = torch.softmax(self.router_mlp(state), dim=-1)
-        chosen = (probability.detach().float() + self.balancing_biases).argmax(-1)
+        w = self.weights()
+        own = F.linear(x, w.down, w.down_bias)
+        state = own if state is None else torch.addcmul(own, state, w.state_scale)
+        inner = F.gelu(F.linear(rms_norm(state, w.norm_eps) * w.norm, w.fc1, w.fc1_bias))
+        probability = torch.softmax(F.linear(F.gelu(F.linear(inner, w.fc2, w.fc2_bias)), w.out), dim=-1)
+        chosen = (probability.detach().float() + w.balancing).argmax(-1)
         weight = probability.gather(-1, chosen[:, None]).squeeze(-1)
         return chosen, weight, state
 
 
-class Experts(nn.Module):
+class Experts(Derived):
     """SwiGLU experts as stacked weights: gate_up_proj [E, 2 * width, hidden], down_proj [E, hidden, width]."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -74,8 +94,13 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, width))
         self._dense_down: Tensor | None = None
 
+    def derive(self) -> tuple[Tensor, Tensor]:
+        """The stacked weights."""
+        return self.gate_up_proj, self.down_proj
+
     def thaw(self) -> None:
         """Forget the derived weights: parameters may change again."""
+        super().thaw()
         self._dense_down = None
 
     def forward(self, x: Tensor, chosen: Tensor, weight: Tensor, mode: ExpertMode) -> Tensor:
@@ -136,5 +161,5 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None, mode: ExpertMode) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, hidden] -> output [T, hidden], the router state for the next layer, the chosen expert [T]."""
-        chosen, weight, state = self.gate(x, state)
-        return self.experts(x, chosen, weight, mode), state, chosen
+        chosen, weight, state = self.gate.forward(x, state)
+        return self.experts.forward(x, chosen, weight, mode), state, chosen

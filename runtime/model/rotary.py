@@ -17,34 +17,27 @@ class Rotary:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self._tables: dict[tuple[str, str, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._swaps: dict[tuple[str, str], Tensor] = {}
+        self._tables: dict[tuple[str, torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def factors(self, kind: str, positions: Tensor, dtype: torch.dtype, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """cos and sin [..., 1, head_dim] at `positions` [...], all below `end`; and the swap index [head_dim]."""
-        key = (kind, str(positions.device), dtype)
+    def factors(
+        self, kind: str, positions: slice | Tensor, end: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """cos and sin [..., 1, head_dim] at `positions`, all below `end`; and the swap index [head_dim]."""
+        key = (kind, dtype, device)
         table = self._tables.get(key)
         if table is None or table[0].shape[0] < end:
-            size = max(256, 1 << (end - 1).bit_length())
-            table = self._tables[key] = self._table(kind, size, positions.device, dtype)
-        swap = self._swaps.get(key[:2])
-        if swap is None:
-            half = self._rotated(kind) // 2
-            index = list(range(self.config.head_dim))
-            swap = torch.tensor(index[half : 2 * half] + index[:half] + index[2 * half :], device=positions.device)
-            self._swaps[key[:2]] = swap
-        cos, sin = table
-        return cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2), swap
+            table = self._tables[key] = self._table(kind, max(256, 1 << (end - 1).bit_length()), dtype, device)
+        cos, sin, swap = table
+        return cos[positions], sin[positions], swap
 
-    def _rotated(self, kind: str) -> int:
-        return int(self.config.head_dim * self.config.rope_parameters[kind].partial_rotary_factor)
-
-    def _table(self, kind: str, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        rotated = self._rotated(kind)
-        theta = self.config.rope_parameters[kind].rope_theta
-        frequency = 1.0 / (theta ** (torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated))
-        angle = torch.arange(size, dtype=torch.float32, device=device)[:, None] * frequency
-        rest = torch.zeros(size, self.config.head_dim - rotated, device=device)
+    def _table(self, kind: str, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        rope, width = self.config.rope_parameters[kind], self.config.head_dim
+        rotated = int(width * rope.partial_rotary_factor)
+        half = rotated // 2
+        frequency = 1.0 / (rope.rope_theta ** (torch.arange(0, rotated, 2, device=device).float() / rotated))
+        angle = torch.arange(size, device=device).float()[:, None] * frequency
+        rest = torch.zeros(size, width - rotated, device=device)
         cos = torch.cat([angle.cos(), angle.cos(), rest + 1], dim=-1)
         sin = torch.cat([-angle.sin(), angle.sin(), rest], dim=-1)
-        return cos.to(dtype), sin.to(dtype)
+        swap = torch.tensor([*range(half, rotated), *range(half), *range(rotated, width)], device=device)
+        return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1), swap
