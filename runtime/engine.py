@@ -84,6 +84,7 @@ def generate(
     config = model.config
     require(len(prompts) >= 1, "at least one prompt must be given")
     require(max_new_tokens >= 1, f"max_new_tokens >= 1 must hold, but got {max_new_tokens}")
+    require(seed >= 0, f"seed >= 0 must hold, but got {seed}")
     for i, prompt in enumerate(prompts):
         require(len(prompt) >= 1, f"a prompt must have at least one token, but prompt {i} is empty")
         require(

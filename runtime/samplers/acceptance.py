@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,7 +34,8 @@ class Randomness:
     """One random stream per sequence, so that a sequence's draws do not depend on its neighbours."""
 
     def __init__(self, seed: int, sequences: int) -> None:
-        self.generators = [torch.Generator().manual_seed((seed << 32) + i) for i in range(sequences)]
+        # NumPy mixes (seed, i) into a whole state; torch's CPU generator looks at the low 32 bits of a seed only.
+        self.generators = [np.random.default_rng([seed, i]) for i in range(sequences)]
 
     def select(self, rows: list[int]) -> None:
         """Keep only these sequences' streams."""
@@ -41,8 +43,7 @@ class Randomness:
 
     def uniform(self, count: int, device: torch.device) -> Tensor:
         """float64 [B, count] in [0, 1)."""
-        draws = [torch.rand(count, generator=g, dtype=torch.float64) for g in self.generators]
-        return torch.stack(draws).to(device)
+        return torch.from_numpy(np.stack([g.random(count) for g in self.generators])).to(device)
 
 
 def choose(weights: Tensor, uniform: Tensor) -> Tensor:
