@@ -46,7 +46,8 @@ def tokens_per_step(
     Autoregressive decoding commits one. A drafting sampler needs exactly one of the three forms: acceptance is never
     invented. Raises UserError for none, several, or an impossible one.
     """
-    given = [name for name, value in (("length", length), ("histogram", histogram), ("rates", rates)) if value is not None]
+    forms = {"length": length, "histogram": histogram, "rates": rates}
+    given = [name for name, value in forms.items() if value is not None]
     if decoding.sampler == "autoregressive":
         require(not given, f"autoregressive decoding drafts nothing, so it takes no acceptance {' or '.join(given)}")
         return 1.0
@@ -62,6 +63,6 @@ def tokens_per_step(
     assert length is not None
     require(
         1 <= length <= decoding.draft_tokens + 1,
-        f"1 <= acceptance length <= draft_tokens + 1 = {decoding.draft_tokens + 1} must hold, but got {length:g}",
+        f"1 <= acceptance_length <= draft_tokens + 1 = {decoding.draft_tokens + 1} must hold, but got {length:g}",
     )
     return float(length)

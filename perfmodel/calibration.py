@@ -13,12 +13,14 @@ import numpy as np
 from hardware.profile import HardwareProfile
 from perfmodel.engine import PARAMETERS, EngineProfile, Fit
 from perfmodel.experts import ExpertCoverage
-from perfmodel.validation import Forwards, forwards, point_name
+from perfmodel.validation import MeasuredPoints, forwards, point_name
 from runtime.config import require
 from runtime.measurement import Measurement
 
-_OUTLIER = 0.1  # log error beyond which a row's pull grows only linearly: other work on the machine must not bend the fit
-_PRIOR = 0.3  # log scale that costs as much as a row that is off by _OUTLIER: unseen parameters keep their value
+# Log error beyond which a row's pull grows only linearly: other work on the machine must not bend the fit.
+_OUTLIER = 0.1
+# Log scale that costs as much as a row that is off by _OUTLIER: a parameter that no row shows keeps its value.
+_PRIOR = 0.3
 
 
 def split(measurements: Sequence[Measurement], held_out: float) -> tuple[list[Measurement], list[Measurement]]:
@@ -51,7 +53,7 @@ def calibrate(
     """
     from scipy.optimize import least_squares
 
-    data = Forwards(measurements, hardware, expert_coverage)
+    data = MeasuredPoints(forwards(measurements), hardware, expert_coverage)
     points = tuple(sorted({point_name(m) for m in data.rows}))
     needed = 2 * len(PARAMETERS)
     require(len(points) >= needed, f"calibration needs at least {needed} operating points, but got {len(points)}")

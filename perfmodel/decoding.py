@@ -189,14 +189,12 @@ def predict(
         autoregressive_step_seconds=single,
         speedup_over_autoregressive=committed * single / seconds,
         experts_per_layer=max(float(f.experts_per_layer) for f in step.forwards),
-        ridge_point_flops_per_byte=at.device.peak_flops / hardware.main_memory.peak_bandwidth_bytes_per_second
-        if hardware.main_memory.peak_bandwidth_bytes_per_second
-        else float("inf"),
+        ridge_point_flops_per_byte=at.device.ridge_point,
     )
 
 
 def memory_bytes(spec: ModelSpec, dtype: str, batch: npt.ArrayLike, positions: npt.ArrayLike) -> Any:
-    """Bytes that must lie in main memory: all weights, and cache and state of `batch` sequences of `positions` tokens."""
+    """Bytes that must lie in main memory: all weights, and cache and state of `batch` sequences of `positions`."""
     per_sequence = np.asarray(positions, dtype=float) * spec.stored_kv_bytes_per_token(dtype)
     state = spec.state_bytes_per_sequence(dtype)
     return spec.parameters * DTYPE_BYTES[dtype] + np.asarray(batch, dtype=float) * (per_sequence + state)

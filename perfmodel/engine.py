@@ -1,4 +1,4 @@
-"""How a runtime spends time beyond its kernels' own work: launches, extra passes over activations, efficiencies. As data."""
+"""How a runtime spends time beyond its kernels' own work, as data: launches, passes over activations, efficiencies."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """A runtime on a kind of hardware. `sources` says of each group of figures whether it was counted, fitted or assumed.
+    """A runtime on a kind of hardware. `sources` says of each group of figures: counted, fitted or assumed.
 
     host: synchronous (a CPU: every operator waits for the one before), eager (the host launches ahead of the device,
     so the slower of the two sets the time) or graph (launches are replayed by the device).
@@ -100,7 +100,7 @@ class EngineProfile:
         groups = {"operators", "experts", "sampler", "view_share", "scale"}
         require(
             set(self.sources) == groups,
-            f"sources must be given for exactly {', '.join(sorted(groups))}, but are for {', '.join(sorted(self.sources))}",
+            f"sources must be for exactly {', '.join(sorted(groups))}, but are for {', '.join(sorted(self.sources))}",
         )
 
     def sampler_host(self, sampler: str, temperature: float) -> OperatorHost:
@@ -135,7 +135,7 @@ def load_engine(name_or_path: str | Path) -> EngineProfile:
 
 
 def engine_for(hardware: HardwareProfile, engine: EngineProfile | str | None) -> EngineProfile:
-    """The engine to predict with on a device: the given one, or ours. UserError if it cannot run or was not fitted there."""
+    """The engine for a device: the given one, or ours. UserError if it cannot run there, or was fitted elsewhere."""
     if engine is None:
         engine = "ridgepoint-cpu" if hardware.kind == "cpu" else "ridgepoint-eager"
     found = load_engine(engine) if isinstance(engine, str) else engine

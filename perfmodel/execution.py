@@ -90,7 +90,13 @@ def _experts(
 
 
 def _run_mode(
-    mode: str, spec: ModelSpec, cost: OperatorCost, at: Shape, dtype: str, coverage: ExpertCoverage, engine: EngineProfile
+    mode: str,
+    spec: ModelSpec,
+    cost: OperatorCost,
+    at: Shape,
+    dtype: str,
+    coverage: ExpertCoverage,
+    engine: EngineProfile,
 ) -> Executed:
     """loop and grouped multiply the experts that are hit, gather one per token, dense all of them as one wide matmul.
 

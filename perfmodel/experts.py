@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class ExpertCoverage:
         tokens, distinct = zip(*self.measured, strict=True)
         require(min(tokens) >= 1 and min(distinct) >= 0, "measured coverage must have tokens >= 1 and experts >= 0")
         require(
-            all(a < b for a, b in zip(tokens, tokens[1:], strict=False)),
+            all(a < b for a, b in itertools.pairwise(tokens)),
             f"measured coverage must be ordered by tokens, but has {tokens}",
         )
 
@@ -96,7 +97,7 @@ def parse_coverage(text: str) -> ExpertCoverage:
     match = _FORM.fullmatch(text)
     kind = match["kind"] if match else ""
     if match is None or kind not in _KINDS:
-        raise known("expert coverage", text, ("uniform", "uniform(SKIP)", "all", "min", "correlated(RHO)", "measured:FILE"))
+        raise known("expert coverage", text, (*_KINDS[:3], "uniform(SKIP_SHARE)", "correlated(RHO)", "measured:FILE"))
     if kind == "measured":
         require(match["path"] is not None, "measured expert coverage needs its file: measured:FILE.json")
         return load_measured(Path(match["path"]))

@@ -92,7 +92,8 @@ class ModelSpec:
             "qkv": n * self.qkv_parameters,
             "cca": n * self.cca_parameters,
             "output": n * self.output_parameters,
-            "router": n * (self.router_matrix_parameters + 4 * router) + (n - 1) * router,  # 3 biases, norm; state scale
+            "router": n * (self.router_matrix_parameters + 5 * router)
+            - router,  # 3 biases, norm, state scale but in layer 0
             "experts": n * self.num_experts * self.expert_parameters,
             "lm_head": head + (self.vocab_size if self.lm_head_bias else 0),
         }

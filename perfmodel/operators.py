@@ -92,71 +92,98 @@ def expert_matmuls(spec: ModelSpec, count: Array, rows: Array) -> tuple[Matmul, 
     )
 
 
+def _cost(
+    name: str,
+    like: Array,
+    *,
+    repeat: int = 1,
+    weight_bytes: Array | float = 0.0,
+    kv_bytes: Array | float = 0.0,
+    activation_set_bytes: Array | float = 0.0,
+    matmuls: tuple[Matmul, ...] = (),
+    flops: Array | None = None,
+    least_flops: Array | None = None,
+) -> OperatorCost:
+    """Arrays of `like`'s shape. Bytes are of one layer, done `repeat` times; FLOPs (default: the matmuls') are of all."""
+    zero = np.zeros(np.shape(like))
+    done = sum((m.flops for m in matmuls), zero) if flops is None else zero + flops
+    moved = zero + activation_set_bytes
+    return OperatorCost(
+        name=name,
+        flops=done,
+        least_flops=done if least_flops is None else zero + least_flops,
+        weight_bytes=zero + repeat * weight_bytes,
+        kv_bytes=zero + repeat * kv_bytes,
+        activation_bytes=repeat * moved,
+        activation_set_bytes=moved,
+        matmuls=matmuls,
+    )
+
+
 def forward_costs(spec: ModelSpec, at: Shape, dtype: str, coverage: ExpertCoverage) -> tuple[OperatorCost, ...]:
     """Costs of one forward in the order of FORWARD_OPERATORS.
 
     The prefill of T tokens is slots = T at context 0. KV is read once per sequence for all its slots, and at most the
     window of a sliding layer. Raises UserError from a measured `coverage` that does not reach the token count.
     """
-    width = DTYPE_BYTES[dtype]
-    n, hidden, tokens = spec.layers, spec.hidden_size, at.tokens
-    zero = np.zeros(np.shape(tokens))
-    layers = zero + n
-
-    def linear(name: str, parameters: float, matmuls: tuple[Matmul, ...], in_out: float, repeat: int = n) -> OperatorCost:
-        flops = sum((m.flops for m in matmuls), zero)
-        moved = tokens * in_out * width
-        return OperatorCost(name, flops, flops, zero + repeat * parameters * width, zero, repeat * moved, moved, matmuls)
-
-    qkv_width = spec.query_size + 2 * spec.kv_size
-    router_width = spec.router_size
-    row_bytes = hidden * (width + RESIDUAL_BYTES)
-    embedding_set = tokens * row_bytes
-    # Two norms (fp32 in, dtype out) and two residual additions (branch and residual in, residual out) a layer.
-    norm_set = tokens * hidden * (2 * width + 3 * RESIDUAL_BYTES)
-    router = (
-        Matmul(layers, tokens, hidden, router_width),
-        Matmul(2 * layers, tokens, router_width, router_width),
-        Matmul(layers, tokens, router_width, spec.num_experts + 1),
-    )
+    width, n, tokens = DTYPE_BYTES[dtype], spec.layers, at.tokens
+    hidden, query, router = spec.hidden_size, spec.query_size, spec.router_size
+    qkv, classes = query + 2 * spec.kv_size, spec.num_experts + 1
+    layers, once = np.full(np.shape(tokens), float(n)), np.ones(np.shape(tokens))
     head_tokens = at.batch * at.head_rows
-    head = Matmul(zero + 1, head_tokens, hidden, spec.vocab_size)
-    head_moved = head_tokens * (hidden * width + spec.vocab_size * LOGIT_BYTES)
-    head_bytes = (spec.vocab_size * hidden + (spec.vocab_size if spec.lm_head_bias else 0)) * width
+    head_parameters = spec.vocab_size * hidden + (spec.vocab_size if spec.lm_head_bias else 0)
     return (
-        OperatorCost(
+        _cost(
             "embedding",
-            zero,
-            zero,
-            np.minimum(tokens, spec.vocab_size) * hidden * width,
-            zero,
-            embedding_set,
-            embedding_set,
+            tokens,
+            weight_bytes=np.minimum(tokens, spec.vocab_size) * hidden * width,
+            activation_set_bytes=tokens * hidden * (width + RESIDUAL_BYTES),
         ),
-        OperatorCost(
+        # Two norms (residual in, dtype out) and two additions (branch and residual in, residual out) a layer.
+        _cost(
             "norms_residual",
-            zero,
-            zero,
-            zero + (n * 10 + 3) * hidden * width,
-            zero,
-            (2 * n + 1) * norm_set,
-            norm_set,
+            tokens,
+            repeat=n,
+            weight_bytes=(10 + 3 / n) * hidden * width,
+            activation_set_bytes=2 * tokens * hidden * (2 * width + 3 * RESIDUAL_BYTES),
         ),
-        linear("qkv", spec.qkv_parameters, (Matmul(layers, tokens, hidden, qkv_width),), hidden + qkv_width),
+        _cost(
+            "qkv",
+            tokens,
+            repeat=n,
+            weight_bytes=spec.qkv_parameters * width,
+            activation_set_bytes=tokens * (hidden + qkv) * width,
+            matmuls=(Matmul(layers, tokens, hidden, qkv),),
+        ),
         _cca(spec, at, width),
         _attention(spec, at, width),
-        linear(
-            "output", spec.output_parameters, (Matmul(layers, tokens, spec.query_size, hidden),), spec.query_size + hidden
+        _cost(
+            "output",
+            tokens,
+            repeat=n,
+            weight_bytes=spec.output_parameters * width,
+            activation_set_bytes=tokens * (query + hidden) * width,
+            matmuls=(Matmul(layers, tokens, query, hidden),),
         ),
-        linear(
+        _cost(
             "router",
-            spec.router_matrix_parameters + 5 * router_width,
-            router,
-            hidden + 6 * router_width + 2 * (spec.num_experts + 1),
+            tokens,
+            repeat=n,
+            weight_bytes=(spec.router_matrix_parameters + 5 * router) * width,
+            activation_set_bytes=tokens * (hidden + 6 * router + 2 * classes) * width,
+            matmuls=(
+                Matmul(layers, tokens, hidden, router),
+                Matmul(2 * layers, tokens, router, router),
+                Matmul(layers, tokens, router, classes),
+            ),
         ),
         _experts(spec, at, width, coverage),
-        OperatorCost(
-            "lm_head", head.flops, head.flops, np.where(at.head_rows > 0, head_bytes, 0.0), zero, head_moved, head_moved, (head,)
+        _cost(
+            "lm_head",
+            tokens,
+            weight_bytes=np.where(at.head_rows > 0, head_parameters * width, 0.0),
+            activation_set_bytes=head_tokens * (hidden * width + spec.vocab_size * LOGIT_BYTES),
+            matmuls=(Matmul(once, head_tokens, hidden, spec.vocab_size),),
         ),
     )
 
@@ -165,28 +192,37 @@ def _cca(spec: ModelSpec, at: Shape, width: int) -> OperatorCost:
     """Both convolutions, the q/k mean residual, norm and RoPE; the state of a sequence is read and written once."""
     n, tokens, channels = spec.layers, at.tokens, spec.conv_channels
     depthwise, grouped = spec.conv_widths
-    heads = sum(spec.heads)
-    flops = n * tokens * 2.0 * channels * (depthwise + grouped * spec.head_dim)
-    moved = tokens * 2.0 * channels * width
-    state = at.batch * 2.0 * ((depthwise + grouped - 2) * channels + spec.kv_size // 2) * width
-    grouped_matmul = Matmul(np.full(np.shape(tokens), float(n * heads)), tokens, spec.head_dim * grouped, spec.head_dim)
-    return OperatorCost(
-        "cca", flops, flops, np.full(np.shape(tokens), float(n * spec.cca_parameters * width)), n * state, n * moved, moved,
-        (grouped_matmul,),
-    )  # fmt: skip
+    heads = np.full(np.shape(tokens), float(n * sum(spec.heads)))
+    state = (depthwise + grouped - 2) * channels + spec.kv_size // 2
+    return _cost(
+        "cca",
+        tokens,
+        repeat=n,
+        weight_bytes=spec.cca_parameters * width,
+        kv_bytes=at.batch * 2.0 * state * width,
+        activation_set_bytes=tokens * 2.0 * channels * width,
+        matmuls=(Matmul(heads, tokens, spec.head_dim * grouped, spec.head_dim),),
+        flops=n * tokens * 2.0 * channels * (depthwise + grouped * spec.head_dim),
+    )
 
 
 def _attention(spec: ModelSpec, at: Shape, width: int) -> OperatorCost:
     """Scores and values. Every slot meets all cached keys (of the window) and, masked or not, every slot."""
-    zero = np.zeros(np.shape(at.tokens))
-    flops, least, kv = zero, zero, zero
+    flops, least, kv = np.zeros(()), np.zeros(()), np.zeros(())
     for window, layers in Counter(spec.window_by_layer).items():
         cached = at.context if window is None else np.minimum(at.context, window - 1)
         flops = flops + layers * 4.0 * spec.query_size * at.tokens * (cached + at.slots)
         least = least + layers * 4.0 * spec.query_size * at.batch * _visible(at, window)
         kv = kv + layers * 2.0 * spec.kv_size * width * at.batch * (cached + at.slots)
-    moved = at.tokens * 2.0 * spec.query_size * width
-    return OperatorCost("attention", flops, least, zero, kv, spec.layers * moved, moved)
+    return _cost(
+        "attention",
+        at.tokens,
+        repeat=spec.layers,
+        kv_bytes=kv / spec.layers,
+        activation_set_bytes=at.tokens * 2.0 * spec.query_size * width,
+        flops=flops,
+        least_flops=least,
+    )
 
 
 def _visible(at: Shape, window: int | None) -> Array:
@@ -200,16 +236,18 @@ def _experts(spec: ModelSpec, at: Shape, width: int, coverage: ExpertCoverage) -
     n = spec.layers
     tokens = at.tokens * (1 - coverage.skip_share) * spec.experts_per_token
     distinct = coverage.distinct(at.batch, at.slots, spec.num_experts)
-    rows = tokens / np.maximum(distinct, 1e-9)
-    matmuls = expert_matmuls(spec, n * distinct, rows)
-    flops = n * tokens * 2.0 * spec.expert_parameters
-    moved = at.tokens * 2.0 * (spec.hidden_size + spec.expert_size) * width
-    weights = n * distinct * float(spec.expert_parameters * width)
-    return OperatorCost("experts", flops, flops, weights, np.zeros(np.shape(tokens)), n * moved, moved, matmuls)
+    return _cost(
+        "experts",
+        tokens,
+        repeat=n,
+        weight_bytes=distinct * float(spec.expert_parameters * width),
+        activation_set_bytes=at.tokens * 2.0 * (spec.hidden_size + spec.expert_size) * width,
+        matmuls=expert_matmuls(spec, n * distinct, tokens / np.maximum(distinct, np.finfo(float).tiny)),
+        flops=n * tokens * 2.0 * spec.expert_parameters,
+    )
 
 
 def sampler_cost(spec: ModelSpec, rows: npt.ArrayLike) -> OperatorCost:
     """A step's own work over the vocabulary: `rows` rows of logits (of all sequences) read once."""
-    moved = np.asarray(rows, dtype=float) * spec.vocab_size * LOGIT_BYTES
-    zero = np.zeros(np.shape(moved))
-    return OperatorCost("sampler", zero, zero, zero, zero, moved, moved)
+    logits = np.asarray(rows, dtype=float) * spec.vocab_size * LOGIT_BYTES
+    return _cost("sampler", logits, activation_set_bytes=logits)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from hardware.files import UserError
 from hardware.profile import Curves, HardwareProfile
@@ -21,7 +20,7 @@ BOUNDS: tuple[Bound, ...] = ("memory", "compute", "overhead")  # codes 0, 1, 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one operator in a forward; arrays of one shape. The parts add up to `seconds`, the operator's share."""
+    """Seconds of one operator in a forward, as arrays of one shape. The parts add up to `seconds`."""
 
     executed: Executed
     seconds: Array
@@ -64,13 +63,20 @@ class Device:
     def bandwidth(self, working_set_bytes: Array) -> Array:
         """Achieved bandwidth for a working set that is read again and again."""
         if self._bandwidth is not None:
-            sizes, rates = self._bandwidth
-            return np.exp(np.interp(np.log(np.maximum(working_set_bytes, 1.0)), sizes, rates))
-        rates, slower = [], np.nan
+            return np.exp(np.interp(np.log(np.maximum(working_set_bytes, 1.0)), *self._bandwidth))
+        rates: list[float] = []
+        slower = np.nan
         for level in reversed(self.hardware.memory):  # a level without a figure is no faster than the one behind it
             slower = level.achieved_bandwidth_bytes_per_second or level.peak_bandwidth_bytes_per_second or slower
             rates.insert(0, slower)
         return self._by_level(working_set_bytes, rates)
+
+    @property
+    def ridge_point(self) -> float:
+        """FLOPs per byte of main memory at which memory-bound turns into compute-bound, at datasheet peaks."""
+        bandwidth = self.hardware.main_memory.peak_bandwidth_bytes_per_second
+        assert bandwidth is not None  # a profile without it is refused when it is read
+        return self.peak_flops / bandwidth
 
     def _by_level(self, working_set_bytes: Array, rates: Sequence[float]) -> Array:
         capacities = [level.capacity_bytes for level in self.hardware.memory[:-1]]
@@ -95,7 +101,7 @@ class _MatmulTimes:
     """Seconds of one product [rows, k] x [k, n] without its dispatch, from the probed shapes nearest to it.
 
     Of each probed [k, n] the seconds are interpolated over rows and scaled by k * n; shapes are weighted by the
-    inverse fourth power of their distance in octaves. Every step keeps the order of rows, so time never falls with them.
+    inverse fourth power of their distance in octaves. Every step keeps the order of rows: time never falls with them.
     """
 
     def __init__(self, hardware: HardwareProfile, curves: Curves, dtype: str) -> None:

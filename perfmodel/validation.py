@@ -9,20 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from hardware.profile import HardwareProfile
-from perfmodel.decoding import Setting, setting, time_forward
+from perfmodel.decoding import ForwardTiming, StepTiming, setting, time_forward, time_step
 from perfmodel.engine import EngineProfile, engine_for
 from perfmodel.experts import ExpertCoverage
 from perfmodel.model_spec import ModelSpec, load_spec, require_context
 from perfmodel.operators import Array
-from runtime.config import KernelConfig, require
-from runtime.measurement import Measurement
+from runtime.config import require
+from runtime.measurement import Kind, Measurement
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured forward and what was predicted for it."""
+    """One measured forward, or the mean step of a measured generation, and what was predicted for it."""
 
     name: str
+    kind: Kind
     measured_seconds: float
     predicted_seconds: float
     bound_seconds: float
@@ -46,13 +47,22 @@ class Summary:
 
 
 def point_name(m: Measurement) -> str:
-    """The operating point of a forward, in words: what must agree for two rows to be the same point."""
+    """The operating point of a row, in words: what must agree for two rows to be the same point."""
     tokens = m.workload.batch * m.slots
     threads = "default" if m.kernels.threads is None else m.kernels.threads
+    sampler = f" {m.decoding.sampler}" if m.kind == "generation" else ""
     return (
-        f"{m.model} {m.workload.dtype} batch={m.workload.batch} slots={m.slots} context={m.context} "
+        f"{m.model} {m.workload.dtype}{sampler} batch={m.workload.batch} slots={m.slots} context={m.context} "
         f"experts={m.kernels.expert_mode(tokens)} threads={threads}"
     )
+
+
+def measured_seconds(m: Measurement) -> float:
+    """Median seconds of a forward; mean seconds of a decoding step of a generation, over its samples."""
+    if m.kind == "forward":
+        return m.median_seconds
+    require(m.forwards >= 1, f"a generation must have counted its forwards, but {point_name(m)} has none")
+    return sum(m.seconds) * m.decoding.forwards_per_step / m.forwards
 
 
 def forwards(measurements: Sequence[Measurement]) -> list[Measurement]:
@@ -72,47 +82,51 @@ def recorded_coverage(measurements: Sequence[Measurement]) -> ExpertCoverage:
     return ExpertCoverage("measured", measured=tuple((t, float(np.mean(v))) for t, v in sorted(by_tokens.items())))
 
 
-class Forwards:
-    """Measured forwards grouped by what a prediction cannot vary over (model, dtype, kernels), ready to be predicted.
+class MeasuredPoints:
+    """Measurements grouped by what a prediction cannot vary over (model, dtype, kernels, sampler), to be predicted.
 
-    The LM head is taken to run on every slot, as the bench does. Raises UserError for models that cannot be found
-    and for contexts beyond theirs.
+    The LM head is taken to run on every slot of a forward. A generation is compared at its mean context, with its
+    batch kept full. Raises UserError for models that cannot be found and for contexts beyond theirs.
     """
 
-    def __init__(
-        self, measurements: Sequence[Measurement], hardware: HardwareProfile, coverage: ExpertCoverage | str
-    ) -> None:
-        self.rows = forwards(measurements)
-        self.measured = np.array([m.median_seconds for m in self.rows])
+    def __init__(self, rows: Sequence[Measurement], hardware: HardwareProfile, coverage: ExpertCoverage | str) -> None:
+        require(len(rows) > 0, "there is no measurement to predict")
+        self.rows = list(rows)
+        self.measured = np.array([measured_seconds(m) for m in self.rows])
         self._hardware, self._coverage = hardware, coverage
-        groups: dict[str, list[int]] = defaultdict(list)
+        groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for index, m in enumerate(self.rows):
-            groups[f"{m.model} {m.workload.dtype} {m.kernels}"].append(index)
-        self._groups: list[tuple[ModelSpec, str, KernelConfig, list[int]]] = []
+            sampler = str(m.decoding) if m.kind == "generation" else ""
+            groups[m.kind, m.model, m.workload.dtype, str(m.kernels), sampler].append(index)
+        self._groups: list[tuple[ModelSpec, list[int]]] = []
         for members in groups.values():
-            first = self.rows[members[0]]
-            spec = load_spec(first.model)
+            spec = load_spec(self.rows[members[0]].model)
             for i in members:
                 require_context(spec, self.rows[i].context + self.rows[i].slots)
-            self._groups.append((spec, first.workload.dtype, first.kernels, members))
+            self._groups.append((spec, members))
 
     def predict(self, engine: EngineProfile) -> tuple[Array, Array]:
         """Estimated and bound seconds of every row, in the order of `rows`."""
         seconds, bound = np.zeros(len(self.rows)), np.zeros(len(self.rows))
-        for at, members in self._settings(engine):
+        for spec, members in self._groups:
+            first = self.rows[members[0]]
+            at = setting(
+                spec,
+                self._hardware,
+                first.workload.dtype,
+                expert_coverage=self._coverage,
+                engine=engine,
+                kernels=first.kernels,
+            )
             grid = np.array([(self.rows[i].workload.batch, self.rows[i].slots, self.rows[i].context) for i in members])
-            timing = time_forward(at, *grid.T)
+            batch, slots, context = grid.T
+            timing: ForwardTiming | StepTiming
+            if first.kind == "forward":
+                timing = time_forward(at, batch, slots, context)
+            else:
+                timing = time_step(at, first.decoding, batch, context, first.decoding.draft_tokens)
             seconds[members], bound[members] = timing.seconds, timing.bound_seconds
         return seconds, bound
-
-    def _settings(self, engine: EngineProfile) -> list[tuple[Setting, list[int]]]:
-        found = []
-        for spec, dtype, kernels, members in self._groups:
-            at = setting(
-                spec, self._hardware, dtype, expert_coverage=self._coverage, engine=engine, kernels=kernels
-            )
-            found.append((at, members))
-        return found
 
 
 def validate(
@@ -122,16 +136,14 @@ def validate(
     engine: EngineProfile | str | None = None,
     expert_coverage: ExpertCoverage | str = "uniform",
 ) -> list[Row]:
-    """Predict every measured forward. A row counts as fitted when the engine was calibrated on the same point."""
+    """Predict every measurement. A row counts as fitted when the engine was calibrated on the same point."""
     found = engine_for(hardware, engine)
-    data = Forwards(measurements, hardware, expert_coverage)
+    data = MeasuredPoints(measurements, hardware, expert_coverage)
     seconds, bound = data.predict(found)
     fitted = set(found.fit.points) if found.fit else set()
     return [
-        Row(name, float(measured), float(predicted), float(low), name in fitted)
-        for name, measured, predicted, low in zip(
-            map(point_name, data.rows), data.measured, seconds, bound, strict=True
-        )
+        Row(point_name(m), m.kind, float(took), float(estimate), float(low), point_name(m) in fitted)
+        for m, took, estimate, low in zip(data.rows, data.measured, seconds, bound, strict=True)
     ]
 
 
@@ -149,6 +161,9 @@ def summarise(rows: Sequence[Row]) -> Summary:
 
 
 def summaries(rows: Sequence[Row]) -> dict[str, Summary]:
-    """Summaries of the rows held out from the fit, and of those fitted to; an empty group is left out."""
-    groups = {"held_out": [r for r in rows if not r.fitted], "fitted": [r for r in rows if r.fitted]}
+    """Summaries by kind, of the rows held out from the fit and of those fitted to; an empty group is left out."""
+    groups: dict[str, list[Row]] = {}
+    for kind in ("forward", "generation"):
+        groups[f"{kind}, held out"] = [r for r in rows if r.kind == kind and not r.fitted]
+        groups[f"{kind}, fitted"] = [r for r in rows if r.kind == kind and r.fitted]
     return {name: summarise(members) for name, members in groups.items() if members}

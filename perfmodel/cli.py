@@ -1,0 +1,348 @@
+"""`ridgepoint predict`, `sweep`, `calibrate` and `validate`. Torch-free; tables and fitting are imported when used."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hardware.files import UserError, plain, write_atomic
+from hardware.profile import HardwareProfile, load_profile
+from runtime.config import DecodingConfig, Workload
+
+if TYPE_CHECKING:
+    from perfmodel.experts import ExpertCoverage
+    from perfmodel.prediction import Prediction
+    from perfmodel.validation import Summary
+    from runtime.measurement import Measurement
+
+ModelOption = Annotated[str, typer.Option(help="A known model, or a checkpoint's folder or config.json.")]
+HardwareOption = Annotated[str, typer.Option(help="A known device, or a profile's YAML file.")]
+SamplerOption = Annotated[str, typer.Option(help="autoregressive or two_forward.")]
+DTypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).")
+]
+CoverageOption = Annotated[
+    str, typer.Option(help="uniform, uniform(SKIP_SHARE), correlated(RHO), all, min or measured:FILE.json.")
+]
+EngineOption = Annotated[
+    str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the kind of device).")
+]
+LengthOption = Annotated[float | None, typer.Option(help="Tokens committed per step, the verifier's own included.")]
+MeasurementsOption = Annotated[Path, typer.Option(help="A .jsonl file that `ridgepoint bench` wrote.")]
+MeasuredCoverageOption = Annotated[
+    str, typer.Option(help="recorded (what these rows counted), or a coverage as for predict.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this package's commands to the root command."""
+    app.command()(predict)
+    app.command()(sweep)
+    app.command()(calibrate)
+    app.command()(validate)
+
+
+def predict(
+    model: ModelOption,
+    hardware: HardwareOption,
+    batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 1,
+    context: Annotated[int, typer.Option(help="Cached tokens per sequence.")] = 2048,
+    sampler: SamplerOption = "autoregressive",
+    draft_tokens: Annotated[int, typer.Option(help="Drafts per step, K.")] = 16,
+    acceptance_length: LengthOption = None,
+    acceptance_histogram: Annotated[
+        str | None, typer.Option(help="Steps that accepted 0, 1, 2... drafts, as numbers with commas.")
+    ] = None,
+    mixing_weight: Annotated[float, typer.Option(help="Share of the autoregressive logits; 1 is lossless.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    dtype: DTypeOption = None,
+    expert_coverage: CoverageOption = "uniform",
+    engine: EngineOption = None,
+    as_json: Json = False,
+) -> None:
+    """Predict one decoding step: its time, what binds it, tokens per second and the speedup over autoregression."""
+    from perfmodel.decoding import predict as run
+    from perfmodel.model_spec import load_spec
+
+    device = load_profile(hardware)
+    decoding = DecodingConfig(
+        sampler=sampler,  # type: ignore[arg-type]  # the dataclass refuses unknown names
+        draft_tokens=draft_tokens,
+        mixing_weight=mixing_weight,
+        temperature=temperature,
+    )
+    workload = Workload(batch=batch, prompt_tokens=context, dtype=_dtype(dtype, device))  # type: ignore[arg-type]
+    prediction = run(
+        load_spec(model),
+        device,
+        workload,
+        decoding,
+        context=context,
+        acceptance_length=acceptance_length,
+        histogram=_numbers("acceptance-histogram", acceptance_histogram, float) if acceptance_histogram else None,
+        expert_coverage=expert_coverage,
+        engine=engine,
+    )
+    if as_json:
+        return _print_json(plain(prediction))
+    _print_prediction(prediction)
+
+
+def sweep(
+    model: ModelOption,
+    hardware: HardwareOption,
+    batch: Annotated[str, typer.Option(help="Numbers with commas.")] = "1,2,4,8,16,32,64,128",
+    context: Annotated[str, typer.Option(help="Numbers with commas.")] = "1024,4096,16384,65536",
+    draft_tokens: Annotated[str, typer.Option(help="Numbers with commas.")] = "16",
+    sampler: SamplerOption = "two_forward",
+    acceptance_length: LengthOption = None,
+    acceptance_rate: Annotated[
+        float | None, typer.Option(help="Probability that a draft is accepted, the same at every position.")
+    ] = None,
+    dtype: DTypeOption = None,
+    expert_coverage: CoverageOption = "uniform",
+    engine: EngineOption = None,
+    out: Annotated[Path | None, typer.Option(help="Write a .csv instead of printing a table.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict every combination of batch, context and draft tokens at once."""
+    from perfmodel.decoding import setting
+    from perfmodel.model_spec import load_spec
+    from perfmodel.sweep import acceptance_by_draft_tokens
+    from perfmodel.sweep import sweep as run
+
+    device = load_profile(hardware)
+    axes = {
+        name: _numbers(name, text, int)
+        for name, text in (("batch", batch), ("context", context), ("draft-tokens", draft_tokens))
+    }
+    decoding = DecodingConfig(sampler=sampler)  # type: ignore[arg-type]
+    lengths = acceptance_by_draft_tokens(decoding, axes["draft-tokens"], length=acceptance_length, rate=acceptance_rate)
+    at = setting(load_spec(model), device, _dtype(dtype, device), expert_coverage=expert_coverage, engine=engine)
+    grid = run(
+        at,
+        decoding,
+        batch=axes["batch"],
+        context=axes["context"],
+        draft_tokens=axes["draft-tokens"],
+        acceptance_length=lengths,
+    )
+    rows = list(grid.rows())
+    header = {"model": model, "hardware": device.name, "engine": at.engine.name, "sampler": sampler,
+              "dtype": at.device.dtype, "expert_coverage": str(at.coverage)}  # fmt: skip
+    if out is not None:
+        _write_csv(out, [header | row for row in rows])
+    if as_json:
+        return _print_json({**header, "out": str(out) if out else None, "rows": rows})
+    if out is not None:
+        print(f"written: {out} ({len(rows)} operating points)")
+        return
+    _print_table(
+        f"{model} on {device.name}, {sampler}, {at.device.dtype}, experts {at.coverage}, engine {at.engine.name}",
+        ("batch", "context", "K", "length", "step ms", "bound ms", "AR ms", "tokens/s", "speedup", "experts", "fits"),
+        [
+            (
+                str(r["batch"]),
+                str(r["context"]),
+                str(r["draft_tokens"]),
+                f"{r['acceptance_length']:.2f}",
+                _ms(r["step_seconds"]),
+                _ms(r["bound_step_seconds"]),
+                _ms(r["autoregressive_step_seconds"]),
+                f"{r['tokens_per_second']:.0f}",
+                f"{r['speedup_over_autoregressive']:.2f}",
+                f"{r['experts_per_layer']:.1f}",
+                "yes" if r["fits"] else "no",
+            )
+            for r in rows
+        ],
+    )
+
+
+def calibrate(
+    measurements: MeasurementsOption,
+    hardware: HardwareOption,
+    out: Annotated[Path, typer.Option(help="The engine's YAML file to write.")],
+    engine: EngineOption = None,
+    held_out: Annotated[float, typer.Option(help="Share of the operating points not to fit to.")] = 0.0,
+    expert_coverage: MeasuredCoverageOption = "recorded",
+    as_json: Json = False,
+) -> None:
+    """Fit an engine's few scales to measured forwards of one device, and write the engine with where they came from."""
+    from perfmodel.calibration import calibrate as run
+    from perfmodel.calibration import split
+    from perfmodel.engine import engine_for, save_engine
+    from perfmodel.validation import summaries
+    from perfmodel.validation import validate as check
+
+    if out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"an engine's file name must end in .yaml, but is {out.name!r}")
+    device = load_profile(hardware)
+    rows = _read(measurements)
+    coverage = _coverage(expert_coverage, rows)
+    kept, apart = split(rows, held_out)
+    start = engine_for(device, engine)
+    fitted = run(kept, device, start, source=measurements.name, expert_coverage=coverage)
+    path = save_engine(fitted, out)
+    found = summaries(check([*kept, *apart], device, engine=fitted, expert_coverage=coverage))
+    if as_json:
+        return _print_json(
+            {
+                "path": str(path),
+                "engine": fitted.name,
+                "scale": fitted.scale,
+                "points": len(fitted.fit.points) if fitted.fit else 0,
+                "summary": plain(found),
+            }
+        )
+    _print_table(
+        f"{fitted.name}, fitted to {measurements}",
+        ("scale", "before", "after"),
+        [(name, f"{start.scale_of(name):.3g}", f"{value:.3g}") for name, value in fitted.scale.items()],
+    )
+    _print_summaries(found)
+    print(f"written: {path}")
+
+
+def validate(
+    measurements: MeasurementsOption,
+    hardware: HardwareOption,
+    engine: EngineOption = None,
+    expert_coverage: MeasuredCoverageOption = "uniform",
+    as_json: Json = False,
+) -> None:
+    """Compare predictions with measured forwards and generations; rows an engine was fitted to are kept apart."""
+    from perfmodel.engine import engine_for
+    from perfmodel.validation import summaries
+    from perfmodel.validation import validate as run
+
+    device = load_profile(hardware)
+    rows = _read(measurements)
+    coverage = _coverage(expert_coverage, rows)
+    used = engine_for(device, engine)
+    found = run(rows, device, engine=used, expert_coverage=coverage)
+    summary = summaries(found)
+    if as_json:
+        header = {"hardware": device.name, "engine": used.name, "expert_coverage": str(coverage)}
+        return _print_json(
+            {**header, "summary": plain(summary), "rows": [{**plain(r), "error": r.error} for r in found]}
+        )
+    _print_summaries(summary)
+    worst = sorted(found, key=lambda r: -abs(r.error))[:10]
+    _print_table(
+        "largest errors",
+        ("point", "measured ms", "predicted ms", "bound ms", "error"),
+        [
+            (r.name, _ms(r.measured_seconds), _ms(r.predicted_seconds), _ms(r.bound_seconds), f"{r.error:+.0%}")
+            for r in worst
+        ],
+    )
+
+
+def _dtype(dtype: str | None, device: HardwareProfile) -> str:
+    return dtype or ("bfloat16" if device.kind == "gpu" else "float32")
+
+
+def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{option} must be numbers with commas between them, but is {text!r}") from error
+
+
+def _read(path: Path) -> list[Measurement]:
+    from runtime.measurement import read_jsonl
+
+    return read_jsonl(path)
+
+
+def _coverage(text: str, rows: Sequence[Measurement]) -> ExpertCoverage:
+    from perfmodel.experts import parse_coverage
+    from perfmodel.validation import recorded_coverage
+
+    return recorded_coverage(rows) if text == "recorded" else parse_coverage(text)
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}"
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _print_summaries(found: dict[str, Summary]) -> None:
+    _print_table(
+        "predicted against measured",
+        ("rows", "count", "median error", "mean error", "bias", "below the bound"),
+        [
+            (
+                name,
+                str(s.count),
+                f"{s.median_absolute_error:.1%}",
+                f"{s.mean_absolute_error:.1%}",
+                f"{s.bias:+.1%}",
+                str(s.bound_violations),
+            )
+            for name, s in found.items()
+        ],
+    )
+
+
+def _print_prediction(p: Prediction) -> None:
+    w, d = p.workload, p.decoding
+    drafts = "" if d.sampler == "autoregressive" else f", K = {d.draft_tokens}, {p.acceptance_length:.2f} tokens a step"
+    _print_table(
+        f"{p.model} on {p.hardware}: {d.sampler}{drafts}, batch {w.batch}, context {p.context}, {w.dtype}, "
+        f"engine {p.engine}, experts {p.expert_coverage}",
+        ("operator", "GFLOP", "MB", "launches", "ms", "bound ms", "of the step", "bound"),
+        [
+            (
+                o.name,
+                f"{o.flops / 1e9:.3g}",
+                f"{o.bytes / 1e6:.4g}",
+                f"{o.launches:.0f}",
+                _ms(o.seconds),
+                _ms(o.bound_seconds),
+                f"{o.seconds / p.step_seconds:.0%}",
+                o.bound,
+            )
+            for o in p.operators
+        ],
+    )
+    for f in p.forwards:
+        print(f"{f.name:8} {f.slots} slots: {_ms(f.seconds)} ms, {f.experts_per_layer:.1f} experts a layer, {f.bound}")
+    print(f"step     {_ms(p.step_seconds)} ms (roofline {_ms(p.bound_step_seconds)} ms), {p.bound}")
+    print(f"rate     {p.tokens_per_second:.0f} tokens/s (roofline {p.bound_tokens_per_second:.0f})")
+    print(
+        f"speedup  {p.speedup_over_autoregressive:.2f}x over autoregressive decoding "
+        f"({_ms(p.autoregressive_step_seconds)} ms a token)"
+    )
