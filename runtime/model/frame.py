@@ -15,7 +15,7 @@ from runtime.model.rotary import Rotary
 
 _FOLD_SLOTS = 64  # up to here the query heads of one KV head are folded into rows, so that K and V are read once
 
-Rows: TypeAlias = slice | Tensor  # along one dimension; a slice when it does not wrap, because a view costs less than a gather
+Rows: TypeAlias = slice | Tensor  # along one dimension; a slice where it does not wrap: a view costs less
 
 
 @dataclass
