@@ -18,7 +18,7 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _IGNORED_KEYS = frozenset(
     "architectures attention_dropout auto_map chunk_size_feed_forward dtype hidden_act id2label initializer_range "
     "is_encoder_decoder label2id model_type output_attentions output_hidden_states output_router_logits "
-    "problem_type return_dict torch_dtype transformers_version use_cache _name_or_path".split()
+    "partial_rotary_factor problem_type return_dict torch_dtype transformers_version use_cache _name_or_path".split()
 )
 
 
@@ -91,6 +91,11 @@ class ModelConfig:
             value = getattr(self, name)
             require(value >= 1, f"{name} >= 1 must hold, but got {value}")
         require(
+            self.cca_time0 + self.cca_time1 >= 3,
+            "cca_time0 + cca_time1 >= 3 must hold (the cache keeps the columns that the convolutions look back on), "
+            f"but got {self.cca_time0} + {self.cca_time1}",
+        )
+        require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_attention_heads must be a multiple of num_key_value_heads, "
             f"but got {self.num_attention_heads} and {self.num_key_value_heads}",
@@ -156,12 +161,18 @@ def model_config_from_json(path: Path) -> ModelConfig:
     kind = data.get("model_type")
     require(kind == "zaya", f"{path}: model_type must be 'zaya', but is {kind!r}")
     require(
-        data.get("hidden_act", "silu") == "silu", f"{path}: hidden_act must be 'silu', but is {data.get('hidden_act')!r}"
+        data.get("hidden_act", "silu") == "silu",
+        f"{path}: hidden_act must be 'silu', but is {data.get('hidden_act')!r}",
     )
     kept: dict[str, Any] = {k: v for k, v in data.items() if k not in _IGNORED_KEYS}
     rope = kept.get("rope_parameters")
-    if isinstance(rope, dict):  # the published config carries a stray top-level rope_type beside the nested ones
-        kept["rope_parameters"] = {k: v for k, v in rope.items() if isinstance(v, dict)}
+    if isinstance(rope, dict):  # the published config carries a stray rope_type beside the nested ones
+        # The reference rotates the whole head where an entry names no factor, and does not read the top-level one.
+        kept["rope_parameters"] = {
+            k: {"partial_rotary_factor": 1.0} | v if isinstance(v, dict) else v
+            for k, v in rope.items()
+            if k != "rope_type"
+        }
     elif rope is None:
         kept.pop("rope_parameters", None)
     if kept.get("layer_types") is None:
