@@ -115,7 +115,8 @@ def random_model(config: ModelConfig, *, seed: int = 0, device: str = "cpu", dty
 
 def save_model(model: Zaya, folder: Path, *, dtype: DType | None = None) -> None:
     """Write config.json and model.safetensors, each under a temporary name first. dtype: the stored type of weights."""
-    config = {k: v for k, v in plain(model.config).items() if v is not None}
+    # A None is written too: left out, the reader would take the default for it (eos_token_id: 106).
+    config = {k: v for k, v in plain(model.config).items() if v is not None or k != "mask_token_id"}
     stored = dtype or str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     config |= {"architectures": ["ZayaForCausalLM"], "model_type": "zaya", "hidden_act": "silu", "dtype": stored}
     tensors = {}
