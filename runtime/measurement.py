@@ -47,6 +47,11 @@ class Measurement:
     def __post_init__(self) -> None:
         require(len(self.seconds) >= 1, "a measurement must have at least one sample")
         require(min(self.seconds) > 0, f"seconds > 0 must hold, but got {min(self.seconds)}")
+        require(
+            len(self.tokens) == (len(self.seconds) if self.kind == "generation" else 0),
+            f"a {self.kind} has {'one token count per sample' if self.kind == 'generation' else 'no token counts'}, "
+            f"but got {len(self.tokens)} for {len(self.seconds)} samples",
+        )
 
     @property
     def median_seconds(self) -> float:
@@ -104,6 +109,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Measurement]:
             data = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not valid JSON: {error.msg}") from error
-        data.get("kernels", {})["experts"] = {int(k): v for k, v in data.get("kernels", {}).get("experts", {}).items()}
+        kernels = data.get("kernels") if isinstance(data, dict) else None
+        if isinstance(kernels, dict) and isinstance(kernels.get("experts"), dict):  # JSON has no integer keys
+            kernels["experts"] = {int(k) if k.isdecimal() else k: v for k, v in kernels["experts"].items()}
         records.append(build(Measurement, data, f"{path} line {number}"))
     return records
