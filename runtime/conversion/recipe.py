@@ -62,6 +62,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(len(self.stages) >= 1, "stages must have at least one entry")
+        names = [stage.name for stage in self.stages]
+        require(len(set(names)) == len(names), f"stages must have different names (each has a folder), but got {names}")
         for stage in self.stages:
             require(
                 stage.objective == "next_token" or self.model.mask_token_id is not None,

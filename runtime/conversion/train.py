@@ -22,6 +22,7 @@ from runtime.model.moe import Router
 from runtime.model.zaya import Zaya
 
 LOG_EVERY, SAVE_EVERY = 10, 100
+_STAGE = 10**9  # positions of one stage: more than it can have steps
 
 
 @dataclass
@@ -133,11 +134,16 @@ def _open(recipe: Recipe, out: Path, start_from: str | None) -> _Run:
         return run
     progress = read_json(out / "progress.json")
     require(progress.get("recipe") == plain(recipe), f"{out} holds a run of another recipe; choose another folder")
-    run.stage, run.step = int(progress["stage"]), int(progress["step"])
-    run.losses = json.loads((out / "losses.json").read_text()) if (out / "losses.json").is_file() else []
-    run.losses = run.losses[: int(progress["logged"])]
     tensors = load_tensors(out / "state.safetensors")
-    require(int(tensors.pop("position")) == _position(run), f"{out}: state.safetensors is not of progress.json's step")
+    require("position" in tensors, f"{out / 'state.safetensors'} is no saved state of a training run")
+    # This file alone says how far the run came: after a kill between two writes the others may be one save apart.
+    run.stage, run.step = divmod(int(tensors.pop("position")), _STAGE)
+    try:
+        place = {stage.name: index * _STAGE for index, stage in enumerate(recipe.stages)}
+        entries = json.loads((out / "losses.json").read_text(encoding="utf-8"))
+        run.losses = [e for e in entries if place[e["stage"]] + e["step"] <= _position(run)]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"cannot read {out / 'losses.json'}: {error!r}") from error
     with torch.no_grad():
         for name, value in model.state_dict().items():
             value.copy_(tensors.get(f"model.{name}", value))  # a tied head is stored once
@@ -150,7 +156,7 @@ def _open(recipe: Recipe, out: Path, start_from: str | None) -> _Run:
 
 
 def _position(run: _Run) -> int:
-    return run.stage * 10**9 + run.step
+    return run.stage * _STAGE + run.step
 
 
 def _save(run: _Run, recipe: Recipe, out: Path) -> None:
@@ -161,7 +167,7 @@ def _save(run: _Run, recipe: Recipe, out: Path) -> None:
         for key, value in run.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value)
     tensors["position"] = torch.tensor(_position(run))
-    save_tensors(tensors, out / "state.safetensors")
     write_atomic(out / "losses.json", json.dumps(run.losses))
-    progress = {"recipe": plain(recipe), "stage": run.stage, "step": run.step, "logged": len(run.losses)}
+    save_tensors(tensors, out / "state.safetensors")
+    progress = {"recipe": plain(recipe), "stage": run.stage, "step": run.step}
     write_atomic(out / "progress.json", json.dumps(progress, indent=1))
