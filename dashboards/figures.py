@@ -1,0 +1,321 @@
+"""Figures of predictions, shared by report and dashboard: `*_info(data)` gives plain data, `*_plot(info)` draws it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from dashboards.style import BOUND_COLOURS, GREY, PALETTE, SYMBOLS, base_figure, safe
+from dashboards.words import quantity, rate
+from hardware.files import known
+from hardware.profile import HardwareProfile
+from perfmodel.prediction import Bound, Prediction
+from perfmodel.sweep import Sweep
+
+
+@dataclass(frozen=True)
+class Roof:
+    """A device's datasheet ceilings for one dtype; `levels` are (memory level, bandwidth), main memory last."""
+
+    hardware: str
+    dtype: str
+    peak_flops_per_second: float
+    levels: tuple[tuple[str, float], ...]
+
+    @property
+    def ridge_point(self) -> float:
+        """FLOPs per byte at which main memory and compute bind alike."""
+        return self.peak_flops_per_second / self.levels[-1][1]
+
+    def at(self, intensity: float, level: int = -1) -> float:
+        """FLOP/s attainable at an arithmetic intensity in FLOPs per byte."""
+        return min(self.peak_flops_per_second, intensity * self.levels[level][1])
+
+
+@dataclass(frozen=True)
+class RooflinePoint:
+    """A step, or one of its operators: estimated and bound FLOP/s at its arithmetic intensity in FLOPs per byte."""
+
+    label: str
+    hardware: str
+    sampler: str
+    intensity: float
+    flops_per_second: float
+    bound_flops_per_second: float
+    bound: Bound
+
+
+@dataclass(frozen=True)
+class RooflineInfo:
+    """Roofs, whole decoding steps (`points`) and the operators in them."""
+
+    roofs: tuple[Roof, ...]
+    points: tuple[RooflinePoint, ...]
+    operators: tuple[RooflinePoint, ...]
+
+
+def roof(hardware: HardwareProfile, dtype: str) -> Roof:
+    """The datasheet ceilings of a device. UserError for a dtype without a peak."""
+    peaks = {str(name): value for name, value in hardware.peak_flops_per_second.items()}
+    if dtype not in peaks:
+        raise known(f"dtype of {hardware.name}", dtype, peaks)
+    rates = [(level.name, level.peak_bandwidth_bytes_per_second) for level in hardware.memory]
+    return Roof(hardware.name, dtype, peaks[dtype], tuple((name, r) for name, r in rates if r is not None))
+
+
+def roofline_info(profiles: Sequence[HardwareProfile], predictions: Sequence[Prediction]) -> RooflineInfo:
+    """Where the steps of `predictions`, and their operators that compute, lie under the roofs of their devices.
+
+    Operators without FLOPs (norms, the sampler) count in their step and have no point of their own on logarithmic axes.
+    """
+    by_name = {profile.name: profile for profile in profiles}
+    points, operators, roofs = [], [], {}
+    for p in predictions:
+        if p.hardware not in by_name:
+            raise known("hardware of a prediction", p.hardware, by_name)
+        roofs[p.hardware, p.workload.dtype] = roof(by_name[p.hardware], p.workload.dtype)
+        flops, moved = sum(op.flops for op in p.operators), sum(op.bytes for op in p.operators)
+        label = f"{p.model}, {_step_name(p)}"
+        points.append(
+            RooflinePoint(
+                label,
+                p.hardware,
+                p.decoding.sampler,
+                flops / moved,
+                flops / p.step_seconds,
+                flops / p.bound_step_seconds,
+                p.bound,
+            )
+        )
+        operators += [
+            RooflinePoint(
+                f"{op.name} ({label})", p.hardware, p.decoding.sampler, op.arithmetic_intensity, op.flops / op.seconds,
+                op.flops / op.bound_seconds, op.bound,
+            )
+            for op in p.operators
+            if op.flops > 0 and op.bytes > 0 and op.bound_seconds > 0
+        ]  # fmt: skip
+    return RooflineInfo(tuple(roofs.values()), tuple(points), tuple(operators))
+
+
+def roofline_plot(info: RooflineInfo) -> go.Figure:
+    """Logarithmic axes: solid lines are main memory's roofs, dotted ones those of caches; large symbols are steps."""
+    figure = base_figure("arithmetic intensity (FLOP/byte)", "performance (FLOP/s)")
+    devices = list(dict.fromkeys(r.hardware for r in info.roofs))
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(devices)}
+    everything = [*info.points, *info.operators]
+    low = min([p.intensity for p in everything] + [r.ridge_point for r in info.roofs], default=1.0) / 3
+    high = max([p.intensity for p in everything] + [r.ridge_point for r in info.roofs], default=1.0) * 5
+    for r in info.roofs:
+        peak = quantity(r.peak_flops_per_second, "FLOP/s")
+        for level, (name, bandwidth) in enumerate(r.levels):
+            ridge = r.peak_flops_per_second / bandwidth
+            x = [low, max(ridge, low), high] if low < ridge else [low, high]
+            main = level == len(r.levels) - 1
+            label = f"{r.hardware}: {peak} {r.dtype}, {quantity(bandwidth, 'B/s')}, ridge {ridge:.3g} FLOP/B"
+            figure.add_scatter(
+                x=x,
+                y=[r.at(v, level) for v in x],
+                mode="lines",
+                line={"color": colours[r.hardware], "width": 2.5 if main else 1, "dash": "solid" if main else "dot"},
+                name=safe(label),
+                showlegend=main,
+                hovertemplate=safe(f"{r.hardware}, {name}: {quantity(bandwidth, 'B/s')}") + "<extra></extra>",
+            )
+    for group, size, opacity in ((info.operators, 7, 0.45), (info.points, 16, 1.0)):
+        for hardware, sampler in dict.fromkeys((p.hardware, p.sampler) for p in group):
+            chosen = [p for p in group if (p.hardware, p.sampler) == (hardware, sampler)]
+            figure.add_scatter(
+                x=[p.intensity for p in chosen],
+                y=[p.flops_per_second for p in chosen],
+                mode="markers",
+                marker={
+                    "color": colours.get(hardware, GREY),
+                    "symbol": "circle" if sampler == "autoregressive" else "diamond",
+                    "size": size,
+                    "opacity": opacity,
+                    "line": {"color": "white", "width": 1},
+                },
+                name=safe(f"{hardware}: {sampler} step"),
+                showlegend=size > 10,
+                text=[_point_text(p) for p in chosen],
+                hovertemplate="%{text}<extra></extra>",
+            )
+    lowest = min([p.flops_per_second for p in everything] + [r.at(low) for r in info.roofs], default=1.0)
+    highest = max((r.peak_flops_per_second for r in info.roofs), default=1.0)
+    powers = [10.0**n for n in range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)]
+    figure.update_xaxes(type="log", exponentformat="power", dtick=1)
+    figure.update_yaxes(type="log", tickvals=powers, ticktext=[quantity(v, "") for v in powers])
+    figure.update_layout(height=500)
+    return figure
+
+
+def _point_text(p: RooflinePoint) -> str:
+    lines = (
+        f"{p.hardware}: {p.label}",
+        f"{p.intensity:.3g} FLOP/B, estimated {quantity(p.flops_per_second, 'FLOP/s')}",
+        f"bound {quantity(p.bound_flops_per_second, 'FLOP/s')}; {p.bound} takes most of the time",
+    )
+    return "<br>".join(map(safe, lines))
+
+
+@dataclass(frozen=True)
+class SpeedupLine:
+    """Speedup over autoregressive decoding at each batch that fits the device's memory."""
+
+    label: str
+    batch: tuple[int, ...]
+    speedup: tuple[float, ...]
+    tokens_per_second: tuple[float, ...]
+    acceptance_length: float
+
+    @property
+    def last_batch_that_pays(self) -> int | None:
+        """The largest batch of the line with a speedup above 1, if any."""
+        return max((b for b, s in zip(self.batch, self.speedup, strict=True) if s > 1), default=None)
+
+
+@dataclass(frozen=True)
+class SpeedupInfo:
+    """One line per sweep; `left_out` names those for which no batch fits."""
+
+    lines: tuple[SpeedupLine, ...]
+    left_out: tuple[str, ...]
+
+
+def speedup_info(sweeps: Mapping[str, Sweep]) -> SpeedupInfo:
+    """The lines of sweeps over the batch, at their first context and K; batches beyond the memory are dropped."""
+    lines = []
+    for label, s in sweeps.items():
+        at = (s.fits[:, 0, 0], 0, 0)
+        if s.fits[:, 0, 0].any():
+            lines.append(
+                SpeedupLine(
+                    label,
+                    tuple(map(int, s.batch[at[0]])),
+                    tuple(map(float, s.speedup_over_autoregressive[at])),
+                    tuple(map(float, s.tokens_per_second[at])),
+                    float(s.acceptance_length[0]),
+                )
+            )
+    names = {line.label for line in lines}
+    return SpeedupInfo(tuple(lines), tuple(label for label in sweeps if label not in names))
+
+
+def speedup_plot(info: SpeedupInfo) -> go.Figure:
+    """Break-even as a solid line; dashed, the speedup if a step cost no more than an autoregressive one."""
+    figure = base_figure("batch (sequences)", "speedup over autoregressive (x)")
+    for i, line in enumerate(info.lines):
+        figure.add_scatter(
+            x=list(line.batch),
+            y=list(line.speedup),
+            mode="lines+markers",
+            name=safe(line.label),
+            line={"color": PALETTE[i % len(PALETTE)], "width": 2.5},
+            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
+            text=[rate(t) for t in line.tokens_per_second],
+            hovertemplate="batch %{x}: %{y:.2f}x, %{text}<extra>" + safe(line.label) + "</extra>",
+        )
+    figure.add_hline(
+        y=1, line={"color": GREY, "width": 1.5}, annotation_text="break-even", annotation_position="bottom left"
+    )
+    for length in sorted({line.acceptance_length for line in info.lines}):
+        figure.add_hline(
+            y=length,
+            line={"color": GREY, "width": 1, "dash": "dash"},
+            annotation_text=f"{length:.3g} tokens a step, if a step cost one autoregressive step",
+            annotation_position="top left",
+        )
+    batches = sorted({b for line in info.lines for b in line.batch})
+    powers = [b for b in batches if b & (b - 1) == 0]
+    figure.update_xaxes(type="log", tickvals=powers, ticktext=list(map(str, powers)))
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One operator's seconds in a step, and what they are made of for the most part."""
+
+    operator: str
+    seconds: float
+    bound: Bound
+
+
+@dataclass(frozen=True)
+class StepBar:
+    """One decoding step; the segments add up to its seconds."""
+
+    label: str
+    seconds: float
+    seconds_per_token: float  # of one sequence
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class StepTimeInfo:
+    """Bars in the order in which they are drawn, from the top."""
+
+    bars: tuple[StepBar, ...]
+
+
+def step_time_info(predictions: Sequence[Prediction]) -> StepTimeInfo:
+    """One bar per prediction, its operators in the order of the forward."""
+    bars = []
+    for p in predictions:
+        segments = tuple(Segment(op.name, op.seconds, op.bound) for op in p.operators)
+        per_token = p.step_seconds / p.acceptance_length
+        bars.append(StepBar(f"{p.hardware}: {_step_name(p)}", p.step_seconds, per_token, segments))
+    return StepTimeInfo(tuple(bars))
+
+
+def step_time_plot(info: StepTimeInfo) -> go.Figure:
+    """Horizontal bars, one segment per operator in the colour (and pattern) of what binds it."""
+    longest = max((bar.seconds for bar in info.bars), default=1.0)
+    factor, unit = (1e3, "ms") if longest >= 1e-3 else (1e6, "µs")
+    figure = base_figure(f"time of one decoding step ({unit})", "")
+    labels = [
+        safe(bar.label) + f"<br>{quantity(bar.seconds, 's')}, {quantity(bar.seconds_per_token, 's')} a token"
+        for bar in info.bars
+    ]
+    patterns: dict[Bound, str] = {"memory": "", "compute": "/", "overhead": "."}
+    pattern = {"fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.35, "size": 6, "solidity": 0.2}
+    for name in dict.fromkeys(s.operator for bar in info.bars for s in bar.segments):
+        found = [next((s for s in bar.segments if s.operator == name), None) for bar in info.bars]
+        present = [(label, s) for label, s in zip(labels, found, strict=True) if s is not None]
+        figure.add_bar(
+            y=[label for label, _ in present],
+            x=[s.seconds * factor for _, s in present],
+            orientation="h",
+            marker={
+                "color": [BOUND_COLOURS[s.bound] for _, s in present],
+                "pattern": {**pattern, "shape": [patterns[s.bound] for _, s in present]},
+                "line": {"color": "white", "width": 1},
+            },
+            text=[safe(name) if s.seconds > 0.08 * longest else "" for _, s in present],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            showlegend=False,
+            customdata=[[quantity(s.seconds, "s"), s.bound] for _, s in present],
+            hovertemplate=safe(name) + ": %{customdata[0]}, mostly %{customdata[1]}<extra>%{y}</extra>",
+        )
+    for bound, colour in BOUND_COLOURS.items():  # the legend says what the colours mean
+        figure.add_bar(
+            y=labels[:1],
+            x=[0],
+            orientation="h",
+            name=f"{bound}-bound",
+            marker={"color": colour, "pattern": {**pattern, "shape": patterns[bound]}},
+        )
+    figure.update_layout(barmode="stack", height=190 + 62 * len(info.bars))
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def _step_name(p: Prediction) -> str:
+    drafts = "" if p.decoding.sampler == "autoregressive" else f" K={p.decoding.draft_tokens}"
+    return f"{p.decoding.sampler}{drafts}, batch {p.workload.batch}"

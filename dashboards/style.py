@@ -1,0 +1,50 @@
+"""The look that all figures share: colours, axes, safe labels.
+
+Colours are those of Okabe and Ito (2008), which remain apart for colour-blind readers; symbols and dashes repeat what
+they say. Backgrounds are transparent and no text colour is set: a figure sits on a light page and on a dark one.
+"""
+
+from __future__ import annotations
+
+import html
+
+import plotly.graph_objects as go
+
+from perfmodel.prediction import Bound
+
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+BOUND_COLOURS: dict[Bound, str] = {"memory": BLUE, "compute": VERMILLION, "overhead": ORANGE}
+GREY = "#8A8A8A"
+GRID = "rgba(128,128,128,0.25)"
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
+
+
+def base_figure(x: str, y: str) -> go.Figure:
+    figure = go.Figure()
+    figure.update_layout(
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"size": 13},
+        margin={"l": 70, "r": 20, "t": 25, "b": 60},
+        height=440,
+        legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
+        hoverlabel={"align": "left"},
+    )
+    axis = {
+        "gridcolor": GRID,
+        "linecolor": GREY,
+        "zeroline": False,
+        "ticks": "outside",
+        "tickcolor": GRID,
+        "automargin": True,
+    }
+    figure.update_xaxes(title_text=x, **axis)
+    figure.update_yaxes(title_text=y, **axis)
+    return figure
+
+
+def safe(text: str) -> str:
+    """Plotly reads a little HTML in labels: names that come from files must stay text."""
+    return html.escape(text, quote=False)

@@ -1,0 +1,58 @@
+"""Numbers and answers in words, the same in the report, on the page and on the terminal. Torch-free."""
+
+from __future__ import annotations
+
+from perfmodel.prediction import Prediction
+
+_PREFIXES = (
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+    (1.0, ""),
+    (1e-3, "m"),
+    (1e-6, "µ"),
+    (1e-9, "n"),
+)
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value in base SI units with three digits and a prefix: `quantity(0.0124, "s")` is "12.4 ms"."""
+    size = abs(value)
+    factor, prefix = next(((f, p) for f, p in _PREFIXES if size >= 0.9995 * f), _PREFIXES[-1] if value else (1.0, ""))
+    scaled = f"{value / factor:.3g}"
+    return f"{scaled if 'e' not in scaled else f'{value / factor:.0f}'} {prefix}{unit}".rstrip()
+
+
+def rate(tokens_per_second: float) -> str:
+    """Tokens per second with thousands separated, one decimal below 100."""
+    digits = 1 if tokens_per_second < 100 else 0
+    return f"{tokens_per_second:,.{digits}f} tokens/s"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage: one decimal below 10%."""
+    value = 100 * share
+    return f"{value:.1f}%" if abs(value) < 9.95 else f"{value:.0f}%"
+
+
+def break_even_length(prediction: Prediction) -> float:
+    """Tokens a step must commit to be as fast as autoregressive decoding: its cost in autoregressive steps."""
+    return prediction.step_seconds / prediction.autoregressive_step_seconds
+
+
+def verdict(prediction: Prediction) -> str:
+    """Does drafting pay at this operating point, in one sentence with the numbers it follows from."""
+    where = f"On {prediction.hardware} at batch {prediction.workload.batch} and context {prediction.context}"
+    if prediction.decoding.sampler == "autoregressive":
+        return (
+            f"{where}, autoregressive decoding takes {quantity(prediction.step_seconds, 's')} a step and gives "
+            f"{rate(prediction.tokens_per_second)}."
+        )
+    length, speedup = prediction.acceptance_length, prediction.speedup_over_autoregressive
+    return (
+        f"{where}, a {prediction.decoding.sampler} step costs as much as {break_even_length(prediction):.2f} "
+        f"autoregressive steps, the acceptance length at which it breaks even: at {length:.2f} tokens a step "
+        f"drafting {'pays' if speedup > 1 else 'does not pay'}, {speedup:.2f}x."
+    )
