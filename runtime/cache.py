@@ -34,6 +34,7 @@ class Cache:
         self.capacity = capacity
         self.ring = max_slots + config.conv_history
         self.lengths = [0] * batch
+        self.written = [0] * batch  # the furthest position, plus one, that a column was written for
         kv = (batch, capacity, config.num_key_value_heads, config.head_dim)
         column = config.query_size + config.kv_size + config.kv_size // 2
         layers = range(config.num_hidden_layers)
@@ -46,18 +47,28 @@ class Cache:
         """Sequences held."""
         return len(self.lengths)
 
+    def wrote(self, counts: list[int]) -> None:
+        """Note that a forward wrote the columns of `counts[b]` slots behind the lengths, accepted or not."""
+        self.written = [max(w, n + c) for w, n, c in zip(self.written, self.lengths, counts, strict=True)]
+
     def advance(self, counts: list[int]) -> None:
         """Commit `counts[b]` of the slots that the last forward wrote for sequence b. All others are rejected."""
-        self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+        self._move([n + c for n, c in zip(self.lengths, counts, strict=True)])
 
     def rollback(self, lengths: list[int]) -> None:
-        """Shorten the sequences. A cut deeper than `max_slots` tokens would need columns that the ring has dropped."""
-        slack = self.ring - self.config.conv_history
+        """Shorten the sequences. UserError for a length whose columns the ring no longer has, or for a longer one."""
         for old, new in zip(self.lengths, lengths, strict=True):
+            require(0 <= new <= old, f"a rollback shortens: 0 <= length <= {old} must hold, but got {new}")
+        self._move(list(lengths))
+
+    def _move(self, lengths: list[int]) -> None:
+        slack = self.ring - self.config.conv_history
+        for new, written in zip(lengths, self.written, strict=True):
             require(
-                0 <= new <= old and old - new <= slack, f"rollback of at most {slack} tokens holds, got {old} to {new}"
+                written - slack <= new <= written,
+                f"a length must be at most {slack} short of the {written} positions written, but got {new}",
             )
-        self.lengths = list(lengths)
+        self.lengths = lengths
 
     def select(self, rows: list[int]) -> None:
         """Keep only these sequences, in this order."""
@@ -66,6 +77,7 @@ class Cache:
             for layer, tensor in enumerate(store):
                 store[layer] = tensor.index_select(0, index)
         self.lengths = [self.lengths[r] for r in rows]
+        self.written = [self.written[r] for r in rows]
 
     def state(self, row: int) -> dict[str, Tensor]:
         """Everything the next forward can read of one sequence, by name: for comparing two histories."""

@@ -109,6 +109,8 @@ def build_frame(
     )
     if cache is not None:
         _place(frame, layout, cache, counts, config.conv_history)
+        if layout.committed:
+            cache.wrote(counts or [layout.committed] * batch)
     return frame
 
 

@@ -26,7 +26,8 @@ class Rotary:
         key = (kind, dtype, device)
         table = self._tables.get(key)
         if table is None or table[0].shape[0] < end:
-            table = self._tables[key] = self._table(kind, max(256, 1 << (end - 1).bit_length()), dtype, device)
+            with torch.inference_mode(False):  # kept for later calls, and a training one saves them for its backward
+                table = self._tables[key] = self._table(kind, max(256, 1 << (end - 1).bit_length()), dtype, device)
         cos, sin, swap = table
         return cos[positions], sin[positions], swap
 
