@@ -20,7 +20,7 @@ from runtime.measurement import Measurement
 # Log error beyond which a row's pull grows only linearly: other work on the machine must not bend the fit.
 _OUTLIER = 0.1
 # Log scale that costs as much as a row that is off by _OUTLIER: a parameter that no row shows keeps its value.
-_PRIOR = 0.3
+_PRIOR = 1.0
 
 
 def split(measurements: Sequence[Measurement], held_out: float) -> tuple[list[Measurement], list[Measurement]]:

@@ -104,7 +104,7 @@ def _cost(
     flops: Array | None = None,
     least_flops: Array | None = None,
 ) -> OperatorCost:
-    """Arrays of `like`'s shape. Bytes are of one layer, done `repeat` times; FLOPs (default: the matmuls') are of all."""
+    """Arrays of `like`'s shape. Bytes are of one layer, done `repeat` times; FLOPs (default: the matmuls') of all."""
     zero = np.zeros(np.shape(like))
     done = sum((m.flops for m in matmuls), zero) if flops is None else zero + flops
     moved = zero + activation_set_bytes

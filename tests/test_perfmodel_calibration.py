@@ -1,0 +1,194 @@
+"""Calibration and validation on made-up measurements whose law is known, and their commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ridgepoint
+from hardware.files import UserError
+from hardware.profile import save_profile
+from perfmodel.calibration import calibrate, split
+from perfmodel.decoding import setting, time_step
+from perfmodel.engine import EngineProfile, load_engine, save_engine
+from perfmodel.experts import ExpertCoverage
+from perfmodel.model_spec import load_spec
+from perfmodel.validation import (
+    MeasuredPoints,
+    Row,
+    point_name,
+    recorded_coverage,
+    summaries,
+    summarise,
+    validate,
+)
+from runtime.config import DecodingConfig, KernelConfig, Workload, replace
+from runtime.measurement import Measurement, append_jsonl
+from tests.perfmodel_cpu import made_up_cpu
+
+CPU = made_up_cpu()
+TRUTH = {"dispatch": 4.0, "matmul": 0.6, "attention": 0.3, "cache": 0.25, "activations": 0.5}
+
+
+def engine(**scale: float) -> EngineProfile:
+    return dataclasses.replace(load_engine("ridgepoint-cpu"), scale=scale)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    data = {
+        "model_type": "zaya", "vocab_size": 264, "hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8, "moe_intermediate_size": 192,
+        "router_hidden_size": 64, "max_position_embeddings": 2048, "eos_token_id": 1,
+    }  # fmt: skip
+    folder = tmp_path / "made-up"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(data))
+    return str(folder)
+
+
+def measurement(model: str, batch: int, slots: int, context: int, mode: str, seconds: list[float]) -> Measurement:
+    return Measurement(
+        kind="forward",
+        model=model,
+        model_hash="0",
+        device={},
+        command="made up",
+        commit="0",
+        date="2026-01-01",
+        workload=Workload(batch=batch),
+        decoding=DecodingConfig(),
+        kernels=KernelConfig({1_000_000: mode}, threads=1),  # type: ignore[dict-item]
+        slots=slots,
+        context=context,
+        seconds=tuple(seconds),
+        experts_per_layer=float(ExpertCoverage().distinct(batch, slots, 8)),
+    )
+
+
+def grid(model: str, *, noise: float, slow_share: float = 0.0) -> list[Measurement]:
+    """Forwards of a machine that follows TRUTH, with multiplicative noise and a share that other work made slow."""
+    rng = np.random.default_rng(7)
+    rows = [
+        measurement(model, batch, slots, context, mode, [1.0])
+        for batch in (1, 2, 4, 8, 16)
+        for slots in (1, 5, 9, 17, 25)
+        for context in (64, 256, 768)
+        for mode in ("loop", "grouped")
+    ]
+    seconds, _ = MeasuredPoints(rows, CPU, "uniform").predict(engine(**TRUTH))
+    seconds = seconds * np.exp(rng.normal(0, noise, len(rows)))
+    seconds = np.where(rng.random(len(rows)) < slow_share, 2.5 * seconds, seconds)
+    return [replace(row, seconds=(float(s),)) for row, s in zip(rows, seconds, strict=True)]
+
+
+def test_calibration_finds_the_scales_despite_noise_and_outliers(model: str) -> None:
+    kept, apart = split(grid(model, noise=0.05, slow_share=0.08), 0.5)
+    fitted = calibrate(kept, CPU, engine(), source="made up")
+    assert fitted.scale["dispatch"] == pytest.approx(TRUTH["dispatch"], rel=0.05)
+    for name in ("matmul", "attention", "cache"):  # moving activations is too small a share here to be seen
+        assert fitted.scale[name] == pytest.approx(TRUTH[name], rel=0.25), name  # type: ignore[index]
+    held_out = summaries(validate(apart, CPU, engine=fitted))["forward, held out"]
+    assert held_out.median_absolute_error < 0.06
+    assert abs(held_out.bias) < 0.03
+    before = summaries(validate(apart, CPU, engine=engine()))["forward, held out"]
+    assert before.median_absolute_error > 0.3
+
+
+def test_what_no_row_shows_is_left_alone(model: str) -> None:
+    """One slot over short contexts says nothing about attention's arithmetic."""
+    rows = [measurement(model, b, 1, c, "loop", [1.0]) for b in (1, 2) for c in (8, 12, 16, 20, 24, 28)]
+    seconds, _ = MeasuredPoints(rows, CPU, "uniform").predict(engine(dispatch=3.0))
+    rows = [replace(row, seconds=(float(s),)) for row, s in zip(rows, seconds, strict=True)]
+    fitted = calibrate(rows, CPU, engine(), source="made up")
+    assert fitted.scale["attention"] == pytest.approx(1, rel=0.1)
+    assert fitted.scale["dispatch"] == pytest.approx(3, rel=0.1)
+
+
+def test_the_split_is_by_point_and_repeatable(model: str) -> None:
+    rows = grid(model, noise=0.01)
+    kept, apart = split([*rows, *rows], 0.3)
+    assert not {point_name(m) for m in kept} & {point_name(m) for m in apart}
+    assert len(kept) + len(apart) == 2 * len(rows)
+    assert 0.2 < len(apart) / (2 * len(rows)) < 0.4
+    assert split(list(reversed(rows)), 0.3)[1] == list(reversed(split(rows, 0.3)[1]))
+    assert split(rows, 0.0)[1] == []
+
+
+def test_fitted_rows_are_told_from_held_out_ones(model: str, tmp_path: Path) -> None:
+    kept, apart = split(grid(model, noise=0.02), 0.4)
+    fitted = calibrate(kept, CPU, engine(), source="made up")
+    again = load_engine(str(save_engine(fitted, tmp_path / "fitted.yaml")))
+    assert again == fitted
+    found = summaries(validate([*kept, *apart], CPU, engine=again))
+    assert {name: s.count for name, s in found.items()} == {
+        "forward, held out": len(apart),
+        "forward, fitted": len(kept),
+    }
+
+
+def test_a_generation_is_compared_by_its_mean_step(model: str) -> None:
+    decoding = DecodingConfig("two_forward", draft_tokens=4)
+    at = setting(load_spec(model), CPU, "float32", engine=engine(**TRUTH), kernels=KernelConfig({1: "loop"}, threads=1))
+    step = float(time_step(at, decoding, 2, 100, 4).seconds)
+    row = replace(
+        measurement(model, 2, 5, 100, "loop", [10 * step, 30 * step]),
+        kind="generation",
+        decoding=decoding,
+        forwards=80,
+        tokens=(60, 180),
+        acceptance_histogram=(10, 10, 10, 5, 5),
+    )
+    (found,) = validate([row], CPU, engine=engine(**TRUTH))
+    assert found.kind == "generation"
+    assert found.error == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UserError, match="forward"):
+        calibrate([row], CPU, engine(), source="made up")
+
+
+def test_a_row_below_its_bound_is_counted() -> None:
+    rows = [Row("a", "forward", 1.0, 1.2, 0.5, False), Row("b", "forward", 1.0, 0.9, 1.1, False)]
+    found = summarise(rows)
+    assert (found.count, found.bound_violations) == (2, 1)
+    assert found.mean_absolute_error == pytest.approx(0.15)
+    assert found.bias == pytest.approx(0.05)
+
+
+def test_recorded_experts_become_coverage(model: str) -> None:
+    rows = [replace(measurement(model, b, 4, 64, "loop", [1.0]), experts_per_layer=x) for b, x in ((1, 2.0), (4, 4.0))]
+    coverage = recorded_coverage(rows)
+    assert coverage.distinct(2, 4, 8) == pytest.approx(3.0)
+    few = summarise(validate(rows, CPU, engine=engine(), expert_coverage=coverage))
+    assert few.count == 2
+    with pytest.raises(UserError, match="experts_per_layer"):
+        recorded_coverage([replace(rows[0], experts_per_layer=None)])
+
+
+def test_too_few_points_are_refused(model: str) -> None:
+    with pytest.raises(UserError, match="at least 10 operating points, but got 1"):
+        calibrate([measurement(model, 1, 1, 64, "loop", [1e-3])] * 20, CPU, engine(), source="made up")
+
+
+def test_the_commands(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, profile, out = tmp_path / "rows.jsonl", tmp_path / "cpu.yaml", tmp_path / "engine.yaml"
+    for row in grid(model, noise=0.03):
+        append_jsonl(rows, row)
+    save_profile(CPU, profile)
+    options = ["--measurements", str(rows), "--hardware", str(profile)]
+    assert ridgepoint.main(["calibrate", *options, "--held-out", "0.5", "--out", str(out), "--json"]) == 0
+    text, progress = capsys.readouterr()
+    document = json.loads(text)
+    assert progress == ""
+    assert document["summary"]["forward, held out"]["median_absolute_error"] < 0.1
+    assert ridgepoint.main(["validate", *options, "--engine", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document["summary"]) == {"forward, held out", "forward, fitted"}
+    assert len(document["rows"]) == 150
+    assert ridgepoint.main(["validate", *options, "--engine", str(out)]) == 0
+    assert "held out" in capsys.readouterr().out
+    assert ridgepoint.main(["calibrate", *options, "--out", str(tmp_path / "engine.txt")]) == 2
+    assert ".yaml" in capsys.readouterr().err
