@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,8 +24,9 @@ from hardware.files import UserError, known
 from hardware.fingerprint import fingerprint, git_commit
 from runtime.cache import Cache
 from runtime.checkpoint import model_hash
-from runtime.config import DecodingConfig, DType, KernelConfig, Workload, require
-from runtime.engine import PREFILL_TOKENS, apply_kernels, generate
+from runtime.config import DTYPE_BYTES, DecodingConfig, DType, KernelConfig, Workload, require
+from runtime.conversion.tasks import FAMILIES, draw
+from runtime.engine import PREFILL_TOKENS, GenerationResult, apply_kernels, generate
 from runtime.layout import causal, draft
 from runtime.measurement import Kind, Measurement
 from runtime.model.zaya import Zaya
@@ -79,12 +81,9 @@ class Prefilled:
 
 def token_rows(model: Zaya, batch: int, length: int, *, seed: int = 0) -> list[list[int]]:
     """Rows of `length` tokens: held-out tasks for the byte vocabulary of zaya-nano, random ids for any other."""
+    rng = random.Random(f"rows/{seed}")
     if model.config.vocab_size != VOCABULARY:
-        rng = random.Random(seed)
         return [[rng.randrange(model.config.vocab_size) for _ in range(length)] for _ in range(batch)]
-    from runtime.conversion.tasks import FAMILIES, draw
-
-    rng = random.Random(f"bench/{seed}")
     rows = []
     for _ in range(batch):
         row: list[int] = []
@@ -93,6 +92,14 @@ def token_rows(model: Zaya, batch: int, length: int, *, seed: int = 0) -> list[l
             row += [BOS, *(problem.prompt + problem.solution).encode(), EOS]
         rows.append(row[:length])
     return rows
+
+
+def task_prompts(model: Zaya, count: int, *, seed: int = 0) -> list[list[int]]:
+    """Prompts to generate from: held-out problems, the families in turn; 32 random ids for another vocabulary."""
+    if model.config.vocab_size != VOCABULARY:
+        return token_rows(model, count, 32, seed=seed)
+    rng, families = random.Random(f"prompts/{seed}"), list(FAMILIES)
+    return [[BOS, *draw(families[i % len(families)], rng, "test").prompt.encode()] for i in range(count)]
 
 
 @torch.inference_mode()
@@ -224,23 +231,31 @@ def sample_generation(
     decoding: DecodingConfig,
     *,
     kernels: KernelConfig | None = None,
+    batch: int | None = None,
     max_new_tokens: int,
     seed: int = 0,
 ) -> GenerationSample:
-    """Generate once and time it."""
+    """Generate once and time it. batch: decode the prompts in closed batches of so many, one after the other."""
+    size = batch or len(prompts)
+    require(size >= 1, f"batch >= 1 must hold, but got {size}")
     device = model.model.embed_tokens.weight.device
+    results: list[GenerationResult] = []
     with using(model, kernels):
-        _wait(device)
-        result = generate(model, prompts, decoding, max_new_tokens=max_new_tokens, seed=seed)
+        for begin in range(0, len(prompts), size):
+            _wait(device)
+            part = prompts[begin : begin + size]
+            results.append(generate(model, part, decoding, max_new_tokens=max_new_tokens, seed=seed + begin))
     # The engine reads every step's tokens on the host, so its clock has waited for the device.
-    widest = result.counters["verify" if "verify" in result.counters else "decode"]
+    widest = [r.counters["verify" if "verify" in r.counters else "decode"] for r in results]
+    experts = sum(sum(c.experts_per_layer()) * c.forwards for c in widest) / sum(c.forwards for c in widest)
+    histogram = _sum([r.acceptance_histogram for r in results])
     return GenerationSample(
-        result.decode_seconds,
-        sum(map(len, result.tokens)),
-        result.forwards,
-        tuple(result.acceptance_histogram) if decoding.sampler != "autoregressive" else (),
-        statistics.fmean(widest.experts_per_layer()),
-        tuple(map(tuple, result.tokens)),
+        sum(r.decode_seconds for r in results),
+        sum(len(tokens) for r in results for tokens in r.tokens),
+        sum(r.forwards for r in results),
+        histogram if decoding.sampler != "autoregressive" else (),
+        experts / model.config.num_hidden_layers,
+        tuple(tuple(tokens) for r in results for tokens in r.tokens),
     )
 
 
@@ -251,23 +266,20 @@ def measure_generation(
     decoding: DecodingConfig,
     *,
     kernels: KernelConfig | None = None,
+    batch: int | None = None,
     max_new_tokens: int,
     repeats: int = 3,
     warmup: int = 1,
     seed: int = 0,
 ) -> Measurement:
-    """Generate `repeats` times with the seeds seed, seed + 1, ... after `warmup` unrecorded runs."""
+    """Generate `repeats` times with different seeds after `warmup` unrecorded runs, as `sample_generation`."""
     require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
-
-    def once(seed: int) -> GenerationSample:
-        return sample_generation(model, prompts, decoding, kernels=kernels, max_new_tokens=max_new_tokens, seed=seed)
-
+    settings: dict[str, Any] = {"kernels": kernels, "batch": batch, "max_new_tokens": max_new_tokens}
     for _ in range(warmup):
-        once(seed)
-    samples = [once(seed + i) for i in range(repeats)]
-    return generation_record(
-        model, identity, prompts, decoding, samples, kernels=kernels, max_new_tokens=max_new_tokens
-    )
+        sample_generation(model, prompts, decoding, **settings, seed=seed)
+    seeds = [seed + i * len(prompts) for i in range(repeats)]
+    samples = [sample_generation(model, prompts, decoding, **settings, seed=s) for s in seeds]
+    return generation_record(model, identity, prompts, decoding, samples, **settings)
 
 
 def generation_record(
@@ -278,6 +290,7 @@ def generation_record(
     samples: Sequence[GenerationSample],
     *,
     kernels: KernelConfig | None = None,
+    batch: int | None = None,
     max_new_tokens: int,
     quality: Mapping[str, float] | None = None,
 ) -> Measurement:
@@ -288,16 +301,12 @@ def generation_record(
     require(len(samples) >= 1, "a record must have at least one sample")
     prompt_tokens = statistics.fmean(map(len, prompts))
     generated = statistics.fmean(s.tokens for s in samples) / len(prompts)
-    histogram = [0] * max(len(s.histogram) for s in samples)
-    for sample in samples:
-        for n, count in enumerate(sample.histogram):
-            histogram[n] += count
     with using(model, kernels) as used:
         return _record(
             "generation",
             identity,
             model,
-            Workload(len(prompts), max(1, round(prompt_tokens)), max_new_tokens, _dtype(model)),
+            Workload(batch or len(prompts), max(1, round(prompt_tokens)), max_new_tokens, _dtype(model)),
             decoding,
             used,
             slots=decoding.slots,
@@ -305,7 +314,7 @@ def generation_record(
             seconds=[s.seconds for s in samples],
             tokens=tuple(s.tokens for s in samples),
             forwards=sum(s.forwards for s in samples),
-            acceptance_histogram=tuple(histogram),
+            acceptance_histogram=_sum([s.histogram for s in samples]),
             experts_per_layer=statistics.fmean(s.experts_per_layer for s in samples),
             quality=dict(quality or {}),
         )
@@ -355,6 +364,10 @@ def paired_ratio(
     return statistics.median(ratios), low, high
 
 
+def _sum(histograms: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(sum(counts) for counts in zip_longest(*histograms, fillvalue=0))
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -362,8 +375,8 @@ def _wait(device: torch.device) -> None:
 
 def _dtype(model: Zaya) -> DType:
     name = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise known("dtype", name, ("float32", "bfloat16", "float16"))
+    if name not in DTYPE_BYTES:
+        raise known("dtype", name, DTYPE_BYTES)
     return name  # type: ignore[return-value]
 
 

@@ -1,0 +1,208 @@
+"""Bench: what is timed is repeatable, records say where they came from, comparisons are fair."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hardware.files import UserError
+from runtime.bench import (
+    Identity,
+    identify,
+    interleave,
+    measure_forward,
+    measure_generation,
+    paired_ratio,
+    prefill,
+    sample_generation,
+    task_prompts,
+    token_rows,
+    using,
+)
+from runtime.checkpoint import model_hash, random_model
+from runtime.config import DecodingConfig, KernelConfig, ModelConfig, replace
+from runtime.engine import generate
+from runtime.layout import causal
+from runtime.measurement import append_jsonl, read_jsonl
+from runtime.model.zaya import Zaya
+from runtime.tokenizer import BOS, VOCABULARY
+
+TINY = ModelConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    num_experts=4,
+    moe_intermediate_size=24,
+    router_hidden_size=16,
+    max_position_embeddings=1100,
+    eos_token_id=258,
+    mask_token_id=259,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Zaya:
+    return random_model(TINY, seed=1).freeze()
+
+
+@pytest.fixture(scope="module")
+def identity(model: Zaya) -> Identity:
+    return identify(model, "tiny", "pytest", simulated="random weights")
+
+
+def test_a_record_survives_the_file_and_says_where_it_came_from(
+    model: Zaya, identity: Identity, tmp_path: Path
+) -> None:
+    forward = measure_forward(model, identity, kind="draft", batch=2, slots=5, context=7, repeats=4, warmup=1)
+    whole = measure_generation(
+        model, identity, task_prompts(model, 3), DecodingConfig("two_forward", 4), batch=2, max_new_tokens=6, repeats=2
+    )
+    for record in (forward, whole):
+        append_jsonl(tmp_path / "runs.jsonl", record)
+        assert record.model_hash == model_hash(model)
+        assert record.simulated == "random weights"
+        assert record.device["torch"] == torch.__version__
+        assert record.kernels.threads == torch.get_num_threads()
+    assert read_jsonl(tmp_path / "runs.jsonl") == [forward, whole]
+    assert (len(forward.seconds), forward.slots, forward.context, forward.workload.batch) == (4, 5, 7, 2)
+    assert forward.experts_per_layer is not None and 0 < forward.experts_per_layer <= TINY.num_experts
+
+
+@pytest.mark.parametrize(("kind", "slots"), [("decode", 1), ("draft", 6), ("verify", 6)])
+def test_a_timed_forward_leaves_the_cache_as_it_was(model: Zaya, identity: Identity, kind: str, slots: int) -> None:
+    """So every repeat does the same work, and one prefill serves all kinds."""
+    filled = prefill(model, 2, 9, 6)
+    before = [{k: v.clone() for k, v in filled.cache.state(row).items()} for row in range(2)]
+    measure_forward(model, identity, kind=kind, batch=2, slots=slots, context=9, prefilled=filled, repeats=3)
+    assert filled.cache.lengths == [9, 9]
+    for row in range(2):
+        for name, tensor in filled.cache.state(row).items():
+            assert torch.equal(tensor, before[row][name]), name
+
+
+def test_a_prefilled_cache_continues_like_the_whole_text(model: Zaya) -> None:
+    """Also over more than one prefill chunk."""
+    rows = token_rows(model, 2, 523)
+    filled = prefill(model, 2, 520, 3, tokens=rows)
+    assert filled.following.tolist() == [row[520:] for row in rows]
+    with torch.inference_mode():
+        continued = model.project(model.forward(filled.following, causal(3), filled.cache))
+        whole = model.logits(torch.tensor(rows))[:, 520:]
+    assert torch.allclose(continued, whole, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_more_slots_take_longer(identity: Identity) -> None:
+    wide = random_model(replace(TINY, hidden_size=256, moe_intermediate_size=512)).freeze()
+    few, many = (
+        measure_forward(wide, identity, kind="verify", batch=b, slots=s, context=8, repeats=5)
+        for b, s in ((1, 2), (8, 64))
+    )
+    assert min(many.seconds) > 2 * min(few.seconds)
+
+
+def test_a_generation_is_the_engines(model: Zaya, identity: Identity) -> None:
+    prompts, decoding = task_prompts(model, 4), DecodingConfig("two_forward", draft_tokens=3)
+    sample = sample_generation(model, prompts, decoding, batch=2, max_new_tokens=10)
+    results = [generate(model, prompts[i : i + 2], decoding, max_new_tokens=10) for i in (0, 2)]
+    assert [list(o) for o in sample.outputs] == [t for r in results for t in r.tokens]
+    assert sample.tokens == sum(map(len, sample.outputs))
+    assert sample.forwards == sum(r.forwards for r in results)
+    record = measure_generation(model, identity, prompts, decoding, batch=2, max_new_tokens=10, repeats=3)
+    assert record.workload.batch == 2
+    assert record.forwards == 3 * sample.forwards
+    steps = sum(sum(r.steps) for r in results)
+    assert record.acceptance_length == pytest.approx(sample.tokens / steps)
+    baseline = measure_generation(model, identity, prompts, DecodingConfig(), max_new_tokens=10, repeats=1)
+    assert baseline.acceptance_length is None
+    assert len(baseline.tokens) == 1
+
+
+def test_kernel_settings_hold_for_the_run_only(model: Zaya, identity: Identity) -> None:
+    before, threads = model.kernels, torch.get_num_threads()
+    dense = KernelConfig({1_000_000: "dense"}, threads=1)
+    record = measure_forward(model, identity, kind="decode", batch=2, slots=1, context=4, kernels=dense, repeats=1)
+    assert record.kernels == dense
+    assert model.kernels.experts == before.experts and torch.get_num_threads() == threads
+    with pytest.raises(ZeroDivisionError), using(model, dense):
+        raise ZeroDivisionError
+    assert model.kernels.experts == before.experts
+
+
+def test_runs_alternate_and_no_run_is_always_first() -> None:
+    order: list[str] = []
+    done: list[int] = []
+    results = interleave(
+        {"a": lambda: order.append("a") or len(order), "b": lambda: order.append("b") or len(order)},
+        3,
+        warmup=1,
+        progress=done.append,
+    )
+    assert order == ["b", "a", "a", "b", "b", "a", "a", "b"]  # the first pair is the warm-up
+    assert results == {"a": [3, 6, 7], "b": [4, 5, 8]}
+    assert done == list(range(1, 9))
+
+
+def test_a_ratio_of_rounds_does_not_see_the_machines_drift() -> None:
+    drift = [1.0, 1.5, 4.0, 2.0, 1.0, 3.0, 1.2]
+    noise = [1.0, 1.02, 0.98, 1.01, 0.99, 1.0, 1.03]
+    slow = [2 * d for d in drift]
+    fast = [d * n for d, n in zip(drift, noise, strict=True)]
+    ratio, low, high = paired_ratio(slow, fast)
+    assert 1.9 < low <= ratio <= high < 2.1
+    assert paired_ratio(slow, fast) == (ratio, low, high)
+    assert paired_ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)
+    with pytest.raises(UserError, match="pairs"):
+        paired_ratio([1.0], [])
+
+
+def test_interleaved_sleeps_have_their_ratio() -> None:
+    def sleep(seconds: float) -> float:
+        began = time.perf_counter()
+        time.sleep(seconds)
+        return time.perf_counter() - began
+
+    found = interleave({"long": lambda: sleep(0.02), "short": lambda: sleep(0.005)}, 5)
+    ratio, low, high = paired_ratio(found["long"], found["short"])
+    assert low <= ratio <= high
+    assert ratio > 1.5
+
+
+def test_prompts_are_held_out_tasks_and_repeat(model: Zaya) -> None:
+    prompts = task_prompts(model, 12, seed=5)
+    assert prompts == task_prompts(model, 12, seed=5) != task_prompts(model, 12, seed=6)
+    assert all(p[0] == BOS and p[-1] == ord("\n") for p in prompts)
+    other = random_model(replace(TINY, vocab_size=300)).freeze()
+    assert {max(r) < 300 for r in token_rows(other, 3, 20)} == {True}
+    assert max(map(max, token_rows(other, 3, 200))) >= VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "guess"}, "unknown kind of forward 'guess'; known: decode, draft, verify"),
+        ({"kind": "decode", "slots": 2}, "a decode forward has 1 slot"),
+        ({"kind": "draft", "slots": 1}, "at least 2 slots"),
+        ({"batch": 0}, "batch >= 1"),
+        ({"repeats": 0}, "repeats >= 1"),
+        ({"context": 1099}, "must fit the model's 1100 positions, but got 1099 \\+ 4"),
+        ({"context": -1}, "context >= 0"),
+    ],
+)
+def test_impossible_points_are_refused(
+    model: Zaya, identity: Identity, changes: dict[str, object], message: str
+) -> None:
+    point = {"kind": "verify", "batch": 1, "slots": 4, "context": 8} | changes
+    with pytest.raises(UserError, match=message):
+        measure_forward(model, identity, **point)
+
+
+def test_a_model_without_masks_cannot_draft(identity: Identity) -> None:
+    plain = random_model(replace(TINY, mask_token_id=None)).freeze()
+    with pytest.raises(UserError, match="no mask_token_id"):
+        measure_forward(plain, identity, kind="draft", batch=1, slots=4, context=8)
