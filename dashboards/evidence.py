@@ -84,11 +84,6 @@ class FrontPoint:
     feasible: bool = True
     role: Role = "trial"
 
-    @property
-    def measured(self) -> bool:
-        """Whether it can take part in the front."""
-        return self.feasible and self.tokens_per_second is not None and self.divergence is not None
-
 
 @dataclass(frozen=True)
 class FrontInfo:
@@ -101,12 +96,18 @@ class FrontInfo:
 
 def front_info(points: Sequence[FrontPoint]) -> FrontInfo:
     """Split by dominance: one dominates another if it is no slower, diverges no more, and is better in either."""
-    usable = [(p.tokens_per_second, p.divergence, p) for p in points if p.measured]
-    front, dominated = [], []
+    usable = [
+        (p.tokens_per_second, p.divergence, p)
+        for p in points
+        if p.feasible and p.tokens_per_second is not None and p.divergence is not None
+    ]
+    front: list[FrontPoint] = []
+    dominated: list[FrontPoint] = []
     for speed, divergence, p in sorted(usable, key=lambda u: (u[1], u[0])):
         better = any(s >= speed and d <= divergence and (s > speed or d < divergence) for s, d, _ in usable)
         (dominated if better else front).append(p)
-    return FrontInfo(tuple(front), tuple(dominated), tuple(p for p in points if not p.measured))
+    shown = {id(p) for _, _, p in usable}
+    return FrontInfo(tuple(front), tuple(dominated), tuple(p for p in points if id(p) not in shown))
 
 
 def front_plot(info: FrontInfo) -> go.Figure:

@@ -173,9 +173,15 @@ class SpeedupLine:
     acceptance_length: float
 
     @property
-    def last_batch_that_pays(self) -> int | None:
-        """The largest batch of the line with a speedup above 1, if any."""
-        return max((b for b, s in zip(self.batch, self.speedup, strict=True) if s > 1), default=None)
+    def batches_that_pay(self) -> str:
+        """The batches of the line with a speedup above 1, in words."""
+        paying = [b for b, s in zip(self.batch, self.speedup, strict=True) if s > 1]
+        tried = f"{self.batch[0]} to {self.batch[-1]}"
+        if len(paying) == len(self.batch):
+            return f"it pays at every batch tried, {tried}"
+        if not paying:
+            return f"it pays at no batch tried, {tried}"
+        return f"of the batches tried, {tried}, it pays at {', '.join(map(str, paying))}"
 
 
 @dataclass(frozen=True)

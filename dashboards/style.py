@@ -31,6 +31,7 @@ def base_figure(x: str, y: str) -> go.Figure:
         height=440,
         legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
         hoverlabel={"align": "left"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": GREY},
     )
     axis = {
         "gridcolor": GRID,

@@ -50,9 +50,9 @@ def verdict(prediction: Prediction) -> str:
             f"{where}, autoregressive decoding takes {quantity(prediction.step_seconds, 's')} a step and gives "
             f"{rate(prediction.tokens_per_second)}."
         )
-    length, speedup = prediction.acceptance_length, prediction.speedup_over_autoregressive
+    cost, pays = break_even_length(prediction), prediction.speedup_over_autoregressive > 1
     return (
-        f"{where}, a {prediction.decoding.sampler} step costs as much as {break_even_length(prediction):.2f} "
-        f"autoregressive steps, the acceptance length at which it breaks even: at {length:.2f} tokens a step "
-        f"drafting {'pays' if speedup > 1 else 'does not pay'}, {speedup:.2f}x."
+        f"{where}, drafting {'pays' if pays else 'does not pay'}: {prediction.speedup_over_autoregressive:.2f}x. "
+        f"A {prediction.decoding.sampler} step costs {cost:.2f} autoregressive steps, so it breaks even at {cost:.2f} "
+        f"tokens a step; here a step commits {prediction.acceptance_length:.2f}."
     )

@@ -43,7 +43,7 @@ MAY_LOAD: dict[str, tuple[str, ...]] = {
     "triton": ("runtime.kernels.*",),
     "transformers": (),
     "optuna": ("autotune.*",),
-    "streamlit": ("dashboards.app", "dashboards.pages.*"),
+    "streamlit": ("dashboards.app", "dashboards.views.*"),
     "plotly": ("dashboards.*",),
 }
 # Commands without --json, each because it prints no result.
