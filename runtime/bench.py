@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,12 +28,11 @@ from runtime.config import DTYPE_BYTES, DecodingConfig, DType, KernelConfig, Wor
 from runtime.conversion.tasks import FAMILIES, draw
 from runtime.engine import PREFILL_TOKENS, GenerationResult, apply_kernels, generate
 from runtime.layout import causal, draft
-from runtime.measurement import Kind, Measurement
+from runtime.measurement import ForwardKind, Kind, Measurement
 from runtime.model.zaya import Zaya
 from runtime.tokenizer import BOS, EOS, VOCABULARY
 
 T = TypeVar("T")
-ForwardKind = Literal["decode", "draft", "verify"]
 FORWARD_KINDS: tuple[ForwardKind, ...] = ("decode", "draft", "verify")
 
 
@@ -192,6 +191,7 @@ def measure_forward(
         seconds=seconds,
         forwards=1,
         experts_per_layer=statistics.fmean(experts),
+        forward=kind,
     )
 
 

@@ -13,6 +13,7 @@ from hardware.files import UserError, build, plain
 from runtime.config import DecodingConfig, KernelConfig, Workload, require
 
 Kind = Literal["forward", "generation"]
+ForwardKind = Literal["decode", "draft", "verify"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Measurement:
     experts_per_layer: float | None = None  # distinct experts a layer ran in one forward, mean over layers
     quality: dict[str, float] = field(default_factory=dict)
     simulated: str | None = None
+    forward: ForwardKind | None = None  # of a record of kind "forward": a draft and a verify differ at equal slots
 
     def __post_init__(self) -> None:
         require(len(self.seconds) >= 1, "a measurement must have at least one sample")

@@ -71,6 +71,7 @@ def test_a_record_survives_the_file_and_says_where_it_came_from(
         assert record.kernels.threads == torch.get_num_threads()
     assert read_jsonl(tmp_path / "runs.jsonl") == [forward, whole]
     assert (len(forward.seconds), forward.slots, forward.context, forward.workload.batch) == (4, 5, 7, 2)
+    assert (forward.kind, forward.forward, whole.kind, whole.forward) == ("forward", "draft", "generation", None)
     assert forward.experts_per_layer is not None and 0 < forward.experts_per_layer <= TINY.num_experts
 
 
