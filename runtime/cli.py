@@ -366,8 +366,8 @@ def _line(record: Measurement) -> str:
             + (f"  {length:.2f} tokens a step (K = {record.decoding.draft_tokens})" if length is not None else "")
         )
     return (
-        f"{record.forward:<6} {where} slots {record.slots:<3} {record.median_seconds * 1e3:9.3f} ms +-{record.spread:.0%}  "
-        f"{record.experts_per_layer:.1f} experts a layer"
+        f"{record.forward:<6} {where} slots {record.slots:<3} {record.median_seconds * 1e3:9.3f} ms "
+        f"+-{record.spread:.0%}  {record.experts_per_layer:.1f} experts a layer"
     )
 
 
