@@ -79,7 +79,7 @@ def predict(
         mixing_weight=mixing_weight,
         temperature=temperature,
     )
-    workload = Workload(batch=batch, prompt_tokens=context, dtype=_dtype(dtype, device))  # type: ignore[arg-type]
+    workload = Workload(batch=batch, prompt_tokens=max(1, context), dtype=_dtype(dtype, device))  # type: ignore[arg-type]
     prediction = run(
         load_spec(model),
         device,
