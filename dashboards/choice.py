@@ -86,7 +86,7 @@ def choice_from_query(parameters: Mapping[str, Sequence[str]]) -> Choice:
 
 
 def _texts(value: Any) -> list[str]:
-    return list(value) if isinstance(value, tuple) else [f"{value:g}" if isinstance(value, float) else str(value)]
+    return list(value) if isinstance(value, tuple) else [str(value)]
 
 
 @dataclass(frozen=True)
