@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except typer.TyperException as error:  # bad usage
-        return _fail(error.format_message(), hint=_help_hint(error))
+        return _fail(error.format_message(), hint=_usage_hint(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
@@ -85,9 +85,13 @@ def _fail(message: str, *, hint: str = "", code: int = 2) -> int:
     return code
 
 
-def _help_hint(error: typer.TyperException) -> str:
+def _usage_hint(error: typer.TyperException) -> str:
+    """What typer's own message leaves out: the value it refused, and where the options are explained."""
+    cause: Any = error.__cause__  # pydantic's ValidationError, which knows the value
+    refused = cause.errors() if hasattr(cause, "errors") else []
+    value = f", but got {refused[0]['input']!r}" if refused else ""
     context = getattr(error, "ctx", None)
-    return f" (see `{context.command_path} --help`)" if context else ""
+    return value + (f" (see `{context.command_path} --help`)" if context else "")
 
 
 if __name__ == "__main__":
