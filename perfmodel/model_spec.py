@@ -164,7 +164,7 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
         return spec_from_config(model_config_from_json(_BUNDLED_CHECKPOINTS / name / "config.json"), name)
     path = Path(name).expanduser()
     if not path.exists():
-        raise known("model (neither a path nor a known name)", name, known_models())
+        raise known("model", name, known_models())
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{path} holds no config.json")
