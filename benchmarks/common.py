@@ -1,0 +1,28 @@
+"""What the benchmark programs share: their command line in a record, and errors in one line."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+
+from hardware.files import UserError
+
+
+def command(program: str, arguments: list[str] | None) -> str:
+    """The command as it would be typed."""
+    return shlex.join(["python", "-m", program, *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def counting(total: int) -> Callable[[int], None]:
+    """A progress call that rewrites one line of stderr."""
+    return lambda done: print(f"\r{done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def fail_in_one_line(main: Callable[[], int]) -> int:
+    """Run `main`; an expected failure is one line on stderr and exit code 2."""
+    try:
+        return main()
+    except UserError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
