@@ -1,0 +1,218 @@
+"""What a study holds, as plain data: its subject, its trials, its decision. No search library is needed to read it."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autotune.objective import Comparison, Outcome
+from autotune.seeding import Acceptance
+from autotune.space import Candidate, Space, Value
+from hardware.files import plain
+from hardware.fingerprint import fingerprint_key
+from runtime.config import Workload
+
+SCHEMA_VERSION = 1
+_UNTIMED = ("system", "memory_bytes")  # facts of a device that do not change its times
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a study's numbers belong to. Whoever adds trials must match all of it."""
+
+    model: str
+    model_hash: str
+    device: dict[str, Any]  # hardware.fingerprint.fingerprint()
+    workload: Workload
+    prompts: str  # hash of the token ids
+    space: Space
+    simulated: str | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def name(self) -> str:
+        """The study's name in its storage."""
+        return f"{self.model} batch={self.workload.batch}"
+
+    def mismatch(self, other: Subject) -> str | None:
+        """What differs from another subject, in words; None when trials of both may stand side by side."""
+        if self.schema_version != other.schema_version:
+            return f"schema version {self.schema_version}, not {other.schema_version}"
+        if fingerprint_key(self.device) != fingerprint_key(other.device):
+            names = sorted({*self.device, *other.device} - set(_UNTIMED))
+            different = [n for n in names if self.device.get(n) != other.device.get(n)]
+            return " and ".join(f"{n} {self.device.get(n)}, not {other.device.get(n)}" for n in different)
+        for name, what in (("model", "model"), ("model_hash", "model weights"), ("workload", "workload")):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{what} {mine}, not {theirs}"
+        if self.prompts != other.prompts:
+            return f"prompts {self.prompts}, not {other.prompts}"
+        if self.space != other.space:
+            return "another search space (lossless or not, other cores)"
+        return None
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial: what was set, predicted and found. A trial whose setting was already known has `same_as`."""
+
+    number: int
+    params: dict[str, Value]
+    outcome: Outcome | None = None  # None: not finished
+    stage: str = ""  # the last one entered
+    reason: str = ""
+    source: str = "search"  # default, pilot, seed, search
+    same_as: int | None = None
+    predicted_tokens_per_second: float | None = None
+    tokens_per_second: float | None = None
+    seconds: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
+    forwards: int = 0
+    acceptance_histogram: tuple[int, ...] = ()
+    experts_per_layer: float | None = None
+    divergence: float | None = None
+    exact_match: float | None = None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether it gives what autoregressive decoding gives, by construction (the quality stage has checked it)."""
+        return float(self.params.get("mixing_weight", 1.0)) == 1
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Mean tokens committed per step; None without drafts."""
+        steps = sum(self.acceptance_histogram)
+        return 1 + sum(n * c for n, c in enumerate(self.acceptance_histogram)) / steps if steps else None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which setting to run: the fastest allowed one (the challenger) if it beats the default in alternating rounds."""
+
+    trial: int
+    default_trial: int
+    challenger: int
+    reason: str
+    comparison: Comparison | None  # None: nothing measured faster than the default, so there was nothing to compare
+    max_divergence: float
+    measured: int  # distinct settings tried before deciding
+    command: str
+    date: str
+
+    @property
+    def kept_default(self) -> bool:
+        """Whether the default stays."""
+        return self.trial == self.default_trial
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study as it stands."""
+
+    name: str
+    subject: Subject
+    trials: tuple[TrialRecord, ...]
+    decision: Decision | None = None
+
+    @property
+    def measured(self) -> tuple[TrialRecord, ...]:
+        """The finished trials, each setting once, whatever came of it."""
+        return tuple(t for t in self.trials if t.outcome is not None and t.same_as is None)
+
+    @property
+    def correct(self) -> tuple[TrialRecord, ...]:
+        """The settings that ran and were right: those with a speed and a divergence."""
+        return tuple(t for t in self.measured if t.outcome == "correct")
+
+    def candidate(self, trial: TrialRecord) -> Candidate:
+        """The setting of a trial."""
+        return self.subject.space.candidate(trial.params)
+
+    def trial(self, number: int) -> TrialRecord:
+        """The trial of that number."""
+        return next(t for t in self.trials if t.number == number)
+
+    def find(self, candidate: Candidate) -> TrialRecord | None:
+        """What is known of a setting; None when it was not measured yet."""
+        space = self.subject.space
+        key = space.key(candidate)
+        return next((t for t in self.measured if space.key(self.candidate(t)) == key), None)
+
+    def allowed(self, max_divergence: float) -> list[TrialRecord]:
+        """Settings that are lossless, or measured no further from autoregressive decoding; the fastest first."""
+        found = [t for t in self.correct if t.lossless or _known(t.divergence) <= max_divergence]
+        return sorted(found, key=lambda t: -_known(t.tokens_per_second))
+
+    def front(self) -> list[TrialRecord]:
+        """The Pareto front: settings that no other beats in both speed and divergence; the fastest first."""
+        ranked = sorted(self.correct, key=lambda t: (-_known(t.tokens_per_second), _known(t.divergence)))
+        found: list[TrialRecord] = []
+        for trial in ranked:
+            if not found or _known(trial.divergence) < _known(found[-1].divergence):
+                found.append(trial)
+        return found
+
+    def acceptance(self) -> Acceptance | None:
+        """What the pilots counted; None before one has run."""
+        drafting = [t for t in self.correct if t.source == "pilot" and any(t.acceptance_histogram)]
+        if not drafting:
+            return None
+        experts = {}
+        for trial in self.correct:
+            decoding = self.candidate(trial).decoding
+            if trial.source in ("default", "pilot") and decoding.mixing_weight == 1 and trial.experts_per_layer:
+                experts[float(self.subject.workload.batch * decoding.slots)] = trial.experts_per_layer
+        return Acceptance(
+            {self.candidate(t).decoding.mixing_weight: t.acceptance_histogram for t in drafting},
+            tuple(sorted(experts.items())),
+        )
+
+    def scored(self) -> list[tuple[float, float]]:
+        """(predicted, measured) tokens per second wherever there are both."""
+        pairs = ((t.predicted_tokens_per_second, t.tokens_per_second) for t in self.correct)
+        return [(p, m) for p, m in pairs if p is not None and m is not None]
+
+    def rank_correlation(self) -> float | None:
+        """Spearman's correlation of predicted and measured speeds; None for fewer than three, or all alike."""
+        return spearman(self.scored())
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's rank correlation, ties sharing their mean rank; None where it is not defined."""
+    if len(pairs) < 3 or any(len(set(column)) < 2 for column in zip(*pairs, strict=True)):
+        return None
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+
+
+def _known(value: float | None) -> float:
+    assert value is not None  # a correct trial has passed every stage
+    return value
+
+
+def summary(result: StudyResult) -> dict[str, Any]:
+    """A study for printing: its trials, front and decision, and how well predictions ranked what was measured."""
+    decision = result.decision
+    errors = [abs(predicted / measured - 1) for predicted, measured in result.scored()]
+    return {
+        "name": result.name,
+        "subject": {k: v for k, v in plain(result.subject).items() if k != "space"},
+        "trials": [
+            {**plain(t), "acceptance_length": t.acceptance_length, "lossless": t.lossless} for t in result.trials
+        ],
+        "measured": len(result.measured),
+        "outcomes": dict(Counter(t.outcome for t in result.measured)),
+        "front": [t.number for t in result.front()],
+        "best_lossless": next((t.number for t in result.allowed(0.0)), None),
+        "decision": {**plain(decision), "kept_default": decision.kept_default} if decision else None,
+        "predictions": {
+            "count": len(errors),
+            "rank_correlation": result.rank_correlation(),
+            "median_absolute_error": statistics.median(errors) if errors else None,
+        },
+    }

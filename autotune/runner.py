@@ -1,0 +1,142 @@
+"""Trials on this machine with the real model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from autotune.objective import Comparison, Outputs
+from autotune.space import Candidate
+from hardware.fingerprint import memory_bytes
+from runtime.bench import (
+    GenerationSample,
+    Identity,
+    generation_record,
+    interleave,
+    paired_ratio,
+    sample_generation,
+    using,
+)
+from runtime.config import DTYPE_BYTES, KernelConfig, require
+from runtime.conversion.tasks import Problem
+from runtime.measurement import Measurement
+from runtime.model.zaya import Zaya
+from runtime.quality import disagreement, exact_match
+from runtime.tokenizer import Tokenizer
+
+
+class LocalRunner:
+    """Decodes all prompts, `batch` at a time; one sample is a pass over all of them, so that samples are of equal work.
+
+    problems: where the prompts come from, if their answers can be checked. A pass counts decoding, not the prefill.
+    """
+
+    def __init__(
+        self,
+        model: Zaya,
+        identity: Identity,
+        prompts: Sequence[Sequence[int]],
+        *,
+        batch: int,
+        max_new_tokens: int,
+        repeats: int = 2,
+        seed: int = 0,
+        problems: Sequence[Problem] = (),
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
+        require(
+            len(prompts) >= batch and len(prompts) % batch == 0,
+            f"the prompts must fill batches of {batch}, but there are {len(prompts)}",
+        )
+        require(not problems or len(problems) == len(prompts), "each prompt must have its problem, or none")
+        self._model, self._identity, self._prompts = model, identity, [list(p) for p in prompts]
+        self._batch, self._new_tokens, self._repeats, self._seed = batch, max_new_tokens, repeats, seed
+        self._problems, self._tokenizer = list(problems), tokenizer
+
+    def infeasible(self, candidate: Candidate) -> str | None:
+        """Masks to draft with, positions, and memory for what a mode of running the experts copies."""
+        config, (decoding, kernels) = self._model.config, candidate
+        if decoding.sampler != "autoregressive" and config.mask_token_id is None:
+            return f"{decoding.sampler} drafts with masks, but the model has no mask_token_id"
+        needed = max(map(len, self._prompts)) + self._new_tokens
+        if needed > config.max_position_embeddings:
+            return f"prompt and new tokens need {needed} positions, but the model has {config.max_position_embeddings}"
+        tokens = self._batch * decoding.slots
+        copied = {"gather": tokens, "dense": config.num_experts}.get(kernels.expert_mode(tokens), 0)
+        dtype = str(self._model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        size = copied * 3 * config.hidden_size * config.moe_intermediate_size * DTYPE_BYTES[dtype]
+        if size > memory_bytes() / 2:
+            return f"the experts' copied weights need {size / 1e9:.1f} GB, more than half of the memory"
+        return None
+
+    def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
+        """One unrecorded batch, then `repeats` passes."""
+        self._sample(candidate, self._prompts[: self._batch])
+        passes = [self._pass(candidate) for _ in range(self._repeats)]
+        record = generation_record(
+            self._model,
+            self._identity,
+            self._prompts[: self._batch],
+            candidate.decoding,
+            passes,
+            kernels=candidate.kernels,
+            max_new_tokens=self._new_tokens,
+        )
+        prompt = statistics.fmean(map(len, self._prompts))
+        generated = passes[0].tokens / len(self._prompts)
+        workload = replace(record.workload, prompt_tokens=max(1, round(prompt)))
+        return replace(record, workload=workload, context=round(prompt + generated / 2)), passes[0].outputs
+
+    def quality(self, outputs: Outputs) -> dict[str, float]:
+        """Judged with the default kernels: a wrong kernel must not be its own judge."""
+        with using(self._model, KernelConfig(KernelConfig().experts)):
+            found = {"divergence": disagreement(self._model, self._prompts, outputs)}
+        if self._problems and self._tokenizer:
+            texts = [self._tokenizer.decode(o) for o in outputs]
+            found["exact_match"] = exact_match(self._problems, texts).value
+        return found
+
+    def compare(
+        self, default: Candidate, candidate: Candidate, rounds: int, progress: Callable[[float], None]
+    ) -> Comparison:
+        """Alternate whole passes, after one unrecorded pass of each."""
+        samples = interleave(
+            {"default": lambda: self._pass(default), "tuned": lambda: self._pass(candidate)},
+            rounds,
+            warmup=1,
+            progress=lambda done: progress(done / (2 * (rounds + 1))),
+        )
+        speeds = {name: [s.tokens_per_second for s in found] for name, found in samples.items()}
+        ratio, low, high = paired_ratio(speeds["tuned"], speeds["default"])
+        return Comparison(
+            statistics.median(speeds["tuned"]), statistics.median(speeds["default"]), ratio, low, high, rounds
+        )
+
+    def _pass(self, candidate: Candidate) -> GenerationSample:
+        starts = range(0, len(self._prompts), self._batch)
+        samples = [self._sample(candidate, self._prompts[i : i + self._batch]) for i in starts]
+        histogram = [0] * max(len(s.histogram) for s in samples)
+        for sample in samples:
+            for n, count in enumerate(sample.histogram):
+                histogram[n] += count
+        forwards = sum(s.forwards for s in samples)
+        return GenerationSample(
+            seconds=sum(s.seconds for s in samples),
+            tokens=sum(s.tokens for s in samples),
+            forwards=forwards,
+            histogram=tuple(histogram),
+            experts_per_layer=sum(s.experts_per_layer * s.forwards for s in samples) / forwards,
+            outputs=tuple(o for s in samples for o in s.outputs),
+        )
+
+    def _sample(self, candidate: Candidate, prompts: list[list[int]]) -> GenerationSample:
+        return sample_generation(
+            self._model,
+            prompts,
+            candidate.decoding,
+            kernels=candidate.kernels,
+            max_new_tokens=self._new_tokens,
+            seed=self._seed,
+        )

@@ -1,0 +1,554 @@
+"""The tuner on a made-up machine: what it measures, keeps, refuses and decides. No torch is needed for a search."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotune.objective import Comparison, Outputs
+from autotune.results import StudyResult, Subject, spearman, summary
+from autotune.seeding import Acceptance, pilots, seeds
+from autotune.space import Candidate, decoding_space, default_candidate
+from autotune.storage import read_studies, shown, sole_worker, storage_url
+from autotune.study import tune
+from hardware.files import UserError
+from runtime.config import DecodingConfig, KernelConfig, Workload
+from runtime.measurement import Measurement
+
+DEVICE = {"device": "abacus", "cpu": "abacus", "cores": 2, "python": "3.11", "torch": "2.13", "system": "Linux 6"}
+MODE_SECONDS = {"loop": 1.0, "grouped": 0.8, "gather": 1.3, "dense": 2.0}
+
+
+def acceptance_length(decoding: DecodingConfig) -> float:
+    """A draft is right with probability 0.8, more often the less the verifier counts."""
+    rate = 0.8 + 0.15 * (1 - decoding.mixing_weight)
+    return sum(rate**j for j in range(decoding.draft_tokens + 1))
+
+
+def speed(candidate: Candidate, batch: int = 1) -> float:
+    """Tokens per second on the made-up machine: overhead, then time by slots, experts and threads."""
+    decoding, kernels = candidate
+    mode = MODE_SECONDS[kernels.expert_mode(batch * decoding.slots)]
+    forward = 1.0 + mode * (0.1 * decoding.slots * batch) / (kernels.threads or 1) ** 0.5
+    if decoding.sampler == "autoregressive":
+        return batch * 100 / forward
+    return batch * 100 * acceptance_length(decoding) / (2 * forward)
+
+
+class MadeUp:
+    """A runner that looks speeds up instead of measuring them, with noise; `faults` break some settings."""
+
+    def __init__(
+        self,
+        *,
+        batch: int = 1,
+        noise: float = 0.01,
+        fault: Callable[[Candidate], None] = lambda candidate: None,
+        infeasible: Callable[[Candidate], str | None] = lambda candidate: None,
+        gain: Callable[[Candidate, int], float] = speed,
+    ) -> None:
+        self.batch, self.noise, self.fault, self.infeasible, self.gain = batch, noise, fault, infeasible, gain
+        self.measured: list[Candidate] = []
+        self.compared: list[Candidate] = []
+        self.rng = random.Random(0)
+
+    def sample(self, candidate: Candidate) -> float:
+        return self.gain(candidate, self.batch) * self.rng.lognormvariate(0, self.noise)
+
+    def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
+        self.fault(candidate)
+        self.measured.append(candidate)
+        decoding, kernels = candidate
+        steps = 1000
+        histogram = [0] * (decoding.slots if decoding.sampler != "autoregressive" else 0)
+        for n in range(len(histogram)):
+            rate = 0.8 + 0.15 * (1 - decoding.mixing_weight)
+            last = n == decoding.draft_tokens
+            histogram[n] = round(steps * rate**n * (1 if last else 1 - rate))
+        record = Measurement(
+            kind="generation",
+            model="made-up",
+            model_hash="0",
+            device=DEVICE,
+            command="",
+            commit="",
+            date="",
+            workload=Workload(self.batch),
+            decoding=decoding,
+            kernels=kernels,
+            slots=decoding.slots,
+            context=10,
+            seconds=(1000 / self.sample(candidate),),
+            tokens=(1000,),
+            acceptance_histogram=tuple(histogram),
+            experts_per_layer=min(8.0, self.batch * decoding.slots),
+        )
+        return record, [[round(1e6 * (1 - decoding.mixing_weight) / 10)]]
+
+    def quality(self, outputs: Outputs) -> dict[str, float]:
+        return {"divergence": outputs[0][0] / 1e6, "exact_match": 0.5}
+
+    def compare(
+        self, default: Candidate, candidate: Candidate, rounds: int, progress: Callable[[float], None]
+    ) -> Comparison:
+        from runtime.bench import paired_ratio
+
+        self.compared.append(candidate)
+        pairs = [(self.sample(candidate), self.sample(default)) for _ in range(rounds)]
+        progress(1.0)
+        tuned, base = zip(*pairs, strict=True)
+        return Comparison(sum(tuned) / rounds, sum(base) / rounds, *paired_ratio(tuned, base), rounds)
+
+
+def oracle(candidate: Candidate, acceptance: Acceptance | None) -> float | None:
+    """Predictions that know the machine but for a factor that grows with K."""
+    if candidate.decoding.sampler != "autoregressive" and acceptance is None:
+        return None
+    return speed(candidate) * (1 + 0.01 * candidate.decoding.draft_tokens)
+
+
+def blind(candidate: Candidate, acceptance: Acceptance | None) -> float | None:
+    return None
+
+
+def subject(*, batch: int = 1, **changes: Any) -> Subject:
+    base = Subject("made-up", "0", DEVICE, Workload(batch), "prompts", decoding_space(batch=batch, cores=2))
+    return replace(base, **changes)
+
+
+def run(folder: Path, runner: MadeUp, about: Subject | None = None, **options: Any) -> StudyResult:
+    about = about or subject()
+    default = default_candidate(about.space, 2)
+    return tune(storage_url(folder), about, runner, **{"default": default, "predict": oracle, "trials": 16, **options})
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """SQLite waits for the disk at every commit, which is most of a made-up trial's time."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def hurry(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", hurry)
+    yield
+    event.remove(Engine, "connect", hurry)
+
+
+# --- the space
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("lossless", [False, True])
+def test_settings_survive_their_parameters(batch: int, lossless: bool) -> None:
+    """Every setting is one point of the space and back, and only `mixing_weight` makes it lossy."""
+    space = decoding_space(batch=batch, cores=2, lossless=lossless)
+    grid = space.grid({"mixing_weight": (0.5, 0.95, 1.0), "draft_tokens": (1, 7, 24)})
+    assert len({space.key(c) for c in grid}) == len(grid)
+    for candidate in grid:
+        assert space.candidate(space.encode(candidate)) == candidate
+    weights = {c.decoding.mixing_weight for c in grid}
+    assert weights == ({1.0} if lossless else {0.5, 0.95, 1.0})
+    assert {c.decoding.sampler for c in grid} == {"autoregressive", "two_forward"}
+
+
+def test_the_tuned_mode_serves_the_forwards_that_the_sampler_sends() -> None:
+    """... of all sequences and of the few left at the end; a prefill of thousands of tokens keeps the default."""
+    space = decoding_space(batch=8, cores=1)
+    for candidate in space.grid({"mixing_weight": (1.0,), "draft_tokens": (16,)}):
+        params = space.encode(candidate)
+        mode = params.get("experts_block") or params.get("experts_single")
+        slots = candidate.decoding.slots
+        assert {candidate.kernels.expert_mode(b * slots) for b in range(1, 9)} == {mode}
+        assert candidate.kernels.expert_mode(4096) == KernelConfig().expert_mode(4096)
+
+
+def test_settings_outside_the_space_are_refused() -> None:
+    space = decoding_space(batch=1, cores=2, lossless=True)
+    default = default_candidate(space, 2)
+    assert default.decoding == DecodingConfig()
+    for decoding, kernels in [
+        (DecodingConfig("two_forward", draft_tokens=25), default.kernels),
+        (DecodingConfig("two_forward", mixing_weight=0.5), default.kernels),
+        (DecodingConfig(temperature=1.0), default.kernels),
+        (DecodingConfig(), replace(default.kernels, threads=3)),
+    ]:
+        with pytest.raises(UserError):
+            space.encode(Candidate(decoding, kernels))
+    single = decoding_space(batch=1, cores=2, drafts=False)
+    assert {c.decoding.sampler for c in single.grid()} == {"autoregressive"}
+
+
+# --- predictions
+
+
+@pytest.mark.parametrize("anchor", [False, True])
+def test_acceptance_of_shorter_drafts_follows_from_the_longest(anchor: bool) -> None:
+    """A machine with a constant rate per draft: the expected length is known in closed form for every K."""
+    rate, steps = 0.8, 10**6
+    histogram = tuple(steps * rate**n * (1 if n == 24 else 1 - rate) for n in range(25))
+    acceptance = Acceptance({1.0: histogram})  # type: ignore[dict-item]
+    for k in (1, 5, 24):
+        free = sum(rate**j for j in range(k + 1))
+        given = 1 + sum(rate**j for j in range(k))  # the first draft is always accepted
+        found = acceptance.length(DecodingConfig("two_forward", draft_tokens=k, anchor_draft=anchor))
+        assert found == pytest.approx(given if anchor else free)
+        assert 1 <= found <= k + 1
+
+
+def test_acceptance_between_mixing_weights_lies_between() -> None:
+    acceptance = Acceptance({1.0: (5, 3, 2), 0.5: (0, 0, 10)})
+    lengths = [acceptance.length(DecodingConfig("two_forward", mixing_weight=w)) for w in (1.0, 0.8, 0.5, 0.3)]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[1] < lengths[2] == lengths[3] == 3.0
+
+
+def test_no_draft_accepted_is_one_token_a_step() -> None:
+    acceptance = Acceptance({1.0: (10,)})
+    assert acceptance.length(DecodingConfig("two_forward")) == 1.0
+    assert acceptance.length(DecodingConfig("two_forward", anchor_draft=True)) == 2.0
+
+
+def test_seeds_are_the_best_predicted_and_differ() -> None:
+    space = decoding_space(batch=1, cores=2)
+    acceptance = Acceptance({1.0: (1, 1), 0.5: (1, 2)})
+    found = seeds(space, lambda c, _: speed(c), acceptance, 8)
+    assert len({space.key(c) for c in found}) == 8
+    assert {c.decoding.mixing_weight for c in found} == {1.0, 0.5}
+    lossless = [c for c in space.grid({"mixing_weight": (1.0,)})]
+    assert speed(found[0]) == max(map(speed, lossless))
+    assert seeds(space, blind, acceptance, 8) == []
+
+
+def test_the_pilots_begin_with_the_default() -> None:
+    for space in (decoding_space(batch=1, cores=2), decoding_space(batch=1, cores=2, drafts=False)):
+        default = default_candidate(space, 1)
+        found = pilots(space, default)
+        assert found[0] == default
+        assert all(space.encode(c) for c in found)
+    assert found == [default]
+
+
+# --- the search
+
+
+def test_it_finds_the_best_and_keeps_every_finding(tmp_path: Path) -> None:
+    runner = MadeUp()
+    space = decoding_space(batch=1, cores=2, lossless=True)
+    result = run(tmp_path, runner, subject(space=space))
+    best = max(space.grid(), key=speed)
+    assert result.decision and not result.decision.kept_default
+    chosen = result.candidate(result.trial(result.decision.trial))
+    assert speed(chosen) > 0.95 * speed(best)
+    assert chosen == runner.compared[-1]
+    comparison = result.decision.comparison
+    assert comparison and comparison.low > 1
+    assert comparison.low <= comparison.ratio <= comparison.high
+    assert len(result.measured) == 16 == len(result.correct)
+    assert [t.source for t in result.trials[:2]] == ["default", "pilot"]
+    assert result.trials[0].params == space.encode(default_candidate(space, 2))
+    for trial in result.correct:
+        assert trial.tokens_per_second and trial.divergence == 0 and trial.exact_match == 0.5 and trial.seconds
+        assert (trial.predicted_tokens_per_second is None) == (trial.number == 1)  # the pilot tells the acceptance
+    rank = result.rank_correlation()
+    assert rank is not None and rank > 0.8
+    assert read_studies(tmp_path) == [result]
+    assert summary(result)["predictions"]["count"] == 15
+
+
+def test_predictions_find_it_sooner(tmp_path: Path) -> None:
+    """The first setting after the pilots is near the best already; without predictions it takes longer."""
+    space = decoding_space(batch=1, cores=2, lossless=True)
+    best = max(map(speed, space.grid()))
+    seeded = run(tmp_path / "seeded", MadeUp(), subject(space=space), trials=3)
+    unseeded = run(tmp_path / "blind", MadeUp(), subject(space=space), trials=3, predict=blind)
+    reached = [max(speed(r.candidate(t)) for t in r.correct) / best for r in (seeded, unseeded)]
+    assert reached[0] > 0.95 > reached[1]
+
+
+def test_equal_settings_are_measured_once(tmp_path: Path) -> None:
+    """A space of eight settings: the search repeats itself, stops by itself, and asks the machine eight times."""
+    space = decoding_space(batch=1, cores=2, drafts=False)
+    runner = MadeUp()
+    result = run(tmp_path, runner, subject(space=space), trials=1000, predict=blind)
+    assert len(runner.measured) == len({space.key(c) for c in runner.measured}) == len(space.grid()) == 8
+    assert len(result.measured) == 8 < len(result.trials)
+    repeated = next(t for t in result.trials if t.same_as is not None)
+    original = result.trial(repeated.same_as or 0)
+    assert (repeated.params, repeated.tokens_per_second) == (original.params, original.tokens_per_second)
+
+
+def test_it_resumes_without_measuring_again(tmp_path: Path) -> None:
+    first, second = MadeUp(), MadeUp()
+    before = run(tmp_path, first, trials=9)
+    after = run(tmp_path, second, trials=14)
+    assert (len(first.measured), len(second.measured)) == (9, 5)
+    assert after.measured[:9] == before.measured
+    third = MadeUp()
+    assert run(tmp_path, third, trials=14) == after
+    assert third.measured == third.compared == []
+
+
+@pytest.mark.parametrize("at", [0, 1, 6, 11])
+def test_an_interrupt_loses_nothing_that_was_measured(at: int, tmp_path: Path) -> None:
+    """... and the same call goes on: with the interrupted setting too, to the same number of settings."""
+    calls = []
+
+    def interrupt(candidate: Candidate) -> None:
+        calls.append(candidate)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+
+    runner = MadeUp(fault=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, runner, trials=12)
+    kept = read_studies(tmp_path)[0]
+    assert [t.number for t in kept.measured] == list(range(at))
+    result = run(tmp_path, runner, trials=12)
+    assert result.measured[:at] == kept.measured
+    assert len(result.measured) == len(runner.measured) == 12
+    assert calls[at] in runner.measured
+    assert result.trials[0].source == "default" and result.decision
+
+
+def test_a_killed_process_costs_one_trial(tmp_path: Path) -> None:
+    """A trial left running (SIGKILL) is run again."""
+    import optuna
+
+    run(tmp_path, MadeUp(), trials=6)
+    study = optuna.load_study(study_name="made-up batch=1", storage=storage_url(tmp_path))
+    trial = study.ask()
+    candidate = subject().space.suggest(trial)
+    runner = MadeUp()
+    result = run(tmp_path, runner, trials=16)
+    assert runner.measured.count(candidate) == 1
+    assert len(result.measured) == 16
+    assert study.trials[trial.number].state == optuna.trial.TrialState.FAIL
+
+
+def test_what_cannot_run_ends_one_trial(tmp_path: Path) -> None:
+    """Each failure is recorded by name and reason, is never chosen, and does not stop the search."""
+
+    def fault(candidate: Candidate) -> None:
+        mode = candidate.kernels.expert_mode(candidate.decoding.slots)
+        if mode == "grouped":
+            raise RuntimeError("kernel died\nbadly")
+        if mode == "gather" and candidate.decoding.sampler == "two_forward":
+            raise UserError("gather must not draft")
+
+    def infeasible(candidate: Candidate) -> str | None:
+        return "too many drafts" if candidate.decoding.draft_tokens > 20 and candidate.decoding.slots > 1 else None
+
+    runner = MadeUp(fault=fault, infeasible=infeasible)
+    result = run(tmp_path, runner, trials=25, predict=lambda c, a: speed(c))
+    by_outcome = {t.outcome: t for t in result.measured}
+    assert set(by_outcome) == {"correct", "infeasible", "runtime"}
+    assert by_outcome["runtime"].reason == "RuntimeError: kernel died badly"
+    assert {t.reason for t in result.measured if t.outcome == "infeasible"} <= {
+        "too many drafts",
+        "gather must not draft",
+    }
+    assert all(t.tokens_per_second is None for t in result.measured if t.outcome != "correct")
+    assert result.decision and result.trial(result.decision.challenger).outcome == "correct"
+    assert {t.number for t in result.front()} <= {t.number for t in result.correct}
+
+
+def test_a_fast_setting_that_is_wrong_is_not_chosen(tmp_path: Path) -> None:
+    """A verifier that accepts too much is fast; its tokens are not those of autoregressive decoding."""
+
+    class Wrong(MadeUp):
+        def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
+            record, outputs = super().measure(candidate)
+            broken = candidate.kernels.expert_mode(candidate.decoding.slots) == "grouped"
+            return record, [[200_000]] if broken else outputs
+
+    result = run(tmp_path, Wrong(), subject(space=decoding_space(batch=1, cores=2, lossless=True)), trials=20)
+    wrong = [t for t in result.measured if "grouped" in t.params.values()]
+    assert wrong and all(t.outcome == "incorrect" and "20.0%" in t.reason for t in wrong)
+    assert all(t.tokens_per_second and t.divergence is None for t in wrong)  # what was measured is kept
+    assert result.decision and result.decision.challenger not in {t.number for t in wrong}
+
+
+def test_a_default_that_does_not_run_is_said(tmp_path: Path) -> None:
+    def fault(candidate: Candidate) -> None:
+        if candidate.decoding.sampler == "autoregressive":
+            raise RuntimeError("no")
+
+    with pytest.raises(UserError, match="default setting does not run"):
+        run(tmp_path, MadeUp(fault=fault), trials=4)
+
+
+# --- the decision
+
+
+def test_a_gain_inside_the_noise_keeps_the_default(tmp_path: Path) -> None:
+    """All settings alike: the fastest measured one is so by luck, and alternating rounds say so."""
+    runner = MadeUp(noise=0.1, gain=lambda candidate, batch: 100.0)
+    result = run(tmp_path, runner)
+    assert result.decision and result.decision.kept_default
+    assert result.decision.challenger != result.decision.default_trial and runner.compared
+    comparison = result.decision.comparison
+    assert comparison and comparison.low <= 1
+    assert "noise" in result.decision.reason
+
+
+def test_a_default_that_is_fastest_needs_no_comparison(tmp_path: Path) -> None:
+    def gain(candidate: Candidate, batch: int) -> float:
+        return 200.0 if candidate == default_candidate(decoding_space(batch=1, cores=2), 2) else 100.0
+
+    runner = MadeUp(gain=gain)
+    result = run(tmp_path, runner)
+    assert result.decision and result.decision.kept_default and result.decision.comparison is None
+    assert runner.compared == []
+
+
+@pytest.mark.parametrize("allowed", [0.0, 0.03, 1.0])
+def test_the_allowed_divergence_bounds_the_choice(allowed: float, tmp_path: Path) -> None:
+    result = run(tmp_path, MadeUp(), trials=20, max_divergence=allowed)
+    assert result.decision
+    chosen = result.trial(result.decision.trial)
+    assert chosen.divergence is not None and chosen.divergence <= allowed
+    faster = [t for t in result.correct if (t.tokens_per_second or 0) > (chosen.tokens_per_second or 0)]
+    assert all((t.divergence or 0) > allowed for t in faster)
+    front = result.front()
+    assert [t.tokens_per_second for t in front] == sorted((t.tokens_per_second for t in front), reverse=True)  # type: ignore[type-var]
+    for trial in result.correct:  # nothing beats a point of the front, something beats all others
+        beaten = any(
+            (o.tokens_per_second or 0) >= (trial.tokens_per_second or 0)
+            and (o.divergence or 0) <= (trial.divergence or 0)
+            and (o.tokens_per_second, o.divergence) != (trial.tokens_per_second, trial.divergence)
+            for o in result.correct
+        )
+        assert beaten == (trial not in front)
+
+
+def test_each_batch_has_its_study(tmp_path: Path) -> None:
+    for batch in (8, 1):
+        run(tmp_path, MadeUp(batch=batch), subject(batch=batch), trials=6)
+    found = read_studies(tmp_path)
+    assert [r.subject.workload.batch for r in found] == [1, 8]
+    assert all(r.decision for r in found)
+
+
+def test_rank_correlation() -> None:
+    assert spearman([(1, 10), (2, 20), (3, 25), (4, 90)]) == pytest.approx(1)
+    assert spearman([(1, 9), (2, 5), (3, 1)]) == pytest.approx(-1)
+    assert spearman([(1, 9), (2, 5)]) is None
+    assert spearman([(1, 9), (1, 5), (1, 7)]) is None
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"device": DEVICE | {"device": "slide rule"}}, ["abacus", "slide rule"]),
+        ({"device": DEVICE | {"torch": "2.14"}}, ["torch 2.13", "2.14"]),
+        ({"model_hash": "1"}, ["model weights 0", "1"]),
+        ({"workload": Workload(1, prompt_tokens=7)}, ["workload", "prompt_tokens=7"]),
+        ({"prompts": "others"}, ["prompts", "others"]),
+        ({"space": decoding_space(batch=1, cores=2, lossless=True)}, ["another search space"]),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_trials_of_something_else_are_refused(change: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    kept = run(tmp_path, MadeUp(), trials=3)
+    runner = MadeUp()
+    with pytest.raises(UserError) as error:
+        run(tmp_path, runner, subject(**change), trials=6)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    assert runner.measured == [] and read_studies(tmp_path) == [kept]
+
+
+def test_facts_that_change_no_times_are_not_asked_for(tmp_path: Path) -> None:
+    run(tmp_path, MadeUp(), trials=3)
+    run(tmp_path, MadeUp(), subject(device=DEVICE | {"system": "Linux 7"}), trials=4)
+
+
+def test_a_corrupt_study_file_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    run(tmp_path, MadeUp(), trials=3)
+    good = file.read_bytes()
+    broken = {
+        "text": b"not a database",
+        "cut": good[: len(good) // 2],
+        "overwritten": good[:4096] + b"\xa5" * (len(good) - 4096),
+    }
+    for data in broken.values():
+        file.write_bytes(data)
+        for use in (lambda: run(tmp_path, MadeUp()), lambda: read_studies(tmp_path)):
+            with pytest.raises(UserError) as error:
+                use()
+            assert "study.db" in str(error.value) and "\n" not in str(error.value)
+        assert file.read_bytes() == data  # nothing is repaired by overwriting it
+
+
+def test_a_study_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    import optuna
+
+    with pytest.raises(UserError, match="no study"):
+        read_studies(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    optuna.create_study(storage=storage_url(tmp_path), study_name="other")
+    with pytest.raises(UserError, match="holds no study"):
+        read_studies(tmp_path)
+    study = optuna.load_study(study_name="other", storage=storage_url(tmp_path))
+    run(tmp_path, MadeUp(), trials=2)
+    study.set_user_attr("subject", {"model": 3})
+    with pytest.raises(UserError, match="other"):
+        read_studies(tmp_path)
+
+
+def test_a_storage_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    about = subject()
+    options: dict[str, Any] = {"default": default_candidate(about.space, 2), "predict": oracle, "trials": 1}
+    for url in ("nonsense", "no_such_database://somewhere", f"sqlite:///{tmp_path}/file/study.db"):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError) as error:
+            tune(url, about, MadeUp(), **options)
+        assert "\n" not in str(error.value)
+
+
+def test_a_second_worker_on_sqlite_is_refused(tmp_path: Path) -> None:
+    with (
+        sole_worker(storage_url(tmp_path)),
+        pytest.raises(UserError, match="another process"),
+        sole_worker(storage_url(tmp_path)),
+    ):
+        pass
+    run(tmp_path, MadeUp(), trials=1)
+
+
+def test_passwords_are_not_shown() -> None:
+    assert "secret" not in shown("postgresql://tuner:secret@host/studies")
+    assert "host" in shown("postgresql://tuner:secret@host/studies")
+
+
+@pytest.mark.parametrize("change", [{"trials": 0}, {"rounds": 1}, {"max_divergence": -0.1}])
+def test_impossible_budgets_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must hold"):
+        run(tmp_path, MadeUp(), **change)
+
+
+def test_a_time_budget_ends_the_search(tmp_path: Path) -> None:
+    """What time allowed is kept, without a decision where not even the default was run."""
+    result = run(tmp_path, MadeUp(), trials=1000, seconds=0.0)
+    assert result.measured == () and result.decision is None
+    result = run(tmp_path, MadeUp(), trials=1000, seconds=2.0)
+    assert 1 <= len(result.measured) < 1000 and result.decision
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    run(tmp_path, MadeUp(), trials=2)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        found = """'{"tokens_per_second": "fast"}'"""
+        database.execute(f"UPDATE trial_user_attributes SET value_json = {found} WHERE key = 'decode'")
+    with pytest.raises(UserError, match=r"trial 0: tokens_per_second"):
+        read_studies(tmp_path)
