@@ -1,0 +1,341 @@
+"""Samplers are lossless: greedy ones equal autoregressive decoding, sampled ones have its distribution.
+
+The distribution is tested by enumeration: all outcomes of three new tokens of a tiny vocabulary, their exact
+probabilities from the causal model, and Pearson's chi-square of the counts. The same test must reject wrong samplers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+from runtime import engine
+from runtime.checkpoint import bundled, load_model
+from runtime.config import DecodingConfig, replace
+from runtime.engine import GenerationResult, generate
+from runtime.model.zaya import Zaya
+from runtime.samplers import SAMPLERS, acceptance, two_forward
+from runtime.samplers.acceptance import Accepted, Draft, Randomness, choose, verify
+from runtime.samplers.state import Decode
+from tests.models import TINY, noisy_model, random_ids
+
+torch.set_num_threads(1)
+DRAWS, NEW_TOKENS = 20_000, 3
+RIGHT, WRONG = 1e-6, 1e-12  # a right sampler's p-value lies above the first (false alarms: 1e-6), a wrong one's below
+FEW = replace(
+    TINY, vocab_size=5, mask_token_id=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, num_experts=3, max_position_embeddings=32, layer_types=("hybrid",),
+)  # fmt: skip
+PROMPT = [1, 3, 0]
+TEMPERATURE = 1.2
+
+
+@cache
+def tiny() -> Zaya:
+    return noisy_model(seed=2)
+
+
+@cache
+def few() -> Zaya:
+    return noisy_model(FEW, seed=9)
+
+
+def tokens_of(
+    model: Zaya, prompts: Sequence[Sequence[int]], decoding: DecodingConfig, **kwargs: Any
+) -> list[list[int]]:
+    return generate(model, prompts, decoding, stop_tokens=(), **({"max_new_tokens": 40} | kwargs)).tokens
+
+
+def prompts_of(count: int) -> list[list[int]]:
+    """Prompts of lengths 1, 4, 7 ..."""
+    rows = random_ids(count, 3 * count, TINY.vocab_size - 1, seed=3).tolist()
+    return [row[: 1 + 3 * i] for i, row in enumerate(rows)]
+
+
+# Greedy
+
+
+@pytest.mark.parametrize("anchor_draft", [False, True])
+@pytest.mark.parametrize("drafts", [1, 3, 16])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_greedy_two_forward_equals_greedy_autoregressive(batch: int, drafts: int, anchor_draft: bool) -> None:
+    prompts = prompts_of(batch)
+    decoding = DecodingConfig("two_forward", drafts, anchor_draft=anchor_draft)
+    assert tokens_of(tiny(), prompts, decoding) == tokens_of(tiny(), prompts, DecodingConfig())
+
+
+def test_greedy_with_random_drafts_is_still_greedy() -> None:
+    """What is drafted, and how warm, changes the speed and never the text."""
+    expected = tokens_of(tiny(), prompts_of(3), DecodingConfig())
+    results = [
+        generate(
+            tiny(),
+            prompts_of(3),
+            DecodingConfig("two_forward", 4, draft_temperature=t),
+            max_new_tokens=40,
+            stop_tokens=(),
+        )
+        for t in (0.0, 0.7, 50.0)
+    ]
+    assert all(r.tokens == expected for r in results)
+    assert len({r.forwards for r in results}) > 1
+
+
+def test_an_anchor_draft_is_always_accepted() -> None:
+    plain, anchored = (
+        generate(
+            tiny(), prompts_of(5), DecodingConfig("two_forward", 4, anchor_draft=a), max_new_tokens=41, stop_tokens=()
+        )
+        for a in (False, True)
+    )
+    assert plain.acceptance_histogram[0] > 0
+    assert anchored.acceptance_histogram[0] <= 5  # only a sequence's last step, cut at the length
+    assert anchored.forwards < plain.forwards
+
+
+@pytest.mark.skipif("zaya-nano" not in bundled(), reason="zaya-nano is not in this checkout yet")
+@pytest.mark.parametrize("batch", [1, 5])
+def test_zaya_nano_greedy_two_forward_equals_autoregressive(batch: int) -> None:
+    """Ten prompts, 48 tokens; benchmarks/equivalence.py does 200 prompts and 128 tokens."""
+    from benchmarks.equivalence import differences, prompts_for
+
+    model = load_model("zaya-nano")
+    for drafts, anchor_draft in ((16, False), (5, True)):
+        decoding = DecodingConfig("two_forward", drafts, anchor_draft=anchor_draft)
+        assert differences(model, prompts_for(model, 10), decoding, batch=batch, max_new_tokens=48).different == []
+
+
+# Mixing
+
+
+def test_weight_one_never_reads_the_draft_logits() -> None:
+    """So it is bit-identical to mixing switched off: 1 * ar + 0 * draft would turn these into NaN."""
+    logits, drafts = (
+        torch.randn(4, 4, 5),
+        Draft(torch.randint(0, 5, (4, 3)), torch.full((4, 3, 5), torch.inf), torch.zeros(3)),
+    )
+    for temperature in (0.0, 1.0):
+        found = verify(logits, drafts, temperature, 1.0, Randomness(0, 4))
+        clean = verify(logits, drafts._replace(logits=torch.zeros(4, 3, 5)), temperature, 1.0, Randomness(0, 4))
+        assert torch.equal(found.count, clean.count) and torch.equal(found.token, clean.token)
+        assert bool(((found.token >= 0) & (found.token < 5)).all())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_mixing_weight_of_one_is_lossless_and_less_is_not(temperature: float) -> None:
+    def run(weight: float) -> GenerationResult:
+        decoding = DecodingConfig("two_forward", 8, mixing_weight=weight, temperature=temperature)
+        return generate(tiny(), prompts_of(6), decoding, max_new_tokens=40, stop_tokens=(), seed=4)
+
+    one, almost, half, none = run(1.0), run(1.0 - 1e-9), run(0.5), run(0.0)
+    assert one.tokens == almost.tokens
+    assert half.tokens != one.tokens
+    assert none.acceptance_length > half.acceptance_length > one.acceptance_length
+    if temperature == 0:  # the drafts are the target, so all of them pass
+        assert none.acceptance_length > 6
+
+
+def test_greedy_mixing_takes_the_argmax_of_the_mixed_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, drafted = torch.randn(500, 4, 6, generator=generator), torch.randn(500, 3, 6, generator=generator)
+    draft = Draft(drafted.argmax(-1), drafted, torch.zeros(3))
+    found = verify(logits, draft, 0.0, 0.4, Randomness(0, 500))
+    best = (0.4 * logits[:, :3] + 0.6 * drafted).argmax(-1)
+    for b in range(500):
+        passed = list(itertools.takewhile(lambda j, b=b: best[b, j] == draft.tokens[b, j], range(3)))
+        assert found.count[b] == len(passed)
+        assert found.token[b] == (logits[b, 3].argmax() if len(passed) == 3 else best[b, len(passed)])
+    assert len(set(found.count.tolist())) == 4
+
+
+class Uniform(Randomness):
+    """One stream for all sequences: a stand-in where streams are not what is tested, because it starts faster."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = np.random.default_rng(seed)
+
+    def uniform(self, count: int, device: torch.device) -> Tensor:
+        return torch.from_numpy(self.generator.random((DRAWS, count)))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.7, 0.3, 0.0])
+@pytest.mark.parametrize("draft_temperature", [0.0, 0.8])
+def test_verification_commits_the_mixed_distribution(weight: float, draft_temperature: float) -> None:
+    """Row j of what is committed follows the mix of row j, whatever was drafted; the bonus row stays autoregressive."""
+    generator = torch.Generator().manual_seed(1)
+    logits, drafted = torch.randn(3, 5, generator=generator), torch.randn(2, 5, generator=generator)
+    randomness = Uniform(7)
+    draft = acceptance.draw_drafts(drafted.expand(DRAWS, -1, -1), torch.full((2,), draft_temperature), randomness)
+    found = verify(logits.expand(DRAWS, -1, -1), draft, TEMPERATURE, weight, randomness)
+    committed = torch.cat([draft.tokens, torch.zeros(DRAWS, 1, dtype=torch.int64)], dim=1)
+    committed.scatter_(1, found.count[:, None], found.token[:, None])
+    targets = torch.cat([weight * logits[:2] + (1 - weight) * drafted, logits[2:]])
+    for row, target in enumerate(targets):
+        reached = committed[found.count >= row, row]
+        if len(reached) > 500:
+            expected = torch.softmax(target / TEMPERATURE, -1).double().numpy()
+            assert p_value(np.bincount(reached, minlength=5), expected) > RIGHT
+    assert (found.count >= 2).sum() > 500 or draft_temperature == 0
+
+
+# Sampling
+
+
+def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """Pearson's chi-square of the counts; outcomes expected fewer than five times are one outcome."""
+    expected = probabilities / probabilities.sum() * counts.sum()
+    rare = expected < 5
+    merged = [(counts[~rare], expected[~rare]), (counts[rare].sum(keepdims=True), expected[rare].sum(keepdims=True))]
+    observed, wanted = (np.concatenate(x) for x in zip(*[m for m in merged if m[1].sum() > 0], strict=True))
+    return float(chi2.sf(((observed - wanted) ** 2 / wanted).sum(), len(wanted) - 1))
+
+
+@cache
+def exact() -> np.ndarray:
+    """Probability of every outcome of NEW_TOKENS tokens after PROMPT, from causal logits, in counting order."""
+    outcomes = list(itertools.product(range(FEW.vocab_size), repeat=NEW_TOKENS))
+    with torch.no_grad():
+        logits = few().logits(torch.tensor([[*PROMPT, *outcome] for outcome in outcomes]))
+    rows = torch.log_softmax(logits[:, len(PROMPT) - 1 : -1].double() / TEMPERATURE, -1)
+    return rows.gather(-1, torch.tensor(outcomes)[:, :, None]).sum((1, 2)).exp().numpy()
+
+
+def sampled_p_value(decoding: DecodingConfig, *, seed: int = 0) -> float:
+    rows = tokens_of(few(), [PROMPT] * DRAWS, decoding, max_new_tokens=NEW_TOKENS, seed=seed)
+    places = FEW.vocab_size ** np.arange(NEW_TOKENS)[::-1]
+    return p_value(np.bincount(np.array(rows) @ places, minlength=len(exact())), exact())
+
+
+def test_the_enumeration_is_a_distribution_that_no_outcome_dominates() -> None:
+    assert abs(exact().sum() - 1) < 1e-9
+    assert exact().max() < 0.2 and (exact() * DRAWS >= 5).sum() > 60
+
+
+def test_autoregressive_sampling_has_the_enumerated_distribution() -> None:
+    assert sampled_p_value(DecodingConfig(temperature=TEMPERATURE)) > RIGHT
+    assert sampled_p_value(DecodingConfig(temperature=TEMPERATURE * 1.2)) < WRONG
+
+
+@pytest.mark.parametrize("anchor_draft", [False, True])
+@pytest.mark.parametrize("draft_temperature", [0.0, 0.9])
+@pytest.mark.parametrize("drafts", [1, 2, 3])
+def test_sampled_two_forward_has_the_autoregressive_distribution(
+    drafts: int, draft_temperature: float, anchor_draft: bool
+) -> None:
+    decoding = DecodingConfig(
+        "two_forward", drafts, temperature=TEMPERATURE, draft_temperature=draft_temperature, anchor_draft=anchor_draft
+    )
+    assert sampled_p_value(decoding, seed=1) > RIGHT
+
+
+Verify = Callable[[Tensor, Draft, float, float, Randomness], Accepted]
+
+
+def accept_always(logits: Tensor, draft: Draft, temperature: float, weight: float, randomness: Randomness) -> Accepted:
+    drafts = draft.tokens.shape[1]
+    bonus = torch.softmax(logits[:, drafts] / temperature, -1)
+    return Accepted(torch.full((len(logits),), drafts), choose(bonus, randomness.uniform(1, logits.device)[:, 0]))
+
+
+def skip_the_residual(
+    logits: Tensor, draft: Draft, temperature: float, weight: float, randomness: Randomness
+) -> Accepted:
+    """On rejection, draw from the target itself."""
+    found = verify(logits, draft, temperature, weight, randomness)
+    row = logits[torch.arange(len(logits)), found.count]
+    redrawn = choose(torch.softmax(row / temperature, -1), randomness.uniform(1, logits.device)[:, 0])
+    return Accepted(found.count, redrawn)
+
+
+def bonus_from_the_row_before(
+    logits: Tensor, draft: Draft, temperature: float, weight: float, randomness: Randomness
+) -> Accepted:
+    wrong = torch.cat([logits[:, :-1], logits[:, -2:-1]], dim=1)
+    return verify(wrong, draft, temperature, weight, randomness)
+
+
+def judge_with_the_next_row(
+    logits: Tensor, draft: Draft, temperature: float, weight: float, randomness: Randomness
+) -> Accepted:
+    return verify(logits.roll(-1, dims=1), draft, temperature, weight, randomness)
+
+
+@pytest.mark.parametrize(
+    "wrong", [accept_always, skip_the_residual, bonus_from_the_row_before, judge_with_the_next_row]
+)
+def test_the_same_test_rejects_wrong_verification(monkeypatch: pytest.MonkeyPatch, wrong: Verify) -> None:
+    monkeypatch.setattr(two_forward, "verify", wrong)
+    decoding = DecodingConfig("two_forward", 1, temperature=TEMPERATURE, draft_temperature=0.9)
+    assert sampled_p_value(decoding) < WRONG
+
+
+def test_the_same_test_rejects_an_invented_distribution_of_argmax_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q = softmax(draft logits) for a draft that was certain."""
+    monkeypatch.setattr(acceptance, "draft_probabilities", lambda draft: torch.softmax(draft.logits, -1))
+    assert sampled_p_value(DecodingConfig("two_forward", 2, temperature=TEMPERATURE)) < WRONG
+
+
+def test_the_same_test_rejects_a_verifier_whose_state_was_not_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next token's convolutions read the columns of a rejected draft, at its place."""
+
+    def step(decode: Decode) -> list[list[int]]:
+        committed = two_forward.step(decode)
+        for layer, columns in enumerate(decode.cache.columns):
+            decode.cache.columns[layer] = columns.roll(-1, dims=1)
+        return committed
+
+    monkeypatch.setitem(SAMPLERS, "two_forward", step)
+    assert sampled_p_value(DecodingConfig("two_forward", 2, temperature=TEMPERATURE)) < WRONG
+
+
+# Randomness and batches
+
+
+def test_a_weight_of_zero_is_never_drawn() -> None:
+    weights = torch.tensor([[0.0, 1.0, 0.0, 2.0, 0.0]] * 5)
+    uniform = torch.tensor([0.0, 1 / 3 - 1e-12, 1 / 3, 0.999999, 1 - 2**-53], dtype=torch.float64)
+    assert choose(weights, uniform).tolist() == [1, 1, 3, 3, 3]
+
+
+def test_seeds_differ_and_repeat() -> None:
+    decoding = DecodingConfig("two_forward", 4, temperature=1.0, draft_temperature=1.0)
+    runs = {seed: tokens_of(tiny(), prompts_of(3), decoding, seed=seed) for seed in (0, 1, 2**32, 2**40)}
+    assert runs[0] == tokens_of(tiny(), prompts_of(3), decoding, seed=0)
+    assert len({str(run) for run in runs.values()}) == len(runs)
+
+
+def test_identical_prompts_of_one_batch_are_sampled_independently() -> None:
+    rows = tokens_of(tiny(), [[5, 6]] * 6, DecodingConfig(temperature=1.0), max_new_tokens=12)
+    assert len({tuple(row) for row in rows}) == 6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sampler", ["autoregressive", "two_forward"])
+def test_a_batch_equals_its_sequences_alone(monkeypatch: pytest.MonkeyPatch, sampler: Any, temperature: float) -> None:
+    """Sequences stop at different steps and lengths; each one's text depends on the seed and its index alone."""
+    decoding = DecodingConfig(sampler, 5, temperature=temperature, draft_temperature=temperature)
+    prompts = prompts_of(8)
+    free = tokens_of(tiny(), prompts, decoding, seed=6)
+    stops = {free[row][9 * row + 2] for row in range(4)}
+    together = generate(tiny(), prompts, decoding, max_new_tokens=40, seed=6, stop_tokens=stops)
+    assert len({len(row) for row in together.tokens}) >= 3
+    for index, prompt in enumerate(prompts):
+
+        class Stream(Randomness):
+            def __init__(self, seed: int, sequences: int, index: int = index) -> None:
+                super().__init__(seed, index + 1)
+                self.select([index])
+
+        monkeypatch.setattr(engine, "Randomness", Stream)
+        alone = generate(tiny(), [prompt], decoding, max_new_tokens=40, seed=6, stop_tokens=stops)
+        assert alone.tokens[0] == together.tokens[index]
+        assert alone.finish_reasons[0] == together.finish_reasons[index]
+        assert alone.steps[0] == together.steps[index]
