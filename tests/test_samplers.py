@@ -7,8 +7,10 @@ probabilities from the causal model, and Pearson's chi-square of the counts. The
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
+from benchmarks import equivalence
 from runtime import engine
-from runtime.checkpoint import bundled, load_model
+from runtime.checkpoint import bundled, load_model, save_model
 from runtime.config import DecodingConfig, replace
 from runtime.engine import GenerationResult, generate
 from runtime.model.zaya import Zaya
@@ -101,16 +104,47 @@ def test_an_anchor_draft_is_always_accepted() -> None:
     assert anchored.forwards < plain.forwards
 
 
-@pytest.mark.skipif("zaya-nano" not in bundled(), reason="zaya-nano is not in this checkout yet")
+@pytest.mark.skipif("zaya-nano" not in bundled(), reason="zaya-nano is not in this checkout")
 @pytest.mark.parametrize("batch", [1, 5])
 def test_zaya_nano_greedy_two_forward_equals_autoregressive(batch: int) -> None:
-    """Ten prompts, 48 tokens; benchmarks/equivalence.py does 200 prompts and 128 tokens."""
-    from benchmarks.equivalence import differences, prompts_for
-
+    """Ten prompts of 48 tokens; benchmarks/equivalence.py compares 200 of 128."""
     model = load_model("zaya-nano")
-    for drafts, anchor_draft in ((16, False), (5, True)):
-        decoding = DecodingConfig("two_forward", drafts, anchor_draft=anchor_draft)
-        assert differences(model, prompts_for(model, 10), decoding, batch=batch, max_new_tokens=48).different == []
+    prompts = equivalence.prompts_for(model, 10)
+    expected = equivalence.autoregressive(model, prompts, batch=batch, new_tokens=48)
+    for decoding in (DecodingConfig("two_forward", 16), DecodingConfig("two_forward", 5, anchor_draft=True)):
+        found = equivalence.compare(model, prompts, expected, decoding, batch=batch, new_tokens=48)
+        assert found.different == []
+        assert found.acceptance_length > 1.5
+
+
+def test_the_equivalence_program_finds_a_difference(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tiny(), tmp_path)
+    arguments = [
+        "--model",
+        str(tmp_path),
+        "--prompts",
+        "3",
+        "--new-tokens",
+        "12",
+        "--batch",
+        "2",
+        "--draft-tokens",
+        "3",
+    ]
+    assert equivalence.main(arguments) == 0
+    assert capsys.readouterr().out.count("3 x 12") == 2
+
+    def wrong(logits: Tensor, *rest: Any) -> Accepted:  # the worst token instead of the best
+        found = verify(logits, *rest)
+        return found._replace(token=logits[:, 0].argmin(-1))
+
+    monkeypatch.setattr(two_forward, "verify", wrong)
+    assert equivalence.main([*arguments, "--json"]) == 1
+    first, _ = json.loads(capsys.readouterr().out)["results"]
+    assert len(first["different"]) == 3
+    assert all(d["margin"] > 0 and d["expected"] != d["found"] for d in first["different"])
 
 
 # Mixing
