@@ -138,7 +138,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], [*predict(), "--json"]], ids=["help", "predict"])
 def test_it_starts_fast(arguments: list[str]) -> None:
-    """Under a second of processor time (the machine may be busy) from a fresh interpreter; no slow library is loaded."""
+    """Under a second of processor time (the machine may be busy) from a new interpreter; no slow library is loaded."""
     program = (
         f"import sys, time, ridgepoint; ridgepoint.main({arguments!r})\n"
         "slow = {'torch', 'triton', 'transformers', 'optuna', 'sqlalchemy', 'streamlit', 'plotly', 'pandas', 'scipy'}\n"
