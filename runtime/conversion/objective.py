@@ -1,8 +1,8 @@
 """The TiDAR training sequence and loss (arXiv 2511.08923), for any block lengths and offsets.
 
 A training sequence is the clean tokens (causal) followed by a copy of them cut into blocks of masks. A block sees
-itself in both directions and the clean tokens before it, never another block or its own clean tokens; its convolutions start
-from the clean token before it. That is exactly what a draft forward sees at inference, for every block at once.
+itself in both directions and the clean tokens before it, never another block or its own clean tokens; its convolutions
+start from the clean token before it. That is exactly what a draft forward sees at inference, for every block at once.
 """
 
 from __future__ import annotations
