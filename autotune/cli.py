@@ -41,7 +41,7 @@ def tune(
     max_divergence: Annotated[
         float, typer.Option(help="Share of tokens in which the chosen setting may differ from autoregression.")
     ] = 0.0,
-    problems: Annotated[int, typer.Option(help="Held-out problems to decode, mixed over the families.")] = 10,
+    prompts: Annotated[int, typer.Option(help="Held-out problems to decode, rounded up to whole batches.")] = 10,
     new_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each problem.")] = 144,
     repeats: Annotated[int, typer.Option(help="Recorded passes over the problems in a trial.")] = 2,
     rounds: Annotated[int, typer.Option(help="Alternating rounds of the best setting against the default.")] = 8,
@@ -61,7 +61,7 @@ def tune(
 
     batches = _batches(batch)
     plan = Plan(
-        problems=problems,
+        prompts=prompts,
         new_tokens=new_tokens,
         trials=trials,
         seconds=seconds,

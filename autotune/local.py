@@ -31,9 +31,9 @@ from runtime.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Plan:
-    """How to tune: what to decode (problems, the most new tokens of each), how long to search, what to allow."""
+    """How to tune: what to decode (held-out problems, the most new tokens of each), how long to search, what to allow."""
 
-    problems: int = 10
+    prompts: int = 10
     new_tokens: int = 144
     trials: int = 24
     seconds: float | None = None
@@ -44,7 +44,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("problems", "new_tokens", "trials", "repeats"):
+        for name in ("prompts", "new_tokens", "trials", "repeats"):
             require(getattr(self, name) >= 1, f"{name} >= 1 must hold, but got {getattr(self, name)}")
 
 
@@ -84,10 +84,10 @@ def tune_local(
 ) -> StudyResult:
     """Search the settings of one batch size and decide (see `autotune.study.tune`).
 
-    The problems are rounded up to whole batches. `hardware` is this machine's profile, for the predictions alone.
+    The prompts are rounded up to whole batches. `hardware` is this machine's profile, for the predictions alone.
     """
     config = tuned.model.config
-    count = -(-plan.problems // batch) * batch
+    count = -(-plan.prompts // batch) * batch
     problems = mixed_problems(count)
     first = [] if config.bos_token_id is None else [config.bos_token_id]
     prompts = [[*first, *tuned.tokenizer.encode(p.prompt)] for p in problems]
@@ -99,7 +99,6 @@ def tune_local(
         batch=batch,
         max_new_tokens=plan.new_tokens,
         repeats=plan.repeats,
-        seed=0,
         problems=problems,
         tokenizer=tuned.tokenizer,
     )

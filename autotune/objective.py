@@ -13,11 +13,13 @@ from autotune.space import Candidate
 from hardware.files import UserError
 from runtime.measurement import Measurement
 
-Outcome = Literal["correct", "infeasible", "runtime", "incorrect"]
+Outcome = Literal["correct", "infeasible", "runtime", "incorrect", "slower"]
 Outputs = Sequence[Sequence[int]]
 # Share of a lossless setting's tokens that may differ from the autoregressive ones: a batched forward sums in another
 # order, so that near ties fall the other way. More than that is a broken kernel or sampler, however fast.
 ROUNDING_DIVERGENCE = 0.01
+# Below this share of the best speed so far, one batch is enough to know: a full measurement would cost the most there.
+_HOPELESS = 0.2
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Runner(Protocol):
 
     def infeasible(self, candidate: Candidate) -> str | None:
         """Why it cannot run, as far as can be known without running it; None when it may."""
+
+    def warm_up(self, candidate: Candidate) -> float:
+        """Tokens per second of one batch, whatever comes with a first run included."""
 
     def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
         """Decode the workload. RuntimeError or UserError when it cannot."""
@@ -60,9 +65,10 @@ class StageFailure(Exception):
 
 @dataclass
 class Progress:
-    """What later stages need from earlier ones, within one trial."""
+    """What later stages need from earlier ones, within one trial, and the best speed of earlier trials."""
 
     candidate: Candidate
+    best_tokens_per_second: float = 0.0
     outputs: Outputs = ()
 
 
@@ -74,6 +80,14 @@ def feasibility(runner: Runner, progress: Progress) -> dict[str, Any]:
     reason = runner.infeasible(progress.candidate)
     if reason is not None:
         raise StageFailure("infeasible", reason)
+    return {}
+
+
+def warm_up(runner: Runner, progress: Progress) -> dict[str, Any]:
+    """Is it worth measuring?"""
+    speed, best = runner.warm_up(progress.candidate), progress.best_tokens_per_second
+    if speed < _HOPELESS * best:
+        raise StageFailure("slower", f"one batch ran at {speed:.3g} tokens/s, the best setting at {best:.3g}")
     return {}
 
 
@@ -101,15 +115,20 @@ def quality(runner: Runner, progress: Progress) -> dict[str, Any]:
     return found
 
 
-STAGES: dict[str, Stage] = {"feasibility": feasibility, "decode": decode, "quality": quality}
+STAGES: dict[str, Stage] = {"feasibility": feasibility, "warm_up": warm_up, "decode": decode, "quality": quality}
 
 
-def evaluate(candidate: Candidate, runner: Runner, store: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
+def evaluate(
+    candidate: Candidate,
+    runner: Runner,
+    store: Callable[[str, dict[str, Any]], None],
+    best_tokens_per_second: float = 0.0,
+) -> dict[str, Any]:
     """Run the stages in order; all findings. `store(stage, findings)` keeps each as soon as it is known, "result" last.
 
-    A UserError or RuntimeError of a stage concerns this setting alone; any other exception is a bug and is raised.
+    best_tokens_per_second: of earlier trials; a setting that is hopeless beside it is not measured in full. A UserError or RuntimeError of a stage concerns this setting alone; any other exception is a bug and is raised.
     """
-    progress, findings = Progress(candidate), dict[str, Any]()
+    progress, findings = Progress(candidate, best_tokens_per_second), dict[str, Any]()
     result: dict[str, Any] = {"outcome": "correct", "reason": ""}
     for name, stage in STAGES.items():
         result["stage"] = name

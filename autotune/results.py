@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from autotune.objective import Comparison, Outcome
 from autotune.seeding import Acceptance
 from autotune.space import Candidate, Space, Value
@@ -185,9 +188,14 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
     """Spearman's rank correlation, ties sharing their mean rank; None where it is not defined."""
     if len(pairs) < 3 or any(len(set(column)) < 2 for column in zip(*pairs, strict=True)):
         return None
-    from scipy.stats import spearmanr
+    ranks = [_ranks(column) for column in zip(*pairs, strict=True)]
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
-    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+
+def _ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]
 
 
 def _known(value: float | None) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from autotune.objective import Comparison, Outputs
 from autotune.space import Candidate
@@ -27,7 +26,7 @@ from runtime.tokenizer import Tokenizer
 
 
 class LocalRunner:
-    """Decodes all prompts, `batch` at a time; one sample is a pass over all of them, so that samples are of equal work.
+    """Decodes all prompts, `batch` at a time; one sample is a pass over all of them, so that samples are equal work.
 
     problems: where the prompts come from, if their answers can be checked. A pass counts decoding, not the prefill.
     """
@@ -41,7 +40,6 @@ class LocalRunner:
         batch: int,
         max_new_tokens: int,
         repeats: int = 2,
-        seed: int = 0,
         problems: Sequence[Problem] = (),
         tokenizer: Tokenizer | None = None,
     ) -> None:
@@ -52,7 +50,7 @@ class LocalRunner:
         )
         require(not problems or len(problems) == len(prompts), "each prompt must have its problem, or none")
         self._model, self._identity, self._prompts = model, identity, [list(p) for p in prompts]
-        self._batch, self._new_tokens, self._repeats, self._seed = batch, max_new_tokens, repeats, seed
+        self._batch, self._new_tokens, self._repeats = batch, max_new_tokens, repeats
         self._problems, self._tokenizer = list(problems), tokenizer
 
     def infeasible(self, candidate: Candidate) -> str | None:
@@ -71,23 +69,24 @@ class LocalRunner:
             return f"the experts' copied weights need {size / 1e9:.1f} GB, more than half of the memory"
         return None
 
+    def warm_up(self, candidate: Candidate) -> float:
+        """The first batch of prompts."""
+        return self._sample(candidate, self._prompts[: self._batch]).tokens_per_second
+
     def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
-        """One unrecorded batch, then `repeats` passes."""
-        self._sample(candidate, self._prompts[: self._batch])
-        passes = [self._pass(candidate) for _ in range(self._repeats)]
+        """`repeats` passes."""
+        samples = [self._sample(candidate, self._prompts) for _ in range(self._repeats)]
         record = generation_record(
             self._model,
             self._identity,
-            self._prompts[: self._batch],
+            self._prompts,
             candidate.decoding,
-            passes,
+            samples,
             kernels=candidate.kernels,
+            batch=self._batch,
             max_new_tokens=self._new_tokens,
         )
-        prompt = statistics.fmean(map(len, self._prompts))
-        generated = passes[0].tokens / len(self._prompts)
-        workload = replace(record.workload, prompt_tokens=max(1, round(prompt)))
-        return replace(record, workload=workload, context=round(prompt + generated / 2)), passes[0].outputs
+        return record, samples[0].outputs
 
     def quality(self, outputs: Outputs) -> dict[str, float]:
         """Judged with the default kernels: a wrong kernel must not be its own judge."""
@@ -103,7 +102,10 @@ class LocalRunner:
     ) -> Comparison:
         """Alternate whole passes, after one unrecorded pass of each."""
         samples = interleave(
-            {"default": lambda: self._pass(default), "tuned": lambda: self._pass(candidate)},
+            {
+                "default": lambda: self._sample(default, self._prompts),
+                "tuned": lambda: self._sample(candidate, self._prompts),
+            },
             rounds,
             warmup=1,
             progress=lambda done: progress(done / (2 * (rounds + 1))),
@@ -114,29 +116,12 @@ class LocalRunner:
             statistics.median(speeds["tuned"]), statistics.median(speeds["default"]), ratio, low, high, rounds
         )
 
-    def _pass(self, candidate: Candidate) -> GenerationSample:
-        starts = range(0, len(self._prompts), self._batch)
-        samples = [self._sample(candidate, self._prompts[i : i + self._batch]) for i in starts]
-        histogram = [0] * max(len(s.histogram) for s in samples)
-        for sample in samples:
-            for n, count in enumerate(sample.histogram):
-                histogram[n] += count
-        forwards = sum(s.forwards for s in samples)
-        return GenerationSample(
-            seconds=sum(s.seconds for s in samples),
-            tokens=sum(s.tokens for s in samples),
-            forwards=forwards,
-            histogram=tuple(histogram),
-            experts_per_layer=sum(s.experts_per_layer * s.forwards for s in samples) / forwards,
-            outputs=tuple(o for s in samples for o in s.outputs),
-        )
-
     def _sample(self, candidate: Candidate, prompts: list[list[int]]) -> GenerationSample:
         return sample_generation(
             self._model,
             prompts,
             candidate.decoding,
             kernels=candidate.kernels,
+            batch=self._batch,
             max_new_tokens=self._new_tokens,
-            seed=self._seed,
         )

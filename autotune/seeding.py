@@ -114,7 +114,8 @@ class Predictor:
 def pilots(space: Space, default: Candidate) -> list[Candidate]:
     """The settings that are run first: the default, and the longest draft at a few mixing weights.
 
-    They are ordinary trials; what they count tells the acceptance that the predictions of all others need.
+    They are ordinary trials; what they count tells the acceptance that the predictions of all others need. The counts
+    do not depend on threads, so the pilots take one: several can be slow beyond measure on a busy machine.
     """
     found = [default]
     names = {p.name: p for p in space.parameters}
@@ -122,7 +123,7 @@ def pilots(space: Space, default: Candidate) -> list[Candidate]:
         return found
     for weight in _PILOT_MIXING_WEIGHTS if "mixing_weight" in names else (1.0,):
         decoding = DecodingConfig("two_forward", draft_tokens=MAX_DRAFT_TOKENS, mixing_weight=weight)
-        kernels = KernelConfig({1_000_000: KernelConfig().experts[1_000_000]}, default.kernels.threads)
+        kernels = KernelConfig({1_000_000: KernelConfig().experts[1_000_000]}, 1)
         found.append(space.candidate(space.encode(Candidate(decoding, kernels))))
     return found
 

@@ -145,7 +145,8 @@ def _objective(trial: optuna.Trial, result: StudyResult, runner: Runner, predict
         trial.set_user_attr("twin", {"same_as": twin.number, **found})
     else:
         trial.set_user_attr("prediction", {"predicted_tokens_per_second": predict(candidate, result.acceptance())})
-        found = evaluate(candidate, runner, trial.set_user_attr)
+        best = max((t.tokens_per_second or 0.0 for t in result.correct), default=0.0)
+        found = evaluate(candidate, runner, trial.set_user_attr, best)
     trial.set_constraint("runs", 0.0 if found["outcome"] == "correct" else 1.0)  # feasible: <= 0
     if found["outcome"] != "correct":
         raise optuna.TrialPruned

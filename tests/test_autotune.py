@@ -61,8 +61,11 @@ class MadeUp:
     def sample(self, candidate: Candidate) -> float:
         return self.gain(candidate, self.batch) * self.rng.lognormvariate(0, self.noise)
 
-    def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
+    def warm_up(self, candidate: Candidate) -> float:
         self.fault(candidate)
+        return self.sample(candidate)
+
+    def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
         self.measured.append(candidate)
         decoding, kernels = candidate
         steps = 1000
