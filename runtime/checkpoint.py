@@ -125,7 +125,6 @@ def save_model(model: Zaya, folder: Path, *, dtype: DType | None = None) -> None
             continue
         kept = tensor if name.endswith("balancing_biases") else tensor.to(getattr(torch, stored))
         tensors[name] = kept.detach().cpu().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / WEIGHTS)
     write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
