@@ -1,0 +1,440 @@
+"""The conversion trains what inference runs, and a run can be killed anywhere and still end in the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hardware.files import UserError, plain
+from runtime.checkpoint import load_model, load_tensors, model_hash, save_model, save_tensors
+from runtime.config import ModelConfig, RopeParameters, replace
+from runtime.conversion import train as training
+from runtime.conversion.objective import block_starts, conversion_layout, conversion_loss, next_token_loss
+from runtime.conversion.recipe import Recipe, Stage, load_recipe
+from runtime.conversion.train import train
+from runtime.layout import causal, draft
+from runtime.model.zaya import Zaya
+from tests.models import TINY, noisy_model, random_ids, relative_error
+
+torch.set_num_threads(1)
+MASK = TINY.mask_token_id or 0
+CONFIGS: dict[str, ModelConfig] = {
+    "plain": TINY,
+    "long-convolutions": replace(TINY, cca_time0=3, cca_time1=2, attention_bias=True),
+    "sliding": replace(
+        TINY,
+        layer_types=("hybrid_sliding", "hybrid"),
+        sliding_window=6,
+        rope_parameters={"hybrid": RopeParameters(1000.0), "hybrid_sliding": RopeParameters(50.0)},
+    ),
+}
+configurations = pytest.mark.parametrize("name", CONFIGS)
+
+
+def starts_of(rows: int, length: int, max_block: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(block_starts(np.random.default_rng(seed), rows, length, max_block))
+
+
+def drafted(model: Zaya, clean: list[int], block: list[int]) -> Tensor:
+    """Hidden states [1 + K, hidden] of the anchor (the last clean token) and a block, as a draft forward gives them."""
+    cache = model.new_cache(1, len(clean) + len(block), len(block) + 1)
+    if len(clean) > 1:
+        model.forward(torch.tensor([clean[:-1]]), causal(len(clean) - 1), cache)
+        cache.advance([len(clean) - 1])
+    return model.forward(torch.tensor([[clean[-1], *block]]), draft(len(block)), cache)[0]
+
+
+# The layout
+
+
+@configurations
+@pytest.mark.parametrize("revealed_share", [0.0, 0.4])
+@torch.no_grad()
+def test_training_sees_what_a_draft_forward_sees(name: str, revealed_share: float) -> None:
+    model, length = noisy_model(CONFIGS[name], seed=1), 22
+    tokens, starts = random_ids(3, length, MASK), starts_of(3, length, 7)
+    revealed = torch.rand(3, length, generator=torch.Generator().manual_seed(0)) < revealed_share
+    masked = torch.where(revealed, tokens, MASK)
+    hidden = model.forward(torch.cat([tokens, masked], dim=1), conversion_layout(starts))
+    for row in range(3):
+        blocks = sorted(set(starts[row].tolist()) - {0})
+        assert len(blocks) > 2
+        for begin, end in zip(blocks, [*blocks[1:], length], strict=True):
+            expected = drafted(model, tokens[row, :begin].tolist(), masked[row, begin:end].tolist())
+            assert relative_error(hidden[row, length + begin : length + end], expected[1:]) < 1e-5
+            assert relative_error(hidden[row, begin - 1], expected[0]) < 1e-5
+
+
+@configurations
+@torch.no_grad()
+def test_clean_half_is_the_plain_causal_model(name: str) -> None:
+    model = noisy_model(CONFIGS[name], seed=1)
+    tokens, starts = random_ids(3, 22, MASK), starts_of(3, 22, 7)
+    hidden = model.forward(torch.cat([tokens, torch.full_like(tokens, MASK)], dim=1), conversion_layout(starts))
+    assert relative_error(model.project(hidden[:, :22]), model.logits(tokens)) < 1e-5
+
+
+@configurations
+@torch.no_grad()
+def test_no_block_sees_its_own_tokens_or_later_ones(name: str) -> None:
+    model, length = noisy_model(CONFIGS[name], seed=1), 16
+    tokens = random_ids(1, length, MASK)
+    starts = torch.tensor([[0, *[1] * 4, *[5] * 3, *[8] * 8]])
+    masks = torch.full_like(tokens, MASK)
+    before = model.forward(torch.cat([tokens, masks], dim=1), conversion_layout(starts))[0, length:]
+    changed = tokens.clone()
+    changed[0, 5:] = (changed[0, 5:] + 1) % MASK
+    after = model.forward(torch.cat([changed, masks], dim=1), conversion_layout(starts))[0, length:]
+    assert relative_error(after[:8], before[:8]) < 1e-6  # the blocks at 1 and at 5
+    assert (after[8:] - before[8:]).abs().amax(-1).min() > 1e-3  # the block at 8 sees tokens 5..7
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=st.integers(1, 4), length=st.integers(1, 60), max_block=st.integers(1, 30), seed=st.integers(0, 2**32 - 1))
+def test_block_starts_cut_a_sequence_into_blocks(rows: int, length: int, max_block: int, seed: int) -> None:
+    starts = block_starts(np.random.default_rng(seed), rows, length, max_block)
+    assert starts.shape == (rows, length) and starts.dtype == np.int64
+    position = np.arange(length)
+    assert (starts[:, 0] == 0).all() and (starts[:, 1:] >= 1).all()  # position 0 stands alone
+    assert (starts <= position).all()
+    goes_on = starts[:, 1:] == starts[:, :-1]
+    assert (goes_on | (starts[:, 1:] == position[1:])).all()
+    assert (position - starts < max_block).all()
+    assert np.array_equal(starts, block_starts(np.random.default_rng(seed), rows, length, max_block))
+
+
+def test_every_block_length_and_offset_is_drawn_equally_often() -> None:
+    starts = block_starts(np.random.default_rng(0), 4000, 40, 5)
+    begins = [np.unique(row) for row in starts]
+    lengths = np.concatenate([np.diff(row)[1:][row[1:-1] < 35] for row in begins])  # those that the end cannot cut
+    share = np.bincount(lengths, minlength=6)[1:] / len(lengths)
+    assert np.abs(share - 0.2).max() < 0.01
+    offsets = np.bincount(np.concatenate(begins), minlength=40)[12:] / 4000
+    assert np.abs(offsets - 1 / 3).max() < 0.03  # blocks of 3 on average: a third of the rows has one begin there
+
+
+# The loss
+
+
+@configurations
+def test_losses_are_those_of_separate_forwards(name: str) -> None:
+    model, length = noisy_model(replace(CONFIGS[name], pad_token_id=0), seed=1), 14
+    tokens, starts = random_ids(2, length + 1, MASK, seed=2), starts_of(2, length, 5, seed=2)
+    tokens[1, 10:] = 0
+    revealed = torch.rand(2, length, generator=torch.Generator().manual_seed(1)) < 0.3
+    found = conversion_loss(model, tokens, starts, alpha=0.5, revealed=revealed)
+
+    next_token, mask = [], []
+    logits = model.logits(tokens[:, :-1])
+    for row in range(2):
+        clean = tokens[row, :-1].tolist()
+        masked = torch.where(revealed[row], tokens[row, :-1], MASK).tolist()
+        for t in range(length):
+            if tokens[row, t + 1] != 0:
+                next_token.append(F.cross_entropy(logits[row, t], tokens[row, t + 1]))
+            if t > 0 and not revealed[row, t] and clean[t] != 0:
+                begin = int(starts[row, t])
+                end = begin + int((starts[row] == begin).sum())
+                hidden = drafted(model, clean[:begin], masked[begin:end])
+                mask.append(F.cross_entropy(model.project(hidden[1 + t - begin]), tokens[row, t]))
+    expected, expected_mask = torch.stack(next_token).mean(), torch.stack(mask).mean()
+    assert found.mask is not None
+    torch.testing.assert_close(found.next_token, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.mask, expected_mask, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.total, (0.5 * expected + expected_mask) / 1.5, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(next_token_loss(model, tokens).total, expected, rtol=1e-4, atol=1e-5)
+
+
+PARTS = (
+    "embed",
+    "q_proj",
+    "v_proj_delayed",
+    "conv",
+    "temp",
+    "experts",
+    "router_mlp",
+    "states_scale",
+    "residual",
+    "norm",
+)
+
+
+@configurations
+def test_a_step_along_the_gradient_of_any_part_changes_the_loss_as_it_says(name: str) -> None:
+    """With one expert, because choosing another one has no slope."""
+    model = noisy_model(replace(CONFIGS[name], num_experts=1), seed=1)
+    for layer in model.model.layers:
+        layer.mlp.gate.balancing_biases[-1] = -9.0
+    model.train().requires_grad_(True)
+    tokens, starts = random_ids(2, 11, MASK), starts_of(2, 10, 4)
+    conversion_loss(model, tokens, starts).total.backward()
+    for part in PARTS:
+        parameters = [p for n, p in model.named_parameters() if part in n]
+        gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+        assert len(gradients) == len(parameters) > 0
+        square = sum(float(g.square().sum()) for g in gradients)
+        assert square > 1e-6, part
+        step, ends = 0.01 / square, []
+        for times in (1, -2, 1):  # to a loss 0.01 higher, to one 0.01 lower, and back
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter += times * step * gradient
+                ends.append(float(conversion_loss(model, tokens, starts).total))
+        assert ends[0] - ends[1] == pytest.approx(0.02, rel=0.05), part
+
+
+# Training
+
+RECIPE = Recipe(
+    "tiny",
+    3,
+    replace(TINY, vocab_size=264, pad_token_id=256, bos_token_id=257, eos_token_id=258, mask_token_id=259),
+    (
+        Stage("first", "next_token", 7, 2, 24, 0.01, 0.005, warmup_steps=2, task_share=0.5),
+        Stage("second", "conversion", 6, 2, 20, 0.01, 0.001, warmup_steps=1, max_block=4, partial_share=0.5),
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _frequent_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    monkeypatch.setattr(training, "SAVE_EVERY", 3)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing disturbed, saved and logged as often as the others."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LOG_EVERY", 1)
+        patch.setattr(training, "SAVE_EVERY", 3)
+        assert train(RECIPE, folder) == folder / "second"
+    return folder
+
+
+def assert_same_run(folder: Path, finished: Path) -> None:
+    assert json.loads((folder / "losses.json").read_text()) == json.loads((finished / "losses.json").read_text())
+    for stage in ("first", "second"):
+        mine, other = (load_tensors(f / stage / "model.safetensors") for f in (folder, finished))
+        assert mine.keys() == other.keys()
+        for name, tensor in other.items():
+            assert torch.equal(mine[name], tensor), (stage, name)
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+def killed_at(function: Callable[..., Any], call: int, *, after: bool) -> Callable[..., Any]:
+    """The function, killed at its n-th call, before or after its work."""
+    calls = iter(range(10**6))
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        now = next(calls) == call
+        if now and not after:
+            raise Killed
+        result = function(*args, **kwargs)
+        if now:
+            raise Killed
+        return result
+
+    return wrapped
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 5, 6, 7, 9, 12])
+def test_a_run_killed_in_any_step_resumes_to_the_same_weights(
+    step: int, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training, "_step", killed_at(training._step, step, after=True))
+        train(RECIPE, tmp_path)
+    train(RECIPE, tmp_path)
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_run_killed_after_any_of_its_writes_resumes_to_the_same_weights(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt gets one write further than the one before, until one needs no more."""
+    for call in range(100):
+        with monkeypatch.context() as patch:
+            left = [call % 4]  # of all three together; a save of the state is three writes
+
+            def counted(function: Callable[..., Any], left: list[int] = left) -> Callable[..., Any]:
+                def wrapped(*args: Any, **kwargs: Any) -> Any:
+                    result = function(*args, **kwargs)
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise Killed
+                    return result
+
+                return wrapped
+
+            for name in ("write_atomic", "save_tensors", "save_model"):
+                patch.setattr(training, name, counted(getattr(training, name)))
+            try:
+                train(RECIPE, tmp_path)
+                break
+            except Killed:
+                continue
+    assert call > 3
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_finished_run_does_nothing_more(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    monkeypatch.setattr(training, "_step", lambda *a: pytest.fail("a finished run was trained on"))
+    assert train(RECIPE, finished) == finished / "second"
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+def test_losses_are_logged_by_stage_and_step(finished: Path) -> None:
+    entries = json.loads((finished / "losses.json").read_text())
+    assert [(e["stage"], e["step"]) for e in entries] == [
+        (stage.name, step) for stage in RECIPE.stages for step in range(1, stage.steps + 1)
+    ]
+    assert all(np.isfinite(e["next_token"]) for e in entries)
+    assert [("mask" in e) for e in entries] == [e["stage"] == "second" for e in entries]
+    assert [e["rate"] for e in entries[:7]] == [RECIPE.stages[0].rate(s) for s in range(7)]
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    stage = replace(RECIPE.stages[0], steps=60, batch=8, learning_rate=0.02, final_learning_rate=0.02, task_share=1.0)
+    train(replace(RECIPE, stages=(stage,)), tmp_path)
+    losses = [e["next_token"] for e in json.loads((tmp_path / "losses.json").read_text())]
+    assert losses[0] > 5 and np.mean(losses[-5:]) < losses[0] - 1.5
+
+
+def test_balancing_moves_towards_equal_load() -> None:
+    model = noisy_model()
+    before = [layer.mlp.gate.balancing_biases.clone() for layer in model.model.layers]
+    routes = [torch.zeros(40, dtype=torch.int64), torch.arange(40) % 4]
+    training._balance(model, routes, replace(RECIPE.stages[0], balance_rate=0.01, skip_share=0.05))
+    moved = [layer.mlp.gate.balancing_biases - old for layer, old in zip(model.model.layers, before, strict=True)]
+    torch.testing.assert_close(moved[0], torch.tensor([-0.01, 0.01, 0.01, 0.01, 0.01]))
+    torch.testing.assert_close(moved[1], torch.tensor([-0.01, -0.01, -0.01, -0.01, 0.01]))  # the skip expert has none
+
+
+def test_starting_from_a_checkpoint(tmp_path: Path) -> None:
+    model = noisy_model(RECIPE.model)
+    save_model(model, tmp_path / "start")
+    still = replace(RECIPE.stages[0], steps=1, learning_rate=1e-12, final_learning_rate=1e-12, balance_rate=0.0)
+    end = train(replace(RECIPE, stages=(still,)), tmp_path / "run", start_from=str(tmp_path / "start"))
+    for name, tensor in load_model(str(end)).state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=1e-8)
+    assert model_hash(load_model(str(end))) != model_hash(noisy_model(RECIPE.model, seed=1))
+    other = replace(RECIPE, model=replace(RECIPE.model, num_experts=5))
+    with pytest.raises(UserError, match=r"its config\.json is not the recipe's model"):
+        train(other, tmp_path / "other", start_from=str(tmp_path / "start"))
+
+
+def test_a_folder_of_another_recipe_is_refused(finished: Path) -> None:
+    for other in (replace(RECIPE, seed=4), replace(RECIPE, stages=RECIPE.stages[:1])):
+        with pytest.raises(UserError, match="holds a run of another recipe; choose another folder"):
+            train(other, finished)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _not_json(path: Path) -> None:
+    path.write_text("[{")
+
+
+def _other_tensors(path: Path) -> None:
+    save_tensors({"something": torch.zeros(2)}, path)
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("state.safetensors", _cut, r"cannot read .*state\.safetensors \(truncated or not safetensors\)"),
+        ("state.safetensors", _not_json, r"cannot read .*state\.safetensors \(truncated or not safetensors\)"),
+        ("state.safetensors", _remove, r"cannot read .*state\.safetensors"),
+        ("state.safetensors", _other_tensors, r"state\.safetensors is no saved state of a training run"),
+        ("progress.json", _cut, r"progress\.json is not valid JSON"),
+        ("losses.json", _not_json, r"cannot read .*losses\.json"),
+        ("losses.json", _remove, r"cannot read .*losses\.json"),
+    ],
+)
+def test_damaged_runs_are_refused_in_one_line(
+    finished: Path, tmp_path: Path, file: str, damage: Callable[[Path], None], message: str
+) -> None:
+    for name in ("state.safetensors", "progress.json", "losses.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    damage(tmp_path / file)
+    with pytest.raises(UserError, match=message) as error:
+        train(RECIPE, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_explodes_stops_the_run(tmp_path: Path) -> None:
+    wild = replace(RECIPE.stages[0], learning_rate=1e30, final_learning_rate=1e30, steps=50)
+    with pytest.raises(UserError, match=r"the loss is not finite at step .* of stage first; lower the learning rate"):
+        train(replace(RECIPE, stages=(wild,)), tmp_path)
+
+
+# Recipes
+
+
+def test_bundled_recipe_loads_and_an_unknown_one_lists_it() -> None:
+    recipe = load_recipe("zaya-nano")
+    assert recipe.stages[0].objective == "next_token"
+    assert recipe.stages[-1].objective == "conversion" and recipe.model.mask_token_id == 259
+    with pytest.raises(UserError, match="unknown recipe 'zaya-mini'; known: zaya-nano"):
+        load_recipe("zaya-mini")
+
+
+def test_a_recipe_file_is_read_strictly(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(plain(RECIPE)))  # JSON is YAML
+    assert load_recipe(str(path)) == RECIPE
+    path.write_text(json.dumps(plain(RECIPE) | {"sede": 3}))
+    with pytest.raises(UserError, match="unknown key 'sede'"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps >= 1 must hold, but got 0"),
+        ({"task_share": 1.5}, "0 <= task_share <= 1 must hold, but got 1.5"),
+        ({"final_learning_rate": 1.0}, "0 < final_learning_rate <= learning_rate must hold"),
+    ],
+)
+def test_impossible_stages(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(RECIPE.stages[0], **changes)
+
+
+def test_impossible_recipes() -> None:
+    with pytest.raises(UserError, match="at least one entry"):
+        replace(RECIPE, stages=())
+    with pytest.raises(UserError, match="must have different names"):
+        replace(RECIPE, stages=RECIPE.stages[:1] * 2)
+    with pytest.raises(UserError, match="stage 'second' converts, so the model must have a mask_token_id"):
+        replace(RECIPE, model=replace(RECIPE.model, mask_token_id=None))
+
+
+def test_learning_rate_warms_up_then_falls_to_the_final_one() -> None:
+    stage = Stage("s", "next_token", 100, 1, 1, 0.1, 0.01, warmup_steps=20)
+    rates = [stage.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.005) and max(rates) == pytest.approx(0.1) == rates[19]
+    assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[-1] == pytest.approx(0.01, rel=0.15)
