@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import socket
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +16,13 @@ import typer
 
 from hardware.files import UserError
 
+DEMO_FOLDER = Path("demo-out")
+
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to the root command."""
     app.command()(dashboard)
+    app.command()(demo)
 
 
 def dashboard(
@@ -44,6 +51,72 @@ def dashboard(
     command = [sys.executable, "-m", "streamlit", "run", str(root / "app.py")]
     command += [f"--{name}={str(value).lower()}" for name, value in options.items()]
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report; an earlier demo in it is replaced.")] = DEMO_FOLDER,
+    model: Annotated[str, typer.Option(help="A checkpoint that ships, or a checkpoint's folder.")] = "zaya-nano",
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute instead of four: fewer points.")] = False,
+    seconds: Annotated[float | None, typer.Option(help="How long to tune (default: 75, quick 10).")] = None,
+    hardware: Annotated[str | None, typer.Option(help="This machine's profile (default: probe it).")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; tuning tries every number.")] = 1,
+    simulated: Annotated[
+        str | None, typer.Option(help="What about the model is not real, for example: random weights.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+) -> None:
+    """Probe, predict, measure, tune, export and run on this machine, and write one report of it."""
+    from dataclasses import replace
+
+    from dashboards.demo import run, summary
+    from dashboards.plan import QUICK, Plan
+    from dashboards.report import decision_sentence, speedup_sentence
+    from hardware.profile import load_profile
+    from runtime.config import require
+
+    plan = QUICK if quick else Plan()
+    if seconds is not None:
+        plan = replace(plan, tuning_seconds=seconds)
+    profile = load_profile(hardware) if hardware else None
+    require(profile is None or profile.kind == "cpu", "the demo runs on the CPU: --hardware must be a probed CPU's")
+    command = shlex.join(["ridgepoint", *sys.argv[1:]])
+    with _progress() as show:
+        results = run(
+            out, model, plan, hardware=profile, threads=threads, simulated=simulated, command=command, show=show
+        )
+    if as_json:
+        print(json.dumps(summary(results, out), indent=2))
+        return
+    for found in results.speedups:
+        print(speedup_sentence(found))
+    print(decision_sentence(results.study))
+    print(f"report: open {(out / 'report.html').resolve()}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float, str], None]]:
+    """One bar per stage on stderr: call it with the stage, the share done and a remark. Without a terminal, lines."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    tasks: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description:14}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[remark]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def show(stage: str, share: float, text: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=1.0, remark="")
+                if not console.is_terminal:
+                    console.print(f"{stage} ...", highlight=False)
+            progress.update(tasks[stage], completed=min(share, 1.0), remark=text)
+
+        yield show
 
 
 def _check_free(host: str, port: int) -> None:

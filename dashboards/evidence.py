@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -66,23 +66,24 @@ def scatter_plot(info: ScatterInfo) -> go.Figure:
         error = percent(info.held_out_median_absolute_error)
         title = f"median absolute error {error} over {info.held_out_count} held-out points"
     figure.update_layout(title={"text": title, "font": {"size": 15}, "x": 0.01}, margin={"t": 45})
-    figure.update_xaxes(type="log", exponentformat="SI", dtick=1)
-    figure.update_yaxes(type="log", exponentformat="SI", dtick=1)
+    figure.update_xaxes(type="log", exponentformat="SI", dtick="D2")
+    figure.update_yaxes(type="log", exponentformat="SI", dtick="D2")
     return figure
-
-
-Role = Literal["trial", "default", "chosen"]
 
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A setting that was tried; speed and divergence are None where it could not run."""
+    """A setting that was tried. divergence: share of tokens that autoregressive decoding would not give.
+
+    Both numbers are None where it could not run.
+    """
 
     label: str
     tokens_per_second: float | None
     divergence: float | None
     feasible: bool = True
-    role: Role = "trial"
+    default: bool = False
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,12 @@ def front_info(points: Sequence[FrontPoint]) -> FrontInfo:
 
 def front_plot(info: FrontInfo) -> go.Figure:
     """Tokens per second over divergence from autoregressive decoding; up and left is better."""
-    figure = base_figure("divergence from autoregressive decoding (nats per token)", "tokens/s")
+    figure = base_figure("tokens that differ from autoregressive decoding (share)", "tokens/s")
     _front_trace(figure, info.front, "front", BLUE, "circle", 10, lines=True)
     _front_trace(figure, info.dominated, "dominated", GREY, "circle", 8)
     every = [*info.front, *info.dominated]
-    _front_trace(figure, [p for p in every if p.role == "default"], "default", VERMILLION, "square-open", 17)
-    _front_trace(figure, [p for p in every if p.role == "chosen"], "chosen", GREEN, "star", 17)
+    _front_trace(figure, [p for p in every if p.default], "default", VERMILLION, "square-open", 17)
+    _front_trace(figure, [p for p in every if p.chosen], "chosen", GREEN, "star", 17)
     if info.infeasible:
         figure.add_scatter(
             x=[p.divergence or 0.0 for p in info.infeasible],
@@ -128,6 +129,8 @@ def front_plot(info: FrontInfo) -> go.Figure:
             text=[safe(p.label) for p in info.infeasible],
             hovertemplate="%{text}: infeasible<extra></extra>",
         )
+    widest = max([p.divergence or 0.0 for p in every], default=0.0)
+    figure.update_xaxes(tickformat=".1~%", range=[-0.04 * (widest or 0.1), 1.08 * (widest or 0.1)])
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -145,7 +148,7 @@ def _front_trace(
         line={"color": colour, "shape": "hv", "width": 1.5},
         marker={"color": colour, "symbol": symbol, "size": size, "line": {"width": 2, "color": colour}},
         text=[safe(p.label) for p in points],
-        hovertemplate="%{text}<br>%{y:,.1f} tokens/s, divergence %{x:.3g}<extra></extra>",
+        hovertemplate="%{text}<br>%{y:,.1f} tokens/s, %{x:.2%} of the tokens differ<extra></extra>",
     )
 
 

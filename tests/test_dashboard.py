@@ -256,10 +256,7 @@ def every_figure(name: str = "plain") -> dict[str, Any]:
     hardware = one_level(name)
     found = answer(Choice(), hardware)
     assert found.speedups is not None
-    trials = [
-        FrontPoint(f"{name} {n}", 100.0 + n, n / 10, role=role)  # type: ignore[arg-type]
-        for n, role in enumerate(("default", "chosen", "trial"))
-    ]
+    trials = [FrontPoint(f"{name} {n}", 100.0 + n, n / 10, default=n == 0, chosen=n == 1) for n in range(3)]
     return {
         "roofline": roofline_plot(roofline_info([hardware], found.predictions)),
         "speedup": speedup_plot(speedup_info({name: found.speedups})),

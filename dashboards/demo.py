@@ -1,0 +1,320 @@
+"""`ridgepoint demo`: the whole job on this machine, and one report of it.
+
+Probe, predict, measure, calibrate, check on points that nothing was fitted to, tune, export, run the export.
+Every artefact is kept in the output folder as soon as it exists.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dashboards.choice import Answer, Choice, answer
+from dashboards.plan import ARTEFACTS, Grid, Plan, commands
+from dashboards.report import Results, Speedup, TunedRun, write_report
+from hardware.files import UserError, plain, write_atomic
+from hardware.fingerprint import git_commit
+from hardware.profile import HardwareProfile, load_profile, save_profile
+from perfmodel.calibration import calibrate
+from perfmodel.decoding import predict
+from perfmodel.engine import EngineProfile, engine_for, save_engine
+from perfmodel.experts import ExpertCoverage
+from perfmodel.model_spec import load_spec, require_context
+from perfmodel.validation import recorded_coverage, summaries, validate
+from runtime.config import DecodingConfig, require
+from runtime.deployment import load_deployment
+from runtime.measurement import ForwardKind, Measurement, append_jsonl
+
+if TYPE_CHECKING:
+    from autotune.local import Tuned
+    from autotune.results import StudyResult
+    from runtime.bench import Identity
+
+Show = Callable[[str, float, str], None]
+"""Called with the stage, the share of it that is done, and a remark."""
+
+FULL_SIZE = ("h100-sxm", "mi300x")
+FULL_SIZE_ACCEPTANCE = 4.6
+FULL_SIZE_SOURCE = (
+    "The acceptance length of 4.6 is the publisher's headline for the lossless sampler of ZAYA1-8B-Diffusion-Preview."
+)
+
+
+def run(
+    out: Path,
+    model: str,
+    plan: Plan,
+    *,
+    hardware: HardwareProfile | None = None,
+    threads: int = 1,
+    simulated: str | None = None,
+    command: str = "ridgepoint demo",
+    show: Show = lambda stage, share, remark: None,
+) -> Results:
+    """Do everything and write `out`/report.html. hardware: this machine's profile (None: probe it).
+
+    threads: of all that is measured before the tuning, which tries every number: a small model gains little from more,
+    and several threads stall each other where the machine does other work too.
+
+    UserError: an unknown or broken model, a context too short for the grids, a folder that cannot be written.
+    """
+    began = time.monotonic()
+    for grid in (plan.fitted, plan.held_out):
+        require_context(load_spec(model), max(grid.context) + max(grid.slots))
+    _clear(out)
+    if hardware is None:
+        from hardware.probe import probe
+
+        hardware = probe("cpu", quick=plan.quick_probe, progress=lambda label, share: show("probe", share, label))
+    save_profile(hardware, out / "hardware.yaml")
+    show("probe", 1.0, hardware.name)
+
+    choice, elsewhere = _full_size()
+    write_atomic(out / "predictions.json", _json([plain(a.chosen) for _, a in elsewhere]))
+    show("predict", 1.0, f"{choice.model} on {' and '.join(FULL_SIZE)}")
+
+    import torch
+
+    from autotune.local import load
+    from runtime.bench import identify
+
+    torch.set_num_threads(threads)
+    tuned = load(model)
+    require(tuned.model.config.mask_token_id is not None, f"{model} has no mask_token_id, so it cannot draft")
+    identity = identify(tuned.model, model, command, simulated=simulated)
+    fitted = _forwards(tuned, identity, plan.fitted, plan, out / "calibration.jsonl", partial(show, "measure"))
+    coverage = recorded_coverage(fitted)
+    engine = calibrate(
+        fitted, hardware, engine_for(hardware, None), source="calibration.jsonl", expert_coverage=coverage
+    )
+    save_engine(engine, out / "engine.yaml")
+    show("calibrate", 1.0, f"{len(engine.fit.points) if engine.fit else 0} operating points")
+    held_out = _forwards(tuned, identity, plan.held_out, plan, out / "held-out.jsonl", partial(show, "check"))
+
+    speedups, generations = [], []
+    for place, batch in enumerate(plan.batches):
+        progress = partial(_part, partial(show, "generate"), place, len(plan.batches))
+        found = _speedup(tuned, identity, batch, plan, hardware, engine, coverage, progress)
+        speedups.append(found)
+        for record in (found.autoregressive, found.two_forward):
+            append_jsonl(out / "generations.jsonl", record)
+            generations.append(record)
+    rows = validate([*fitted, *held_out, *generations], hardware, engine=engine, expert_coverage=coverage)
+
+    study = _tune(tuned, out, plan, hardware, engine, command, show)
+    from autotune.export.targets import export
+
+    export("native", [study], out / "deployment.yaml", command)
+    ran = _follow(tuned, out / "deployment.yaml", plan)
+    write_atomic(out / "generated.json", _json(plain(ran)))
+    show("export and run", 1.0, f"{ran.tokens_per_second:.0f} tokens/s")
+
+    results = Results(
+        model=model,
+        command=command,
+        commit=git_commit(Path(__file__)),
+        date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        seconds=time.monotonic() - began,
+        simulated=simulated,
+        machine=hardware,
+        engine=engine,
+        elsewhere=elsewhere,
+        elsewhere_acceptance=FULL_SIZE_SOURCE,
+        rows=tuple(rows),
+        speedups=tuple(speedups),
+        study=study,
+        deployment=load_deployment(out / "deployment.yaml"),
+        tuned=ran,
+        commands=commands(model, plan, choice, ran.prompts[0], threads),
+        artefacts=tuple(ARTEFACTS.items()),
+    )
+    write_report(out / "report.html", results)
+    show("report", 1.0, str(out / "report.html"))
+    return results
+
+
+def summary(results: Results, out: Path) -> dict[str, Any]:
+    """The findings as plain data, for --json."""
+    decision = results.study.decision
+    return {
+        "report": str(out / "report.html"),
+        "artefacts": {name: str(out / name) for name in ARTEFACTS},
+        "model": results.model,
+        "simulated": results.simulated,
+        "seconds": results.seconds,
+        "speedups": [
+            {
+                "batch": s.batch,
+                "ratio": s.ratio,
+                "low": s.low,
+                "high": s.high,
+                "predicted": s.predicted.chosen.speedup_over_autoregressive,
+                "acceptance_length": s.two_forward.acceptance_length,
+            }
+            for s in results.speedups
+        ],
+        "validation": {name: plain(found) for name, found in summaries(results.rows).items()},
+        "decision": plain(decision) if decision else None,
+        "tuned_tokens_per_second": results.tuned.tokens_per_second,
+    }
+
+
+def _clear(out: Path) -> None:
+    """A demo's own files of an earlier run are replaced, so that nothing in the folder is older than its report."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (*ARTEFACTS, "study.db.lock"):
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    write_atomic(out / "predictions.json", "")  # an unwritable folder is found before minutes have passed
+
+
+def _full_size() -> tuple[Choice, tuple[tuple[HardwareProfile, Answer], ...]]:
+    choice = Choice(devices=FULL_SIZE, acceptance_length=FULL_SIZE_ACCEPTANCE)
+    profiles = [load_profile(name) for name in choice.devices]
+    return choice, tuple((profile, answer(choice, profile)) for profile in profiles)
+
+
+def _forwards(
+    tuned: Tuned, identity: Identity, grid: Grid, plan: Plan, path: Path, progress: Callable[[float, str], None]
+) -> list[Measurement]:
+    """Time a grid and keep each record at once: decodes, and a draft and a verify for every wider slot count."""
+    from runtime.bench import measure_forward, prefill
+
+    points: list[tuple[ForwardKind, int]] = [("decode", 1)] if 1 in grid.slots else []
+    points += [(kind, slots) for slots in grid.slots if slots > 1 for kind in ("draft", "verify")]  # type: ignore[misc]
+    cells = [(batch, context) for batch in grid.batch for context in grid.context]
+    records = []
+    for place, (batch, context) in enumerate(cells):
+        filled = prefill(tuned.model, batch, context, max(grid.slots))
+        for index, (kind, slots) in enumerate(points):
+            progress((place + index / len(points)) / len(cells), f"{kind}, batch {batch}, {slots} slots")
+            at: dict[str, Any] = {"kind": kind, "batch": batch, "slots": slots, "context": context}
+            record = measure_forward(tuned.model, identity, **at, repeats=plan.repeats, prefilled=filled)
+            append_jsonl(path, record)
+            records.append(record)
+    progress(1.0, f"{len(records)} forwards")
+    return records
+
+
+def _part(progress: Callable[[float, str], None], place: int, count: int, share: float, remark: str) -> None:
+    progress((place + share) / count, remark)
+
+
+def _speedup(
+    tuned: Tuned,
+    identity: Identity,
+    batch: int,
+    plan: Plan,
+    hardware: HardwareProfile,
+    engine: EngineProfile,
+    coverage: ExpertCoverage,
+    progress: Callable[[float, str], None],
+) -> Speedup:
+    """Measure both samplers in alternating rounds, and predict them with the acceptance that was counted."""
+    from runtime.bench import generation_record, interleave, paired_ratio, sample_generation, task_prompts
+
+    prompts = task_prompts(tuned.model, -(-plan.prompts // batch) * batch)
+    runs = {"autoregressive": DecodingConfig(), "two_forward": DecodingConfig("two_forward")}
+    samples = interleave(
+        {
+            name: partial(
+                sample_generation, tuned.model, prompts, decoding, batch=batch, max_new_tokens=plan.new_tokens
+            )
+            for name, decoding in runs.items()
+        },
+        plan.rounds,
+        progress=lambda done: progress(done / len(runs) / (plan.rounds + 1), f"batch {batch}"),
+    )
+    records = {
+        name: generation_record(
+            tuned.model, identity, prompts, decoding, samples[name], batch=batch, max_new_tokens=plan.new_tokens
+        )
+        for name, decoding in runs.items()
+    }
+    speeds = {name: [s.tokens_per_second for s in found] for name, found in samples.items()}
+    ratio, low, high = paired_ratio(speeds["two_forward"], speeds["autoregressive"])
+    predictions = [
+        predict(
+            load_spec(identity.model),
+            hardware,
+            record.workload,
+            record.decoding,
+            context=record.context,
+            acceptance_length=record.acceptance_length,
+            expert_coverage=coverage,
+            engine=engine,
+            kernels=record.kernels,
+        )
+        for record in records.values()
+    ]
+    single, drafting = predictions
+    predicted = Answer(drafting, single, None)
+    return Speedup(batch, ratio, low, high, records["autoregressive"], records["two_forward"], predicted)
+
+
+def _tune(
+    tuned: Tuned, out: Path, plan: Plan, hardware: HardwareProfile, engine: EngineProfile, command: str, show: Show
+) -> StudyResult:
+    from autotune.local import Plan as TuningPlan
+    from autotune.local import tune_local
+    from autotune.storage import storage_url
+
+    wanted = TuningPlan(
+        prompts=plan.tuning_prompts,
+        new_tokens=plan.new_tokens,
+        trials=plan.tuning_trials,
+        seconds=plan.tuning_seconds,
+        repeats=plan.tuning_repeats,
+        rounds=plan.tuning_rounds,
+    )
+    end = time.monotonic() + plan.tuning_seconds
+
+    def on_trial(trial: Any, done: int) -> None:
+        spent = 1 - max(0.0, end - time.monotonic()) / plan.tuning_seconds
+        show("tune", 0.75 * max(spent, done / plan.tuning_trials), f"{done} settings")
+
+    return tune_local(
+        tuned,
+        storage_url(out),
+        1,
+        hardware,
+        wanted,
+        engine=engine,
+        command=command,
+        on_trial=on_trial,
+        on_compare=lambda share: show("tune", 0.75 + 0.25 * share, "best against default, alternating"),
+    )
+
+
+def _follow(tuned: Tuned, deployment: Path, plan: Plan) -> TunedRun:
+    """Generate for one prompt of each of three families, one after the other, as the deployment says."""
+    from autotune.local import mixed_problems
+    from runtime.engine import generate
+
+    bos = tuned.model.config.bos_token_id
+    prompts = [p.prompt for p in mixed_problems(3)]
+    first = [] if bos is None else [bos]
+    results = [
+        generate(tuned.model, [[*first, *tuned.tokenizer.encode(p)]], deployment, max_new_tokens=plan.new_tokens)
+        for p in prompts
+    ]
+    tokens = sum(len(r.tokens[0]) for r in results)
+    return TunedRun(
+        results[0].decoding,
+        tuple(prompts),
+        tuple(tuned.tokenizer.decode(r.tokens[0]) for r in results),
+        tokens / sum(r.decode_seconds for r in results),
+        tokens / sum(r.steps[0] for r in results),
+        sum(r.forwards for r in results),
+    )
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2) + "\n"
