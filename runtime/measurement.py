@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         require(len(self.seconds) >= 1, "a measurement must have at least one sample")
-        require(min(self.seconds) > 0, f"seconds > 0 must hold, but got {min(self.seconds)}")
+        require(all(0 < s < math.inf for s in self.seconds), f"0 < seconds must hold, but got {self.seconds}")
         require(
             len(self.tokens) == (len(self.seconds) if self.kind == "generation" else 0),
             f"a {self.kind} has {'one token count per sample' if self.kind == 'generation' else 'no token counts'}, "
@@ -89,8 +90,13 @@ def append_jsonl(path: str | os.PathLike[str], measurement: Measurement) -> None
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as stream:
-            stream.write((json.dumps(plain(measurement)) + "\n").encode())
+        line = (json.dumps(plain(measurement)) + "\n").encode()
+        with path.open("a+b") as stream:
+            if stream.tell() > 0:
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # behind a line that a kill cut: start one, instead of being lost with it
+                    line = b"\n" + line
+            stream.write(line)
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
