@@ -31,7 +31,7 @@ from runtime.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Plan:
-    """How to tune: what to decode (held-out problems, the most new tokens of each), how long to search, what to allow."""
+    """How to tune: held-out problems to decode and the most new tokens of each, how long to search, what to allow."""
 
     prompts: int = 10
     new_tokens: int = 144
@@ -79,19 +79,25 @@ def tune_local(
     *,
     engine: EngineProfile | str | None = None,
     command: str = "",
+    simulated: str | None = None,
     on_trial: OnTrial | None = None,
     on_compare: Callable[[float], None] = lambda share: None,
 ) -> StudyResult:
     """Search the settings of one batch size and decide (see `autotune.study.tune`).
 
     The prompts are rounded up to whole batches. `hardware` is this machine's profile, for the predictions alone.
+    simulated: what is not real about the model, for example "random weights".
     """
+    require(
+        hardware.kind == "cpu",
+        f"tuning runs on this machine's CPU, but {hardware.name} is the profile of a {hardware.kind}",
+    )
     config = tuned.model.config
     count = -(-plan.prompts // batch) * batch
     problems = mixed_problems(count)
     first = [] if config.bos_token_id is None else [config.bos_token_id]
     prompts = [[*first, *tuned.tokenizer.encode(p.prompt)] for p in problems]
-    identity = identify(tuned.model, tuned.name, command)
+    identity = identify(tuned.model, tuned.name, command, simulated=simulated)
     runner = LocalRunner(
         tuned.model,
         identity,
@@ -112,6 +118,7 @@ def tune_local(
         workload=workload,
         prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12],
         space=space,
+        simulated=simulated,
     )
     return tune(
         url,

@@ -126,7 +126,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run the stages in order; all findings. `store(stage, findings)` keeps each as soon as it is known, "result" last.
 
-    best_tokens_per_second: of earlier trials; a setting that is hopeless beside it is not measured in full. A UserError or RuntimeError of a stage concerns this setting alone; any other exception is a bug and is raised.
+    best_tokens_per_second: of earlier trials; a setting that is hopeless beside it is not measured in full.
+    A UserError or RuntimeError of a stage concerns this setting alone; any other exception is a bug and is raised.
     """
     progress, findings = Progress(candidate, best_tokens_per_second), dict[str, Any]()
     result: dict[str, Any] = {"outcome": "correct", "reason": ""}

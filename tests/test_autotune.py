@@ -289,17 +289,17 @@ def test_equal_settings_are_measured_once(tmp_path: Path) -> None:
 
 def test_it_resumes_without_measuring_again(tmp_path: Path) -> None:
     first, second = MadeUp(), MadeUp()
-    before = run(tmp_path, first, trials=9)
-    after = run(tmp_path, second, trials=14)
-    assert (len(first.measured), len(second.measured)) == (9, 5)
-    assert after.measured[:9] == before.measured
+    before = run(tmp_path, first, trials=6)
+    after = run(tmp_path, second, trials=12)
+    assert (len(first.measured), len(second.measured)) == (6, 6)
+    assert after.measured[:6] == before.measured
     third = MadeUp()
-    assert run(tmp_path, third, trials=14) == after
+    assert run(tmp_path, third, trials=12) == after
     assert third.measured == third.compared == []
 
 
-@pytest.mark.parametrize("at", [0, 1, 6, 11])
-def test_an_interrupt_loses_nothing_that_was_measured(at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at", "trials"), [(0, 5), (1, 5), (5, 13)])
+def test_an_interrupt_loses_nothing_that_was_measured(at: int, trials: int, tmp_path: Path) -> None:
     """... and the same call goes on: with the interrupted setting too, to the same number of settings."""
     calls = []
 
@@ -310,12 +310,12 @@ def test_an_interrupt_loses_nothing_that_was_measured(at: int, tmp_path: Path) -
 
     runner = MadeUp(fault=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, runner, trials=12)
+        run(tmp_path, runner, trials=trials)
     kept = read_studies(tmp_path)[0]
     assert [t.number for t in kept.measured] == list(range(at))
-    result = run(tmp_path, runner, trials=12)
+    result = run(tmp_path, runner, trials=trials)
     assert result.measured[:at] == kept.measured
-    assert len(result.measured) == len(runner.measured) == 12
+    assert len(result.measured) == len(runner.measured) == trials
     assert calls[at] in runner.measured
     assert result.trials[0].source == "default" and result.decision
 
@@ -349,7 +349,7 @@ def test_what_cannot_run_ends_one_trial(tmp_path: Path) -> None:
         return "too many drafts" if candidate.decoding.draft_tokens > 20 and candidate.decoding.slots > 1 else None
 
     runner = MadeUp(fault=fault, infeasible=infeasible)
-    result = run(tmp_path, runner, trials=25, predict=lambda c, a: speed(c))
+    result = run(tmp_path, runner, trials=16, predict=lambda c, a: speed(c))
     by_outcome = {t.outcome: t for t in result.measured}
     assert set(by_outcome) == {"correct", "infeasible", "runtime"}
     assert by_outcome["runtime"].reason == "RuntimeError: kernel died badly"
@@ -371,7 +371,7 @@ def test_a_fast_setting_that_is_wrong_is_not_chosen(tmp_path: Path) -> None:
             broken = candidate.kernels.expert_mode(candidate.decoding.slots) == "grouped"
             return record, [[200_000]] if broken else outputs
 
-    result = run(tmp_path, Wrong(), subject(space=decoding_space(batch=1, cores=2, lossless=True)), trials=20)
+    result = run(tmp_path, Wrong(), subject(space=decoding_space(batch=1, cores=2, lossless=True)), trials=10)
     wrong = [t for t in result.measured if "grouped" in t.params.values()]
     assert wrong and all(t.outcome == "incorrect" and "20.0%" in t.reason for t in wrong)
     assert all(t.tokens_per_second and t.divergence is None for t in wrong)  # what was measured is kept
@@ -387,13 +387,27 @@ def test_a_default_that_does_not_run_is_said(tmp_path: Path) -> None:
         run(tmp_path, MadeUp(fault=fault), trials=4)
 
 
+def test_a_hopeless_setting_costs_one_batch(tmp_path: Path) -> None:
+    """Twice the threads, a hundredth of the speed, as on a busy machine: known from the warm-up, and never chosen."""
+
+    def gain(candidate: Candidate, batch: int) -> float:
+        return speed(candidate) / (100 if candidate.kernels.threads == 2 else 1)
+
+    about = subject()
+    runner = MadeUp(gain=gain)
+    result = run(tmp_path, runner, about, default=default_candidate(about.space, 1), trials=8)
+    slower = [t for t in result.measured if t.params["threads"] == 2]
+    assert slower and all(t.outcome == "slower" and t.stage == "warm_up" for t in slower)
+    assert all(c.kernels.threads == 1 for c in runner.measured) and len(runner.measured) == 8 - len(slower)
+
+
 # --- the decision
 
 
 def test_a_gain_inside_the_noise_keeps_the_default(tmp_path: Path) -> None:
     """All settings alike: the fastest measured one is so by luck, and alternating rounds say so."""
     runner = MadeUp(noise=0.1, gain=lambda candidate, batch: 100.0)
-    result = run(tmp_path, runner)
+    result = run(tmp_path, runner, trials=8)
     assert result.decision and result.decision.kept_default
     assert result.decision.challenger != result.decision.default_trial and runner.compared
     comparison = result.decision.comparison
@@ -406,22 +420,25 @@ def test_a_default_that_is_fastest_needs_no_comparison(tmp_path: Path) -> None:
         return 200.0 if candidate == default_candidate(decoding_space(batch=1, cores=2), 2) else 100.0
 
     runner = MadeUp(gain=gain)
-    result = run(tmp_path, runner)
+    result = run(tmp_path, runner, trials=5)
     assert result.decision and result.decision.kept_default and result.decision.comparison is None
     assert runner.compared == []
 
 
-@pytest.mark.parametrize("allowed", [0.0, 0.03, 1.0])
-def test_the_allowed_divergence_bounds_the_choice(allowed: float, tmp_path: Path) -> None:
-    result = run(tmp_path, MadeUp(), trials=20, max_divergence=allowed)
-    assert result.decision
-    chosen = result.trial(result.decision.trial)
-    assert chosen.divergence is not None and chosen.divergence <= allowed
-    faster = [t for t in result.correct if (t.tokens_per_second or 0) > (chosen.tokens_per_second or 0)]
-    assert all((t.divergence or 0) > allowed for t in faster)
+def test_the_allowed_divergence_bounds_the_choice(tmp_path: Path) -> None:
+    """One study, decided again for each bound without measuring again."""
+    for allowed in (1.0, 0.03, 0.0):
+        runner = MadeUp()
+        result = run(tmp_path, runner, trials=14, max_divergence=allowed)
+        assert len(runner.measured) == (14 if allowed == 1.0 else 0)
+        assert result.decision
+        chosen = result.trial(result.decision.trial)
+        assert chosen.divergence is not None and chosen.divergence <= allowed
+        faster = [t for t in result.correct if (t.tokens_per_second or 0) > (chosen.tokens_per_second or 0)]
+        assert all((t.divergence or 0) > allowed for t in faster)
     front = result.front()
-    assert [t.tokens_per_second for t in front] == sorted((t.tokens_per_second for t in front), reverse=True)  # type: ignore[type-var]
-    for trial in result.correct:  # nothing beats a point of the front, something beats all others
+    assert len(front) > 1
+    for trial in result.correct:  # nothing beats a point of the front, something beats each other one
         beaten = any(
             (o.tokens_per_second or 0) >= (trial.tokens_per_second or 0)
             and (o.divergence or 0) <= (trial.divergence or 0)
@@ -433,7 +450,7 @@ def test_the_allowed_divergence_bounds_the_choice(allowed: float, tmp_path: Path
 
 def test_each_batch_has_its_study(tmp_path: Path) -> None:
     for batch in (8, 1):
-        run(tmp_path, MadeUp(batch=batch), subject(batch=batch), trials=6)
+        run(tmp_path, MadeUp(batch=batch), subject(batch=batch), trials=3)
     found = read_studies(tmp_path)
     assert [r.subject.workload.batch for r in found] == [1, 8]
     assert all(r.decision for r in found)
@@ -462,7 +479,7 @@ def test_rank_correlation() -> None:
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_trials_of_something_else_are_refused(change: dict[str, Any], words: list[str], tmp_path: Path) -> None:
-    kept = run(tmp_path, MadeUp(), trials=3)
+    kept = run(tmp_path, MadeUp(), trials=1)
     runner = MadeUp()
     with pytest.raises(UserError) as error:
         run(tmp_path, runner, subject(**change), trials=6)
@@ -471,13 +488,13 @@ def test_trials_of_something_else_are_refused(change: dict[str, Any], words: lis
 
 
 def test_facts_that_change_no_times_are_not_asked_for(tmp_path: Path) -> None:
-    run(tmp_path, MadeUp(), trials=3)
-    run(tmp_path, MadeUp(), subject(device=DEVICE | {"system": "Linux 7"}), trials=4)
+    run(tmp_path, MadeUp(), trials=1)
+    run(tmp_path, MadeUp(), subject(device=DEVICE | {"system": "Linux 7"}), trials=2)
 
 
 def test_a_corrupt_study_file_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "study.db"
-    run(tmp_path, MadeUp(), trials=3)
+    run(tmp_path, MadeUp(), trials=1)
     good = file.read_bytes()
     broken = {
         "text": b"not a database",
@@ -544,7 +561,7 @@ def test_a_time_budget_ends_the_search(tmp_path: Path) -> None:
     """What time allowed is kept, without a decision where not even the default was run."""
     result = run(tmp_path, MadeUp(), trials=1000, seconds=0.0)
     assert result.measured == () and result.decision is None
-    result = run(tmp_path, MadeUp(), trials=1000, seconds=2.0)
+    result = run(tmp_path, MadeUp(), trials=1000, seconds=1.5)
     assert 1 <= len(result.measured) < 1000 and result.decision
 
 
