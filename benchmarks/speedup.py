@@ -20,6 +20,7 @@ from hardware.files import UserError, plain
 from runtime.bench import (
     GenerationSample,
     Identity,
+    fair_count,
     generation_record,
     identify,
     interleave,
@@ -51,8 +52,7 @@ def compare(
 
     The baseline is autoregressive decoding with the default kernels or with the tuned ones, whichever was faster.
     """
-    require(batch >= 1, f"batch >= 1 must hold, but got {batch}")
-    prompts = task_prompts(model, -(-count // batch) * batch, seed=seed)
+    prompts = task_prompts(model, fair_count(count, batch), seed=seed)
     baseline = DecodingConfig(temperature=decoding.temperature)
     ways: dict[str, tuple[DecodingConfig, KernelConfig | None]] = {
         "autoregressive": (baseline, None),
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     equal = all(found["equal_to_baseline"] for found in results)
     print(
-        f"\n{chosen.rounds} alternating rounds of {chosen.prompts} held-out problems on {identity.device['cpu']}; "
+        f"\n{chosen.rounds} alternating rounds of held-out problems on {identity.device['cpu']}; "
         f"outputs {'equal' if equal else 'differ from'} the baseline's."
     )
     return 0
@@ -177,7 +177,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--anchor-draft", action="store_true")
     parser.add_argument("--experts", choices=("loop", "grouped", "gather", "dense"), help="of two_forward's forwards")
-    parser.add_argument("--prompts", type=int, default=20, help="per round, rounded up to whole batches")
+    parser.add_argument("--prompts", type=int, default=10, help="per round at least; families and batches stay even")
     parser.add_argument("--new-tokens", type=int, default=150, help="at most, per prompt")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)

@@ -6,6 +6,7 @@ rounds (`paired_ratio`), never by two runs one after the other.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -99,6 +100,14 @@ def task_prompts(model: Zaya, count: int, *, seed: int = 0) -> list[list[int]]:
         return token_rows(model, count, 32, seed=seed)
     rng, families = random.Random(f"prompts/{seed}"), list(FAMILIES)
     return [[BOS, *draw(families[i % len(families)], rng, "test").prompt.encode()] for i in range(count)]
+
+
+def fair_count(least: int, batch: int) -> int:
+    """The smallest number of prompts, at least `least`, with full batches and equal shares of task families."""
+    require(batch >= 1, f"batch >= 1 must hold, but got {batch}")
+    require(least >= 1, f"prompts >= 1 must hold, but got {least}")
+    together = math.lcm(batch, len(FAMILIES))
+    return math.ceil(least / together) * together
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ def bench(
     slots: Annotated[str, typer.Option(help="Slots per sequence: 1 times a decode, more a draft and a verify.")] = "1",
     context: Annotated[str, typer.Option(help="Cached tokens per sequence, as 128,512.")] = "128",
     new_tokens: Annotated[int, typer.Option(help="Generate so many tokens per prompt; 0: time forwards only.")] = 0,
-    prompts: Annotated[int, typer.Option(help="Prompts per generation, rounded up to whole batches.")] = 10,
+    prompts: Annotated[int, typer.Option(help="Prompts per sample at least; families and batches stay even.")] = 10,
     sampler: SamplerName = None,
     draft_tokens: DraftTokens = None,
     mixing_weight: Mixing = None,
@@ -67,7 +67,6 @@ def bench(
     decoding = _decoding(sampler, draft_tokens, mixing_weight, temperature, draft_temperature, anchor_draft)
     require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
     require(new_tokens >= 0, f"new_tokens >= 0 must hold, but got {new_tokens}")
-    require(prompts >= 1, f"prompts >= 1 must hold, but got {prompts}")
     loaded = _load(model, device, dtype, threads)
     from runtime.bench import identify
 
@@ -152,9 +151,16 @@ def _generations(
     """Keep the records of one batch size; return the speedup over autoregressive decoding, with its interval."""
     from functools import partial
 
-    from runtime.bench import generation_record, interleave, paired_ratio, sample_generation, task_prompts
+    from runtime.bench import (
+        fair_count,
+        generation_record,
+        interleave,
+        paired_ratio,
+        sample_generation,
+        task_prompts,
+    )
 
-    prompts = task_prompts(model, -(-count // size) * size, seed=seed)
+    prompts = task_prompts(model, fair_count(count, size), seed=seed)
     runs = {"autoregressive": DecodingConfig(temperature=decoding.temperature), decoding.sampler: decoding}
     samples = interleave(
         {

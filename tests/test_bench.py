@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hardware.files import UserError
 from runtime.bench import (
     Identity,
+    fair_count,
     identify,
     interleave,
     measure_forward,
@@ -181,6 +183,16 @@ def test_prompts_are_held_out_tasks_and_repeat(model: Zaya) -> None:
     other = random_model(replace(TINY, vocab_size=300)).freeze()
     assert {max(r) < 300 for r in token_rows(other, 3, 20)} == {True}
     assert max(map(max, token_rows(other, 3, 200))) >= VOCABULARY
+
+
+def test_every_family_is_asked_equally_often_and_every_batch_is_full(model: Zaya) -> None:
+    for least, batch in ((1, 1), (10, 8), (41, 8), (3, 7)):
+        count = fair_count(least, batch)
+        assert count >= least and count % batch == 0
+        starts = Counter(bytes(prompt[1:4]) for prompt in task_prompts(model, count))
+        assert starts[b"add"] == starts[b"rev"] == starts[b"sor"] == count / 10
+    with pytest.raises(UserError, match="batch >= 1"):
+        fair_count(1, 0)
 
 
 @pytest.mark.parametrize(

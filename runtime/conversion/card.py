@@ -75,7 +75,8 @@ family. Intervals are 95%, over problems. "anchor" takes the first draft from th
 
 Losses are nats per byte of the held-out solution (for source text: of the {SOURCE_BYTES} bytes that follow \
 {SOURCE_BYTES}), under the causal half. Lossless greedy decoding equalled autoregressive decoding token for token in \
-{_equal(evaluation):.1%} of the outputs.
+{_equal(evaluation):.1%} of the outputs. Share of tokens that are not the model's own greedy choice after the same \
+prefix, over the task families: {_differing(evaluation)}.
 
 Goals on the tasks: acceptance length >= 4.6 lossless (reached: {lossless.value:.2f}) and >= 7.7 at some w < 1 \
 (reached: {mixed[best].value:.2f} at {best}, with {evaluation.correct[best].value:.0%} right answers against \
@@ -106,8 +107,9 @@ def _curve(losses: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
     for stage in dict.fromkeys(str(entry["stage"]) for entry in losses):
         entries = [e for e in losses if e["stage"] == stage]
-        for share in (0, 0.1, 0.25, 0.5, 0.75, 1):
-            entry = entries[round(share * (len(entries) - 1))]
+        last = len(entries) - 1
+        for index in sorted({round(share * last) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)}):
+            entry = entries[index]
             mask = f"{entry['mask']:.3f}" if "mask" in entry else ""
             rows.append([stage, str(entry["step"]), f"{entry['next_token']:.3f}", mask])
     return _rows(["stage", "step", "next-token loss", "mask loss"], rows)
@@ -132,6 +134,16 @@ def _percent(found: Estimate) -> str:
 
 def _answer_head(label: str) -> str:
     return "right, AR" if label == "autoregressive" else "right, lossless" if label == LOSSLESS else f"right, {label}"
+
+
+def _differing(evaluation: Evaluation) -> str:
+    shown = [LOSSLESS, *(key for key in RUNS if key.startswith("w=")), f"T={SAMPLED}"]
+    shares = {
+        key: sum(family.runs[key].disagreement for name, family in evaluation.families.items() if name != SOURCE)
+        for key in shown
+    }
+    named = {key: "w = 1" if key == LOSSLESS else key.replace("=", " = ") for key in shown}
+    return ", ".join(f"{shares[key] / len(FAMILIES):.1%} at {named[key]}" for key in shown)
 
 
 def _equal(evaluation: Evaluation) -> float:
