@@ -1,0 +1,226 @@
+"""The commands that run a model: results on stdout, one JSON document when asked, one line for bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ridgepoint
+from hardware.files import read_json
+from hardware.fingerprint import fingerprint
+from runtime.checkpoint import load_model, model_hash, random_model, save_model
+from runtime.config import DecodingConfig, KernelConfig, ModelConfig
+from runtime.conversion.evaluate import RUNS, SOURCE
+from runtime.conversion.tasks import FAMILIES
+from runtime.deployment import Deployment, Rule, save_deployment
+from runtime.engine import generate
+from runtime.measurement import read_jsonl
+from runtime.tokenizer import BOS, VOCABULARY, ByteTokenizer
+
+TINY = ModelConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    num_experts=4,
+    moe_intermediate_size=16,
+    router_hidden_size=12,
+    max_position_embeddings=320,
+    eos_token_id=258,
+    mask_token_id=259,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_model(random_model(TINY, seed=2), folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert ridgepoint.main([str(a) for a in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_bench_times_a_grid_and_keeps_the_records(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs.jsonl"
+    grid = ["--model", checkpoint, "--batch", "1,2", "--slots", "1,4", "--context", "8,20", "--repeats", 2]
+    document = json.loads(run(capsys, "bench", *grid, "--out", out, "--json"))
+    records = read_jsonl(out)
+    points = {(m.workload.batch, m.context, m.forward, m.slots) for m in records}
+    forwards = (("decode", 1), ("draft", 4), ("verify", 4))
+    assert points == {(b, c, *f) for b in (1, 2) for c in (8, 20) for f in forwards}
+    assert [r["seconds"] for r in document["records"]] == [list(m.seconds) for m in records]
+    assert len(run(capsys, "bench", *grid).splitlines()) == len(records)
+
+
+def test_bench_compares_generations_with_autoregressive_ones(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", checkpoint, "--batch", "10", "--new-tokens", 5, "--draft-tokens", 3, "--repeats", 2]
+    document = json.loads(run(capsys, "bench", *options, "--json"))
+    assert [r["decoding"]["sampler"] for r in document["records"]] == ["autoregressive", "two_forward"]
+    assert all(sum(r["tokens"]) <= 2 * 10 * 5 for r in document["records"])
+    ratio, low, high = document["speedup_over_autoregressive"]["10"]
+    assert 0 < low <= ratio <= high
+    assert "autoregressive decoding (95% interval" in run(capsys, "bench", *options)
+
+
+def test_generate_prints_the_engines_text(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = generate(load_model(str(checkpoint)), [[BOS, *b"add 1\n"]], DecodingConfig(), max_new_tokens=20)
+    text = ByteTokenizer().decode(result.tokens[0])
+    monkeypatch.setattr("sys.stdin", io.StringIO("add 1\n"))
+    assert run(capsys, "generate", "--model", checkpoint, "--max-new-tokens", 20).startswith(text + "\n\n")
+    options = ["--prompt", "add 1\n", "--max-new-tokens", 20, "--draft-tokens", 4, "--json"]
+    document = json.loads(run(capsys, "generate", "--model", checkpoint, *options))
+    assert document["text"] == text
+    assert document["decoding"]["sampler"] == "two_forward"
+    assert document["tokens"] == len(result.tokens[0])
+    assert document["forwards"] == 2 * document["steps"]
+
+
+def test_generate_follows_a_deployment(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = model_hash(load_model(str(checkpoint)))
+    decoding = DecodingConfig("two_forward", draft_tokens=6)
+    path = save_deployment(
+        Deployment("tiny", found, fingerprint(), (Rule(decoding, KernelConfig(threads=1)),), "now", "pytest"),
+        tmp_path / "deployment.yaml",
+    )
+    options = ["--model", checkpoint, "--prompt", "a", "--max-new-tokens", 5, "--deployment", path]
+    assert json.loads(run(capsys, "generate", *options, "--json"))["decoding"]["draft_tokens"] == 6
+    assert ridgepoint.main(["generate", *map(str, options), "--temperature", "0.5"]) == 2
+    assert "not both" in capsys.readouterr().err
+
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 1,
+    "model": {k: v for k, v in TINY.__dict__.items() if k not in ("layer_types", "rope_parameters")},
+    "stages": [
+        {
+            "name": name,
+            "objective": objective,
+            "steps": 2,
+            "batch": 2,
+            "length": 24,
+            "learning_rate": 0.001,
+            "final_learning_rate": 0.001,
+            "max_block": 5,
+        }
+        for name, objective in (("pretrain_ar", "next_token"), ("convert", "conversion"))
+    ],
+}
+
+
+def test_convert_then_eval_writes_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A whole recipe, in small: the card's figures are those of the JSON, and every run is there."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(json.dumps(RECIPE))
+    trained = json.loads(run(capsys, "convert", "--recipe", recipe, "--out", tmp_path / "run", "--json"))
+    folder = Path(trained["checkpoint"])
+    assert folder == tmp_path / "run" / "convert"
+    assert [entry["stage"] for entry in trained["losses"]] == ["pretrain_ar", "convert"]
+    options = ["--model", folder, "--before", tmp_path / "run" / "pretrain_ar", "--problems", 1, "--max-new-tokens", 4]
+    options += ["--recipe", recipe, "--losses", tmp_path / "run" / "losses.json"]
+    options += ["--out", tmp_path / "evaluation.json", "--card", tmp_path / "README.md"]
+    table = run(capsys, "eval", *options)
+    found = read_json(tmp_path / "evaluation.json")
+    card = (tmp_path / "README.md").read_text()
+    assert table.strip() in card
+    assert set(found["families"]) == {*FAMILIES, SOURCE}
+    for name, family in found["families"].items():
+        assert set(family["runs"]) == set(RUNS)
+        before, after = (f"{family[key]:.3f}" for key in ("loss_before", "loss_after"))
+        assert f"| {name} | {before} | {after} |" in card
+        assert family["runs"]["K=16"]["equal_to_autoregressive"] == 1
+        assert family["runs"]["K=16"]["disagreement"] == 0
+        assert (family["runs"]["K=16"]["exact_match"] is None) == (name == SOURCE)
+    tokens = sum(sum(f["runs"]["K=4"]["tokens"]) for n, f in found["families"].items() if n != SOURCE)
+    steps = sum(sum(f["runs"]["K=4"]["steps"]) for n, f in found["families"].items() if n != SOURCE)
+    assert found["verifiable"]["K=4"]["value"] == pytest.approx(tokens / steps)
+    assert card.count("| pretrain_ar |") == card.count("| convert |") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "parts"),
+    [
+        ("generate", ["--model", "gpt-17"], ["unknown model 'gpt-17'", "known:"]),
+        ("generate", ["--device", "cuda:9"], ["no device cuda:9"]),
+        ("generate", ["--device", "abacus"], ["unknown device 'abacus'", "cpu, cuda"]),
+        ("generate", ["--dtype", "int3"], ["unknown dtype 'int3'", "bfloat16"]),
+        ("generate", ["--draft-tokens", "0"], ["draft_tokens >= 1 must hold, but got 0"]),
+        ("generate", ["--mixing-weight", "1.5"], ["0 <= mixing_weight <= 1", "1.5"]),
+        ("generate", ["--sampler", "psychic"], ["unknown sampler 'psychic'", "two_forward"]),
+        ("generate", ["--prompt", "x" * 400], ["the context of 320", "401 + 128"]),
+        ("generate", ["--threads", "0"], ["threads >= 1"]),
+        ("bench", ["--batch", "1,two"], ["--batch must be whole numbers", "1,two"]),
+        ("bench", ["--batch", "0"], ["batch >= 1"]),
+        ("bench", ["--slots", "0"], ["slots >= 1"]),
+        ("bench", ["--context", "5000"], ["320 positions", "5000 + 1"]),
+        ("bench", ["--repeats", "0"], ["repeats >= 1"]),
+        ("eval", ["--problems", "0"], ["problems >= 1"]),
+        ("convert", ["--recipe", "nonesuch", "--out", "never"], ["unknown recipe 'nonesuch'", "zaya-nano"]),
+    ],
+    ids=lambda v: "-".join(v[:2])[:30] if isinstance(v, list) else v,
+)
+def test_bad_input_is_one_line(
+    command: str, options: list[str], parts: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command != "convert" and "--model" not in options:
+        options = ["--model", str(checkpoint), *options]
+    if command == "generate" and "--prompt" not in options:
+        options = ["--prompt", "a", *options]
+    assert ridgepoint.main([command, *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_a_truncated_checkpoint_is_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    for size in (4, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+        (tmp_path / "model.safetensors").write_bytes(whole[:size])
+        assert ridgepoint.main(["generate", "--model", str(tmp_path), "--prompt", "a"]) == 2
+        err = capsys.readouterr().err
+        assert "truncated or not safetensors" in err and err.count("\n") == 1
+
+
+def test_threads_are_the_commands_own(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    try:
+        document = json.loads(
+            run(
+                capsys,
+                "bench",
+                "--model",
+                checkpoint,
+                "--repeats",
+                1,
+                "--threads",
+                2,
+                "--batch",
+                1,
+                "--context",
+                4,
+                "--json",
+            )
+        )
+        assert {r["kernels"]["threads"] for r in document["records"]} == {2}
+    finally:
+        torch.set_num_threads(before)
