@@ -107,6 +107,8 @@ def generate(
     _prefill(model, cache, [list(p[:-1]) for p in prompts])
     anchors = torch.tensor([[p[-1]] for p in prompts], device=device)
     decode = Decode(model, cache, settings, anchors, Randomness(seed, len(prompts)))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # or what is left of the prefill would count as decoding
     prefilled = time.perf_counter()
 
     outputs: list[list[int]] = [[] for _ in prompts]
