@@ -104,6 +104,8 @@ def _balance(model: Zaya, routes: list[Tensor], stage: Stage) -> None:
         target = torch.full_like(load, (1 - stage.skip_share) / router.num_experts)
         target[-1] = stage.skip_share
         router.balancing_biases += stage.balance_rate * torch.sign(target - load)
+        # Only differences count. The skip expert's bias stays -1, because transformers sets it so when it loads a model.
+        router.balancing_biases -= router.balancing_biases[-1] + 1
 
 
 def _log(run: _Run, stage: Stage, sums: list[Losses]) -> dict[str, float | int | str]:
