@@ -50,9 +50,9 @@ def point_name(m: Measurement) -> str:
     """The operating point of a row, in words: what must agree for two rows to be the same point."""
     tokens = m.workload.batch * m.slots
     threads = "default" if m.kernels.threads is None else m.kernels.threads
-    sampler = f" {m.decoding.sampler}" if m.kind == "generation" else ""
+    run = m.decoding.sampler if m.kind == "generation" else m.forward or "forward"
     return (
-        f"{m.model} {m.workload.dtype}{sampler} batch={m.workload.batch} slots={m.slots} context={m.context} "
+        f"{m.model} {m.workload.dtype} {run} batch={m.workload.batch} slots={m.slots} context={m.context} "
         f"experts={m.kernels.expert_mode(tokens)} threads={threads}"
     )
 
@@ -85,8 +85,8 @@ def recorded_coverage(measurements: Sequence[Measurement]) -> ExpertCoverage:
 class MeasuredPoints:
     """Measurements grouped by what a prediction cannot vary over (model, dtype, kernels, sampler), to be predicted.
 
-    The LM head is taken to run on every slot of a forward. A generation is compared at its mean context, with its
-    batch kept full. Raises UserError for models that cannot be found and for contexts beyond theirs.
+    The LM head runs on every slot of a forward but a draft's anchor. A generation is compared at its mean context,
+    with its batch kept full. Raises UserError for models that cannot be found and for contexts beyond theirs.
     """
 
     def __init__(self, rows: Sequence[Measurement], hardware: HardwareProfile, coverage: ExpertCoverage | str) -> None:
@@ -105,6 +105,9 @@ class MeasuredPoints:
                 require_context(spec, self.rows[i].context + self.rows[i].slots)
             self._groups.append((spec, members))
 
+    def _of(self, members: Sequence[int]) -> list[Measurement]:
+        return [self.rows[i] for i in members]
+
     def predict(self, engine: EngineProfile) -> tuple[Array, Array]:
         """Estimated and bound seconds of every row, in the order of `rows`."""
         seconds, bound = np.zeros(len(self.rows)), np.zeros(len(self.rows))
@@ -118,11 +121,11 @@ class MeasuredPoints:
                 engine=engine,
                 kernels=first.kernels,
             )
-            grid = np.array([(self.rows[i].workload.batch, self.rows[i].slots, self.rows[i].context) for i in members])
-            batch, slots, context = grid.T
+            grid = [(m.workload.batch, m.slots, m.context, m.slots - (m.forward == "draft")) for m in self._of(members)]
+            batch, slots, context, head_rows = np.array(grid).T
             timing: ForwardTiming | StepTiming
             if first.kind == "forward":
-                timing = time_forward(at, batch, slots, context)
+                timing = time_forward(at, batch, slots, context, head_rows)
             else:
                 timing = time_step(at, first.decoding, batch, context, first.decoding.draft_tokens)
             seconds[members], bound[members] = timing.seconds, timing.bound_seconds
