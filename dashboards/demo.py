@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dashboards.choice import Answer, Choice, answer
-from dashboards.plan import ARTEFACTS, Grid, Plan, commands
+from dashboards.plan import ARTEFACTS, Plan, commands
 from dashboards.report import Results, Speedup, TunedRun, write_report
 from hardware.files import UserError, plain, write_atomic
 from hardware.fingerprint import git_commit
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 Show = Callable[[str, float, str], None]
 """Called with the stage, the share of it that is done, and a remark."""
 
+DRAFTING: tuple[ForwardKind, ...] = ("draft", "verify")
 FULL_SIZE = ("h100-sxm", "mi300x")
 FULL_SIZE_ACCEPTANCE = 4.6
 FULL_SIZE_SOURCE = (
@@ -59,9 +61,8 @@ def run(
     """Do everything and write `out`/report.html. hardware: this machine's profile (None: probe it).
 
     threads: of all that is measured before the tuning, which tries every number: a small model gains little from more,
-    and several threads stall each other where the machine does other work too.
-
-    UserError: an unknown or broken model, a context too short for the grids, a folder that cannot be written.
+    and several threads stall each other where the machine does other work too. UserError: an unknown or broken model,
+    a context too short for the grids, a folder that cannot be written.
     """
     began = time.monotonic()
     for grid in (plan.fitted, plan.held_out):
@@ -87,26 +88,22 @@ def run(
     tuned = load(model)
     require(tuned.model.config.mask_token_id is not None, f"{model} has no mask_token_id, so it cannot draft")
     identity = identify(tuned.model, model, command, simulated=simulated)
-    fitted = _forwards(tuned, identity, plan.fitted, plan, out / "calibration.jsonl", partial(show, "measure"))
+    fitted, held_out = _forwards(tuned, identity, plan, out, partial(show, "measure"))
+    pairs = [
+        _generations(tuned, identity, batch, plan, out, partial(_part, partial(show, "generate"), n, len(plan.batches)))
+        for n, batch in enumerate(plan.batches)
+    ]
     coverage = recorded_coverage(fitted)
     engine = calibrate(
         fitted, hardware, engine_for(hardware, None), source="calibration.jsonl", expert_coverage=coverage
     )
     save_engine(engine, out / "engine.yaml")
-    show("calibrate", 1.0, f"{len(engine.fit.points) if engine.fit else 0} operating points")
-    held_out = _forwards(tuned, identity, plan.held_out, plan, out / "held-out.jsonl", partial(show, "check"))
-
-    speedups, generations = [], []
-    for place, batch in enumerate(plan.batches):
-        progress = partial(_part, partial(show, "generate"), place, len(plan.batches))
-        found = _speedup(tuned, identity, batch, plan, hardware, engine, coverage, progress)
-        speedups.append(found)
-        for record in (found.autoregressive, found.two_forward):
-            append_jsonl(out / "generations.jsonl", record)
-            generations.append(record)
+    speedups = tuple(_speedup(pair, hardware, engine, coverage) for pair in pairs)
+    generations = [record for pair in pairs for record in pair.records]
     rows = validate([*fitted, *held_out, *generations], hardware, engine=engine, expert_coverage=coverage)
+    show("calibrate", 1.0, f"{len(fitted)} forwards fitted to, {len(held_out) + len(generations)} rows held out")
 
-    study = _tune(tuned, out, plan, hardware, engine, command, show)
+    study = _tune(tuned, out, plan, hardware, engine, command, simulated, show)
     from autotune.export.targets import export
 
     export("native", [study], out / "deployment.yaml", command)
@@ -126,7 +123,7 @@ def run(
         elsewhere=elsewhere,
         elsewhere_acceptance=FULL_SIZE_SOURCE,
         rows=tuple(rows),
-        speedups=tuple(speedups),
+        speedups=speedups,
         study=study,
         deployment=load_deployment(out / "deployment.yaml"),
         tuned=ran,
@@ -182,67 +179,75 @@ def _full_size() -> tuple[Choice, tuple[tuple[HardwareProfile, Answer], ...]]:
 
 
 def _forwards(
-    tuned: Tuned, identity: Identity, grid: Grid, plan: Plan, path: Path, progress: Callable[[float, str], None]
-) -> list[Measurement]:
-    """Time a grid and keep each record at once: decodes, and a draft and a verify for every wider slot count."""
+    tuned: Tuned, identity: Identity, plan: Plan, out: Path, progress: Callable[[float, str], None]
+) -> tuple[list[Measurement], list[Measurement]]:
+    """Time both grids and keep each record at once: decodes, and a draft and a verify for every wider slot count.
+
+    The grids alternate, batch by batch and context by context: a machine that slows down must not do so for one alone.
+    """
     from runtime.bench import measure_forward, prefill
 
-    points: list[tuple[ForwardKind, int]] = [("decode", 1)] if 1 in grid.slots else []
-    points += [(kind, slots) for slots in grid.slots if slots > 1 for kind in ("draft", "verify")]  # type: ignore[misc]
-    cells = [(batch, context) for batch in grid.batch for context in grid.context]
-    records = []
-    for place, (batch, context) in enumerate(cells):
-        filled = prefill(tuned.model, batch, context, max(grid.slots))
-        for index, (kind, slots) in enumerate(points):
-            progress((place + index / len(points)) / len(cells), f"{kind}, batch {batch}, {slots} slots")
-            at: dict[str, Any] = {"kind": kind, "batch": batch, "slots": slots, "context": context}
+    found: tuple[list[Measurement], list[Measurement]] = ([], [])
+    paths = (out / "calibration.jsonl", out / "held-out.jsonl")
+    cells = [
+        (place / len(grid.cells), which, cell)
+        for which, grid in enumerate((plan.fitted, plan.held_out))
+        for place, cell in enumerate(grid.cells)
+    ]
+    for place, (_, which, (batch, context)) in enumerate(sorted(cells)):
+        slots = (plan.fitted, plan.held_out)[which].slots
+        filled = prefill(tuned.model, batch, context, max(slots))
+        points: list[tuple[ForwardKind, int]] = [("decode", 1)] if 1 in slots else []
+        points += [(kind, n) for n in slots if n > 1 for kind in DRAFTING]
+        for index, (kind, width) in enumerate(points):
+            progress((place + index / len(points)) / len(cells), f"{kind}, batch {batch}, {width} slots")
+            at: dict[str, Any] = {"kind": kind, "batch": batch, "slots": width, "context": context}
             record = measure_forward(tuned.model, identity, **at, repeats=plan.repeats, prefilled=filled)
-            append_jsonl(path, record)
-            records.append(record)
-    progress(1.0, f"{len(records)} forwards")
-    return records
+            append_jsonl(paths[which], record)
+            found[which].append(record)
+    progress(1.0, f"{sum(map(len, found))} forwards")
+    return found
 
 
 def _part(progress: Callable[[float, str], None], place: int, count: int, share: float, remark: str) -> None:
     progress((place + share) / count, remark)
 
 
-def _speedup(
-    tuned: Tuned,
-    identity: Identity,
-    batch: int,
-    plan: Plan,
-    hardware: HardwareProfile,
-    engine: EngineProfile,
-    coverage: ExpertCoverage,
-    progress: Callable[[float, str], None],
-) -> Speedup:
-    """Measure both samplers in alternating rounds, and predict them with the acceptance that was counted."""
+@dataclass(frozen=True)
+class _Pair:
+    """Both samplers in alternating rounds: records, and the ratio of the rounds with its interval."""
+
+    records: tuple[Measurement, Measurement]  # autoregressive, two_forward
+    ratio: tuple[float, float, float]
+
+
+def _generations(
+    tuned: Tuned, identity: Identity, batch: int, plan: Plan, out: Path, progress: Callable[[float, str], None]
+) -> _Pair:
     from runtime.bench import generation_record, interleave, paired_ratio, sample_generation, task_prompts
 
     prompts = task_prompts(tuned.model, -(-plan.prompts // batch) * batch)
     runs = {"autoregressive": DecodingConfig(), "two_forward": DecodingConfig("two_forward")}
+    same: dict[str, Any] = {"batch": batch, "max_new_tokens": plan.new_tokens}
     samples = interleave(
-        {
-            name: partial(
-                sample_generation, tuned.model, prompts, decoding, batch=batch, max_new_tokens=plan.new_tokens
-            )
-            for name, decoding in runs.items()
-        },
+        {name: partial(sample_generation, tuned.model, prompts, run, **same) for name, run in runs.items()},
         plan.rounds,
         progress=lambda done: progress(done / len(runs) / (plan.rounds + 1), f"batch {batch}"),
     )
-    records = {
-        name: generation_record(
-            tuned.model, identity, prompts, decoding, samples[name], batch=batch, max_new_tokens=plan.new_tokens
-        )
-        for name, decoding in runs.items()
-    }
+    single, drafting = (
+        generation_record(tuned.model, identity, prompts, run, samples[name], **same) for name, run in runs.items()
+    )
+    for record in (single, drafting):
+        append_jsonl(out / "generations.jsonl", record)
     speeds = {name: [s.tokens_per_second for s in found] for name, found in samples.items()}
-    ratio, low, high = paired_ratio(speeds["two_forward"], speeds["autoregressive"])
-    predictions = [
+    return _Pair((single, drafting), paired_ratio(speeds["two_forward"], speeds["autoregressive"]))
+
+
+def _speedup(pair: _Pair, hardware: HardwareProfile, engine: EngineProfile, coverage: ExpertCoverage) -> Speedup:
+    """The measured pair beside its predictions, with the acceptance that was counted."""
+    single, drafting = (
         predict(
-            load_spec(identity.model),
+            load_spec(record.model),
             hardware,
             record.workload,
             record.decoding,
@@ -252,15 +257,20 @@ def _speedup(
             engine=engine,
             kernels=record.kernels,
         )
-        for record in records.values()
-    ]
-    single, drafting = predictions
-    predicted = Answer(drafting, single, None)
-    return Speedup(batch, ratio, low, high, records["autoregressive"], records["two_forward"], predicted)
+        for record in pair.records
+    )
+    return Speedup(single.workload.batch, *pair.ratio, *pair.records, Answer(drafting, single, None))
 
 
 def _tune(
-    tuned: Tuned, out: Path, plan: Plan, hardware: HardwareProfile, engine: EngineProfile, command: str, show: Show
+    tuned: Tuned,
+    out: Path,
+    plan: Plan,
+    hardware: HardwareProfile,
+    engine: EngineProfile,
+    command: str,
+    simulated: str | None,
+    show: Show,
 ) -> StudyResult:
     from autotune.local import Plan as TuningPlan
     from autotune.local import tune_local
@@ -288,6 +298,7 @@ def _tune(
         wanted,
         engine=engine,
         command=command,
+        simulated=simulated,
         on_trial=on_trial,
         on_compare=lambda share: show("tune", 0.75 + 0.25 * share, "best against default, alternating"),
     )

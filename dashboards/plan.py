@@ -32,6 +32,11 @@ class Grid:
     slots: tuple[int, ...]
     context: tuple[int, ...]
 
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        """Pairs of batch and context, each of which needs a cache of its own."""
+        return [(batch, context) for batch in self.batch for context in self.context]
+
 
 @dataclass(frozen=True)
 class Plan:

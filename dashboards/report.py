@@ -11,7 +11,7 @@ import yaml
 
 from autotune.results import StudyResult, TrialRecord
 from dashboards.choice import Answer
-from dashboards.document import Block, Code, Note, Plot, Section, Table, Text, write_document
+from dashboards.document import Block, Code, Fold, Note, Plot, Section, Table, Text, write_document
 from dashboards.evidence import FrontPoint, front_info, front_plot, scatter_info, scatter_plot
 from dashboards.figures import (
     roofline_info,
@@ -86,6 +86,7 @@ def write_report(path: str | os.PathLike[str], results: Results) -> Path:
     device = results.machine.fingerprint.get("device", results.machine.name)
     lead = f"{results.model} on {device}, {results.date}, commit {results.commit}; {results.seconds:.0f} s in all."
     sections = (
+        _short(results),
         _asked(results),
         _machine(results),
         _elsewhere(results),
@@ -155,6 +156,19 @@ def decision_sentence(study: StudyResult) -> str:
     return f"Chosen: {setting_text(study.trial(decision.trial))}; {decision.reason}.{pairs}"
 
 
+def _short(r: Results) -> Section:
+    """The findings before the details."""
+    forwards = summaries(r.rows).get("forward, held out")
+    found = [speedup_sentence(s) for s in r.speedups]
+    if forwards:
+        found.append(
+            f"Predicted against measured forwards that nothing was fitted to: median absolute error "
+            f"{percent(forwards.median_absolute_error)} over {forwards.count}, bias {forwards.bias:+.1%}."
+        )
+    found.append(decision_sentence(r.study))
+    return Section("In short", (*([_simulated(r)] if r.simulated else []), *map(Text, found)))
+
+
 def _asked(r: Results) -> Section:
     blocks: list[Block] = [
         Text(
@@ -164,8 +178,6 @@ def _asked(r: Results) -> Section:
         ),
         Code(r.command),
     ]
-    if r.simulated:
-        blocks.insert(0, _simulated(r))
     return Section("What was asked", tuple(blocks))
 
 
@@ -178,7 +190,7 @@ def _simulated(r: Results) -> Note:
 def _machine(r: Results) -> Section:
     facts = tuple((str(key), _fact(key, value)) for key, value in r.machine.fingerprint.items() if value is not None)
     figures = [
-        (path, f"{value:.4g}", r.machine.source(path))
+        (path, _figure(path, value), r.machine.source(path))
         for path, value in r.machine.figures().items()
         if not path.startswith("measured.")
     ]
@@ -187,10 +199,8 @@ def _machine(r: Results) -> Section:
         "This machine",
         (
             Table(("fact", "value"), facts),
-            Text(
-                f"Probed with {threads} thread(s). On a CPU the peaks are the fastest samples seen, not a datasheet's."
-            ),
-            Table(("figure (SI base units)", "value", "source"), tuple(figures)),
+            Text(f"Threads probed: {threads}. On a CPU the peaks are the fastest samples seen, not a datasheet's."),
+            Fold(f"Its {len(figures)} figures and their sources", Table(("figure", "value", "source"), tuple(figures))),
         ),
     )
 
@@ -388,4 +398,12 @@ def _repeat(r: Results) -> Section:
 
 
 def _fact(key: str, value: object) -> str:
-    return quantity(float(str(value)), "B") if key.endswith("_bytes") else str(value)
+    return _figure(key, value) if isinstance(value, (int, float)) else str(value)
+
+
+def _figure(path: str, value: float) -> str:
+    """A profile's figure in the unit that its name ends with."""
+    units = {"flops_per_second": "FLOP/s", "bytes_per_second": "B/s", "bytes": "B", "seconds": "s"}
+    group = path.rsplit(".", 1)[0] if "flops" in path else path  # peaks are by dtype
+    unit = next((unit for name, unit in units.items() if group.endswith(name)), None)
+    return f"{value:g}" if unit is None else quantity(value, unit)
