@@ -72,7 +72,8 @@ def tune(
         repeats, known = 0, dict[int, TrialRecord]()
         while repeats < _REPEATS:
             result = read_study(study, known)
-            if len(result.measured) >= trials or (end is not None and time.monotonic() >= end):
+            late = end is not None and time.monotonic() >= end
+            if len(result.measured) >= trials or (late and result.measured):  # the default is measured in any case
                 break
             if SEEDED not in study.user_attrs and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 _enqueue_seeds(study, result, predict)
