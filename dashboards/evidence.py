@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from dashboards.style import BLUE, GREEN, GREY, PALETTE, PURPLE, SYMBOLS, VERMILLION, base_figure, safe
-from dashboards.words import percent
+from dashboards.words import percent, quantity
 from perfmodel.validation import Row, summarise
 from runtime.config import require
 from runtime.measurement import Kind
@@ -38,7 +39,7 @@ def scatter_info(rows: Sequence[Row]) -> ScatterInfo:
 
 def scatter_plot(info: ScatterInfo) -> go.Figure:
     """Predicted over measured seconds with the identity line; rows that were fitted to are hollow."""
-    figure = base_figure("measured (s)", "predicted (s)")
+    figure = base_figure("measured time", "predicted time")
     rows = [row for group in info.groups.values() for row in group]
     ends = [v for row in rows for v in (row.measured_seconds, row.predicted_seconds)] or [1e-3, 1.0]
     line = [min(ends) / 1.5, max(ends) * 1.5]
@@ -58,7 +59,8 @@ def scatter_plot(info: ScatterInfo) -> go.Figure:
                 "size": 9,
             },
             text=[safe(f"{row.name}: {row.error:+.0%}") for row in group],
-            hovertemplate="%{text}<br>measured %{x:.4g} s, predicted %{y:.4g} s<extra></extra>",
+            customdata=[[quantity(row.measured_seconds, "s"), quantity(row.predicted_seconds, "s")] for row in group],
+            hovertemplate="%{text}<br>measured %{customdata[0]}, predicted %{customdata[1]}<extra></extra>",
         )
     if info.held_out_median_absolute_error is None:
         title = "no row was held out"
@@ -66,8 +68,11 @@ def scatter_plot(info: ScatterInfo) -> go.Figure:
         error = percent(info.held_out_median_absolute_error)
         title = f"median absolute error {error} over {info.held_out_count} held-out points"
     figure.update_layout(title={"text": title, "font": {"size": 15}, "x": 0.01}, margin={"t": 45})
-    figure.update_xaxes(type="log", exponentformat="SI", dtick="D2")
-    figure.update_yaxes(type="log", exponentformat="SI", dtick="D2")
+    powers = range(math.floor(math.log10(line[0])), math.ceil(math.log10(line[1])) + 1)
+    ticks = [digit * 10.0**n for n in powers for digit in (1, 2, 5)]
+    labels = [quantity(tick, "s") for tick in ticks]
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=labels)
+    figure.update_yaxes(type="log", tickvals=ticks, ticktext=labels)
     return figure
 
 

@@ -153,7 +153,12 @@ def decision_sentence(study: StudyResult) -> str:
     )  # fmt: skip
     if decision.kept_default:
         return f"The default stays: {decision.reason}.{pairs}"
-    return f"Chosen: {setting_text(study.trial(decision.trial))}; {decision.reason}.{pairs}"
+    chosen = study.trial(decision.trial)
+    lossless = "It is lossless." if chosen.lossless else (
+        "It mixes the draft's logits into the target, so it is not lossless by construction: in these prompts "
+        f"{percent(chosen.divergence or 0.0)} of the tokens differ from autoregressive decoding."
+    )  # fmt: skip
+    return f"Chosen: {setting_text(chosen)}; {decision.reason}.{pairs} {lossless}"
 
 
 def _short(r: Results) -> Section:
@@ -320,6 +325,10 @@ def _speedups(r: Results) -> Section:
         "Measured: autoregressive against lossless two_forward, default settings",
         (
             *([_simulated(r)] if r.simulated else []),
+            Text(
+                "In every round both samplers decode the same held-out prompts, in turn; the interval is a bootstrap of "
+                "the rounds' ratios."
+            ),
             Table(columns, rows),
             *(Text(speedup_sentence(found)) for found in r.speedups),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from dashboards.report import write_report
 from hardware.profile import load_profile
 from perfmodel.decoding import predict
 from perfmodel.model_spec import load_spec
 from runtime.config import DecodingConfig, Workload
+from tests.test_report import results
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -168,3 +171,23 @@ def test_only_this_machine_is_asked(address: str, browser: Any) -> None:
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert loaded
     assert [url for url in loaded if not url.startswith((address, "data:", "blob:"))] == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_report_is_drawn_without_a_network(theme: str, browser: Any, tmp_path: Path) -> None:
+    """From a file, with every load refused by the page itself; in both themes text and page differ enough to read."""
+    report = write_report(tmp_path / "report.html", results())
+    preference = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", preference)
+    browser.get(report.as_uri())
+    wait(browser, lambda: len(figures(browser)) == 7, "seven figures")
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    colours = browser.execute_script(
+        "const fill = document.querySelector('.xtick text'); return [getComputedStyle(fill).fill,"
+        " getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    tick, text, page = ([int(part) for part in re.findall(r"\d+", colour)[:3]] for colour in colours)
+    assert tick == text
+    assert abs(sum(text) - sum(page)) > 450
+    assert (sum(page) > sum(text)) == (theme == "light")
+    keep_screenshot(browser, f"report-{theme}", tmp_path)
