@@ -92,14 +92,20 @@ def test_greedy_with_random_drafts_is_still_greedy() -> None:
     assert len({r.forwards for r in results}) > 1
 
 
-def test_an_anchor_draft_is_always_accepted() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_anchor_draft_is_always_accepted(temperature: float) -> None:
+    """Even when the other drafts are argmax: it is drawn from the target itself, so at the target's temperature."""
     plain, anchored = (
         generate(
-            tiny(), prompts_of(5), DecodingConfig("two_forward", 4, anchor_draft=a), max_new_tokens=41, stop_tokens=()
+            tiny(),
+            prompts_of(5),
+            DecodingConfig("two_forward", 4, temperature=temperature, anchor_draft=anchor_draft),
+            max_new_tokens=41,
+            stop_tokens=(),
         )
-        for a in (False, True)
+        for anchor_draft in (False, True)
     )
-    assert plain.acceptance_histogram[0] > 0
+    assert plain.acceptance_histogram[0] > 5
     assert anchored.acceptance_histogram[0] <= 5  # only a sequence's last step, cut at the length
     assert anchored.forwards < plain.forwards
 
@@ -337,6 +343,24 @@ def test_a_weight_of_zero_is_never_drawn() -> None:
     weights = torch.tensor([[0.0, 1.0, 0.0, 2.0, 0.0]] * 5)
     uniform = torch.tensor([0.0, 1 / 3 - 1e-12, 1 / 3, 0.999999, 1 - 2**-53], dtype=torch.float64)
     assert choose(weights, uniform).tolist() == [1, 1, 3, 3, 3]
+
+
+def test_a_rejection_that_leaves_nothing_over_redraws_from_the_target() -> None:
+    """p and q equal but for the last bit: the residual is zero everywhere, and the last token has no probability."""
+
+    class Last(Randomness):
+        def __init__(self) -> None:
+            pass
+
+        def uniform(self, count: int, device: torch.device) -> Tensor:
+            return torch.full((1, count), 1 - 2**-53, dtype=torch.float64)
+
+    target = torch.tensor([[[0.0, 0.3, -200.0]] * 2])
+    drafted = target[:, :1] + torch.tensor([3e-8, 0.0, 0.0])
+    p, q = torch.softmax(target[:, 0], -1), torch.softmax(drafted[:, 0], -1)
+    assert q[0, 0] > p[0, 0] and not bool((p > q).any())  # the case is the one described
+    found = verify(target, Draft(torch.zeros(1, 1, dtype=torch.int64), drafted, torch.ones(1)), 1.0, 1.0, Last())
+    assert found.count.tolist() == [0] and found.token.tolist() == [1]
 
 
 def test_seeds_differ_and_repeat() -> None:

@@ -92,8 +92,11 @@ def verify(
     accept = uniform[:, :drafts] * q.gather(-1, index).squeeze(-1) < p.gather(-1, index).squeeze(-1)
     count = accept.long().cumprod(1).sum(1)
     bonus = torch.softmax(ar_logits[:, drafts:] / temperature, -1)
-    remaining = torch.cat([(p - q).clamp_min(0), bonus], dim=1)
-    row = remaining.gather(1, count[:, None, None].expand(-1, 1, remaining.shape[-1])).squeeze(1)
+    place = count[:, None, None].expand(-1, 1, ar_logits.shape[-1])
+    residual = torch.cat([(p - q).clamp_min(0), bonus], dim=1).gather(1, place).squeeze(1)
+    # Where p and q differ by rounding only, a draft can be rejected with nothing left over: redraw it from p.
+    whole = torch.cat([p, bonus], dim=1).gather(1, place).squeeze(1)
+    row = torch.where(residual.sum(-1, keepdim=True) > 0, residual, whole)
     return Accepted(count, choose(row, uniform[:, drafts]))
 
 
