@@ -326,8 +326,8 @@ def _speedups(r: Results) -> Section:
         (
             *([_simulated(r)] if r.simulated else []),
             Text(
-                "In every round both samplers decode the same held-out prompts, in turn; the interval is a bootstrap of "
-                "the rounds' ratios."
+                "In every round both samplers decode the same held-out prompts, in turn; the interval is a bootstrap "
+                "of the rounds' ratios."
             ),
             Table(columns, rows),
             *(Text(speedup_sentence(found)) for found in r.speedups),
