@@ -91,13 +91,14 @@ def verify(
     index = draft.tokens[..., None]
     accept = uniform[:, :drafts] * q.gather(-1, index).squeeze(-1) < p.gather(-1, index).squeeze(-1)
     count = accept.long().cumprod(1).sum(1)
-    bonus = torch.softmax(ar_logits[:, drafts:] / temperature, -1)
-    place = count[:, None, None].expand(-1, 1, ar_logits.shape[-1])
-    residual = torch.cat([(p - q).clamp_min(0), bonus], dim=1).gather(1, place).squeeze(1)
+    bonus = torch.softmax(ar_logits[:, drafts] / temperature, -1)
+    passed = (count == drafts)[:, None]
+    judged = count.clamp_max(drafts - 1)[:, None, None].expand(-1, 1, p.shape[-1])
+    p, q = p.gather(1, judged).squeeze(1), q.gather(1, judged).squeeze(1)  # of the row that decides, [B, V]
+    remaining = torch.where(passed, bonus, (p - q).clamp_min(0))
     # Where p and q differ by rounding only, a draft can be rejected with nothing left over: redraw it from p.
-    whole = torch.cat([p, bonus], dim=1).gather(1, place).squeeze(1)
-    row = torch.where(residual.sum(-1, keepdim=True) > 0, residual, whole)
-    return Accepted(count, choose(row, uniform[:, drafts]))
+    remaining = torch.where(remaining.sum(-1, keepdim=True) > 0, remaining, p)
+    return Accepted(count, choose(remaining, uniform[:, drafts]))
 
 
 def draft_probabilities(draft: Draft) -> Tensor:
