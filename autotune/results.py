@@ -150,6 +150,11 @@ class StudyResult:
         found = [t for t in self.correct if t.lossless or _known(t.divergence) <= max_divergence]
         return sorted(found, key=lambda t: -_known(t.tokens_per_second))
 
+    def best_autoregressive(self) -> TrialRecord | None:
+        """The fastest setting without drafts, so that a gain over the default is not taken for one of drafting."""
+        found = [t for t in self.allowed(0.0) if t.params["sampler"] == "autoregressive"]
+        return found[0] if found else None
+
     def front(self) -> list[TrialRecord]:
         """The Pareto front: settings that no other beats in both speed and divergence; the fastest first."""
         ranked = sorted(self.correct, key=lambda t: (-_known(t.tokens_per_second), _known(t.divergence)))
@@ -206,6 +211,7 @@ def _known(value: float | None) -> float:
 def summary(result: StudyResult) -> dict[str, Any]:
     """A study for printing: its trials, front and decision, and how well predictions ranked what was measured."""
     decision = result.decision
+    single = result.best_autoregressive()
     errors = [abs(predicted / measured - 1) for predicted, measured in result.scored()]
     return {
         "name": result.name,
@@ -216,6 +222,7 @@ def summary(result: StudyResult) -> dict[str, Any]:
         "measured": len(result.measured),
         "outcomes": dict(Counter(t.outcome for t in result.measured)),
         "front": [t.number for t in result.front()],
+        "best_autoregressive": single.number if single else None,
         "best_lossless": next((t.number for t in result.allowed(0.0)), None),
         "decision": {**plain(decision), "kept_default": decision.kept_default} if decision else None,
         "predictions": {

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from perfmodel.engine import EngineProfile
     from perfmodel.model_spec import ModelSpec
 
+_APART = 4  # drafts
 _PILOT_MIXING_WEIGHTS = (1.0, 0.5, LEAST_MIXING_WEIGHT)
 
 
@@ -129,26 +130,27 @@ def pilots(space: Space, default: Candidate) -> list[Candidate]:
 
 
 def seeds(space: Space, predict: Predict, acceptance: Acceptance | None, count: int) -> list[Candidate]:
-    """The `count` best predicted settings that differ in more than K, taken in turn from each mixing weight.
+    """The `count` best predicted settings, taken in turn from each mixing weight.
 
-    In turn, because the model says what mixing gains in speed but not what it costs in quality.
+    Those that differ in K alone are at least _APART apart: their predictions are right or wrong together. In turn,
+    because the model says what mixing gains in speed but not what it costs in quality.
     """
     weights = tuple(sorted(acceptance.histograms, reverse=True)) if acceptance else (1.0,)
     threads = next(p for p in space.parameters if p.name == "threads").values()
     coarse = {"mixing_weight": weights, "threads": (threads[0], threads[-1])[: len(threads)]}
-    best: dict[object, tuple[float, Candidate]] = {}
-    for candidate in space.grid(coarse):
-        predicted = predict(candidate, acceptance)
-        if predicted is None:
-            continue
+    predicted = [(predict(candidate, acceptance), candidate) for candidate in space.grid(coarse)]
+    ranked = sorted(((p, c) for p, c in predicted if p is not None), key=lambda found: -found[0])
+    queues: dict[float, list[Candidate]] = {w: [] for w in weights}
+    taken: dict[object, list[int]] = {}
+    for _, candidate in ranked:
         decoding, kernels = candidate
+        queue = queues[decoding.mixing_weight]
         mode = kernels.expert_mode(space.batch * decoding.slots)
-        group = (replace(decoding, draft_tokens=1), mode, kernels.threads)
-        if group not in best or predicted > best[group][0]:
-            best[group] = (predicted, candidate)
-    ranked = [candidate for _, candidate in sorted(best.values(), key=lambda found: -found[0])]
-    queues = [[c for c in ranked if c.decoding.mixing_weight == w] for w in weights]
-    return list(_in_turn(queues))[:count]
+        alike = taken.setdefault((replace(decoding, draft_tokens=1), mode, kernels.threads), [])
+        if len(queue) < count and all(abs(decoding.draft_tokens - k) >= _APART for k in alike):
+            queue.append(candidate)
+            alike.append(decoding.draft_tokens)
+    return list(_in_turn(list(queues.values())))[:count]
 
 
 def _in_turn(queues: Sequence[Sequence[Candidate]]) -> Iterable[Candidate]:

@@ -51,7 +51,7 @@ def tune(
     on_trial: OnTrial | None = None,
     on_compare: Callable[[float], None] = lambda share: None,
 ) -> StudyResult:
-    """Search until the study holds `trials` distinct settings, or for `seconds`; then decide.
+    """Search until the study holds `trials` distinct settings, or for `seconds`, and the default in any case; decide.
 
     The same call goes on where an earlier one was stopped. Trials that were lost with it are run again, once.
     on_trial: called with each finished trial and the number of distinct settings so far; on_compare: with the share of
@@ -72,8 +72,8 @@ def tune(
         repeats, known = 0, dict[int, TrialRecord]()
         while repeats < _REPEATS:
             result = read_study(study, known)
-            late = end is not None and time.monotonic() >= end
-            if len(result.measured) >= trials or (late and result.measured):  # the default is measured in any case
+            spent = len(result.measured) >= trials or (end is not None and time.monotonic() >= end)
+            if spent and result.find(default):  # without the default nothing can be decided
                 break
             if SEEDED not in study.user_attrs and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 _enqueue_seeds(study, result, predict)
@@ -166,8 +166,7 @@ def _decide(
     """Compare the fastest allowed setting with the default, unless that was done after the last trial already."""
     result = read_study(study)
     base = result.find(default)
-    if base is None:
-        return result  # stopped before the first trial
+    assert base is not None  # `tune` does not stop before
     if base.outcome != "correct":
         raise UserError(f"the default setting does not run ({base.outcome}: {base.reason}), so nothing can be compared")
     best = result.allowed(max_divergence)[0]

@@ -224,6 +224,11 @@ def test_seeds_are_the_best_predicted_and_differ() -> None:
     found = seeds(space, lambda c, _: speed(c), acceptance, 8)
     assert len({space.key(c) for c in found}) == 8
     assert {c.decoding.mixing_weight for c in found} == {1.0, 0.5}
+    params = [space.encode(c) for c in found]
+    pairs = [
+        (p, q) for p in params for q in params if p is not q and p | {"draft_tokens": 0} == q | {"draft_tokens": 0}
+    ]
+    assert pairs and all(abs(int(p["draft_tokens"]) - int(q["draft_tokens"])) > 1 for p, q in pairs)
     lossless = [c for c in space.grid({"mixing_weight": (1.0,)})]
     assert speed(found[0]) == max(map(speed, lossless))
     assert seeds(space, blind, acceptance, 8) == []
@@ -259,6 +264,8 @@ def test_it_finds_the_best_and_keeps_every_finding(tmp_path: Path) -> None:
     for trial in result.correct:
         assert trial.tokens_per_second and trial.divergence == 0 and trial.exact_match == 0.5 and trial.seconds
         assert (trial.predicted_tokens_per_second is None) == (trial.number == 1)  # the pilot tells the acceptance
+    single = result.best_autoregressive()
+    assert single and single.params["sampler"] == "autoregressive"
     rank = result.rank_correlation()
     assert rank is not None and rank > 0.8
     assert read_studies(tmp_path) == [result]
@@ -558,9 +565,9 @@ def test_impossible_budgets_are_refused(change: dict[str, Any], tmp_path: Path) 
 
 
 def test_a_time_budget_ends_the_search(tmp_path: Path) -> None:
-    """What time allowed is kept, without a decision where not even the default was run."""
+    """What time allowed is kept; the default is run in any case, so that there is a decision."""
     result = run(tmp_path, MadeUp(), trials=1000, seconds=0.0)
-    assert result.measured == () and result.decision is None
+    assert [t.source for t in result.measured] == ["default"] and result.decision
     result = run(tmp_path, MadeUp(), trials=1000, seconds=1.5)
     assert 1 <= len(result.measured) < 1000 and result.decision
 

@@ -41,7 +41,7 @@ def _rule(result: StudyResult) -> Rule:
     if decision is None:
         raise UserError(f"study {result.name!r} has no decision yet: run its `ridgepoint tune` again, which continues")
     chosen = result.trial(decision.trial)
-    compared = decision.comparison
+    compared, single = decision.comparison, result.best_autoregressive()
     evidence = {
         "study": result.name,
         "trial": chosen.number,
@@ -49,6 +49,7 @@ def _rule(result: StudyResult) -> Rule:
         "decision": decision.reason,
         "tokens_per_second": chosen.tokens_per_second,
         "default_tokens_per_second": result.trial(decision.default_trial).tokens_per_second,
+        "best_autoregressive_tokens_per_second": single.tokens_per_second if single else None,
         "predicted_tokens_per_second": chosen.predicted_tokens_per_second,
         "divergence": chosen.divergence,
         "exact_match": chosen.exact_match,
