@@ -144,7 +144,7 @@ def seeds(space: Space, predict: Predict, acceptance: Acceptance | None, count: 
     taken: dict[object, list[int]] = {}
     for _, candidate in ranked:
         decoding, kernels = candidate
-        queue = queues[decoding.mixing_weight]
+        queue = queues.setdefault(decoding.mixing_weight, [])  # also autoregressive ones, whatever the pilots gave
         mode = kernels.expert_mode(space.batch * decoding.slots)
         alike = taken.setdefault((replace(decoding, draft_tokens=1), mode, kernels.threads), [])
         if len(queue) < count and all(abs(decoding.draft_tokens - k) >= _APART for k in alike):
