@@ -305,25 +305,26 @@ def _tune(
 
 
 def _follow(tuned: Tuned, deployment: Path, plan: Plan) -> TunedRun:
-    """Generate for one prompt of each of three families, one after the other, as the deployment says."""
+    """Solve one held-out problem of each family, one after the other, as the deployment says."""
     from autotune.local import mixed_problems
+    from runtime.conversion.tasks import FAMILIES, check
     from runtime.engine import generate
 
     bos = tuned.model.config.bos_token_id
-    prompts = [p.prompt for p in mixed_problems(3)]
     first = [] if bos is None else [bos]
-    results = [
-        generate(tuned.model, [[*first, *tuned.tokenizer.encode(p)]], deployment, max_new_tokens=plan.new_tokens)
-        for p in prompts
-    ]
+    problems = mixed_problems(len(FAMILIES))
+    prompts = [[*first, *tuned.tokenizer.encode(p.prompt)] for p in problems]
+    results = [generate(tuned.model, [p], deployment, max_new_tokens=plan.answer_tokens) for p in prompts]
+    texts = [tuned.tokenizer.decode(r.tokens[0]) for r in results]
     tokens = sum(len(r.tokens[0]) for r in results)
     return TunedRun(
-        results[0].decoding,
-        tuple(prompts),
-        tuple(tuned.tokenizer.decode(r.tokens[0]) for r in results),
-        tokens / sum(r.decode_seconds for r in results),
-        tokens / sum(r.steps[0] for r in results),
-        sum(r.forwards for r in results),
+        decoding=results[0].decoding,
+        prompts=tuple(p.prompt for p in problems),
+        texts=tuple(texts),
+        right=tuple(check(p, text) for p, text in zip(problems, texts, strict=True)),
+        tokens_per_second=tokens / sum(r.decode_seconds for r in results),
+        acceptance_length=tokens / sum(r.steps[0] for r in results),
+        forwards=sum(r.forwards for r in results),
     )
 
 

@@ -93,7 +93,7 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class FrontInfo:
-    """The non-dominated settings by rising divergence, the others, and those that could not run."""
+    """The non-dominated settings by rising divergence, the others, and those without a result."""
 
     front: tuple[FrontPoint, ...]
     dominated: tuple[FrontPoint, ...]
@@ -129,10 +129,10 @@ def front_plot(info: FrontInfo) -> go.Figure:
             x=[p.divergence or 0.0 for p in info.infeasible],
             y=[p.tokens_per_second or 0.0 for p in info.infeasible],
             mode="markers",
-            name="infeasible (at 0 where nothing was measured)",
+            name="no result: infeasible, incorrect or stopped as slower",
             marker={"color": PURPLE, "symbol": "x", "size": 9},
             text=[safe(p.label) for p in info.infeasible],
-            hovertemplate="%{text}: infeasible<extra></extra>",
+            hovertemplate="%{text}<extra></extra>",
         )
     widest = max([p.divergence or 0.0 for p in every], default=0.0)
     figure.update_xaxes(tickformat=".1~%", range=[-0.04 * (widest or 0.1), 1.08 * (widest or 0.1)])

@@ -49,6 +49,7 @@ class Plan:
     prompts: int = 8
     new_tokens: int = 64
     rounds: int = 4
+    answer_tokens: int = 150  # of the tuned run, which shall come to its answers
     tuning_seconds: float = 75.0
     tuning_trials: int = 60
     tuning_prompts: int = 5
@@ -133,7 +134,7 @@ def commands(model: str, plan: Plan, choice: Choice, prompt: str, threads: int) 
                     "model": model,
                     "deployment": "repeat/deployment.yaml",
                     "prompt": prompt,
-                    "max-new-tokens": plan.new_tokens,
+                    "max-new-tokens": plan.answer_tokens,
                 },
             ),
         ),

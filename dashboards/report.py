@@ -53,6 +53,7 @@ class TunedRun:
     decoding: DecodingConfig
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
+    right: tuple[bool, ...]  # whether the text ends with the right answer
     tokens_per_second: float
     acceptance_length: float
     forwards: int
@@ -124,7 +125,7 @@ def front_points(study: StudyResult) -> list[FrontPoint]:
     decision = study.decision
     return [
         FrontPoint(
-            setting_text(trial),
+            setting_text(trial) + (f" ({trial.outcome})" if trial.outcome != "correct" else ""),
             trial.tokens_per_second,
             trial.divergence,
             feasible=trial.outcome == "correct",
@@ -137,7 +138,8 @@ def front_points(study: StudyResult) -> list[FrontPoint]:
 
 def setting_text(trial: TrialRecord) -> str:
     """A trial's parameters in one line."""
-    return ", ".join(f"{name} {value}" for name, value in trial.params.items())
+    shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in trial.params.items()}  # no rounding of steps
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def decision_sentence(study: StudyResult) -> str:
@@ -145,20 +147,25 @@ def decision_sentence(study: StudyResult) -> str:
     decision = study.decision
     if decision is None:
         return "Tuning was stopped before it could decide."
-    found = decision.comparison
-    pairs = "" if found is None else (
-        f" In {found.rounds} alternating rounds the fastest allowed setting ran at {found.ratio:.2f}x the default "
-        f"[{found.low:.2f}, {found.high:.2f}]: {rate(found.tokens_per_second)} against "
-        f"{rate(found.default_tokens_per_second)}."
-    )  # fmt: skip
+    evidence = ""
+    if decision.comparison is not None:
+        found = decision.comparison
+        evidence = (
+            f" In {found.rounds} alternating rounds the fastest allowed setting ran at {found.ratio:.2f}x the default "
+            f"[{found.low:.2f}, {found.high:.2f}]: {rate(found.tokens_per_second)} against "
+            f"{rate(found.default_tokens_per_second)}."
+        )
+    single = study.best_autoregressive()
+    if single is not None and single.number != decision.default_trial and single.tokens_per_second is not None:
+        evidence += f" The fastest autoregressive setting gave {rate(single.tokens_per_second)}."
     if decision.kept_default:
-        return f"The default stays: {decision.reason}.{pairs}"
+        return f"The default stays: {decision.reason}.{evidence}"
     chosen = study.trial(decision.trial)
     lossless = "It is lossless." if chosen.lossless else (
         "It mixes the draft's logits into the target, so it is not lossless by construction: in these prompts "
         f"{percent(chosen.divergence or 0.0)} of the tokens differ from autoregressive decoding."
     )  # fmt: skip
-    return f"Chosen: {setting_text(chosen)}; {decision.reason}.{pairs} {lossless}"
+    return f"Chosen: {setting_text(chosen)}; {decision.reason}.{evidence} {lossless}"
 
 
 def _short(r: Results) -> Section:
@@ -385,7 +392,13 @@ def _tuned_run(r: Results) -> Section:
                 f"The runtime loaded the deployment and generated with {setting}: {rate(tuned.tokens_per_second)}, "
                 f"{tuned.acceptance_length:.2f} tokens a step, {tuned.forwards} forwards."
             ),
-            Table(("prompt", "generated"), tuple(zip(tuned.prompts, tuned.texts, strict=True))),
+            Table(
+                ("prompt", "generated", "answer"),
+                tuple(
+                    (prompt, text, "right" if right else "wrong")
+                    for prompt, text, right in zip(tuned.prompts, tuned.texts, tuned.right, strict=True)
+                ),
+            ),
         ),
     )
 

@@ -41,6 +41,7 @@ SMALL = Plan(
     prompts=2,
     new_tokens=8,
     rounds=2,
+    answer_tokens=8,
     tuning_seconds=60.0,
     tuning_trials=5,
     tuning_prompts=2,
@@ -150,7 +151,7 @@ def test_the_deployment_is_followed(demo: Demo) -> None:
     assert demo.results.tuned.decoding == deployment.rules[0].decoding
     model = load_model(str(demo.model))
     prompt, text = demo.results.tuned.prompts[0], demo.results.tuned.texts[0]
-    again = generate(model, [[BOS, *prompt.encode()]], demo.out / "deployment.yaml", max_new_tokens=SMALL.new_tokens)
+    again = generate(model, [[BOS, *prompt.encode()]], demo.out / "deployment.yaml", max_new_tokens=SMALL.answer_tokens)
     assert bytes(t for t in again.tokens[0] if t < 256).decode("utf-8", errors="replace") == text
 
 

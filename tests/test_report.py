@@ -164,7 +164,7 @@ def results(**changes: Any) -> Results:
         deployment=Deployment(
             "tiny", "0" * 16, FINGERPRINT, (Rule(DRAFTING, KernelConfig(threads=1)),), "2026-01-01", "ridgepoint export"
         ),
-        tuned=TunedRun(DRAFTING, ("add 1+1",), ("= 2",), 123.4, 3.2, 20),
+        tuned=TunedRun(DRAFTING, ("add 1+1",), ("= 2",), (True,), 123.4, 3.2, 20),
         commands=(("Probe:", "ridgepoint hardware probe"),),
         artefacts=(("report.html", "this report"),),
     )
@@ -268,7 +268,7 @@ def page_of(text: str, folder: Path) -> Page:
         command=text,
         simulated=text,
         elsewhere_acceptance=text,
-        tuned=TunedRun(DRAFTING, (text,), (text,), 1.0, 1.0, 1),
+        tuned=TunedRun(DRAFTING, (text,), (text,), (False,), 1.0, 1.0, 1),
         commands=((text, text),),
         artefacts=((text, text),),
         rows=(Row(text, "forward", 1.0, 1.1, 0.1, False),),
@@ -315,6 +315,10 @@ def test_the_decision_is_told_with_its_evidence() -> None:
     kept = decision_sentence(study(trial=0, low=0.95))
     assert kept.startswith("The default stays: the gain over the default is inside the noise.")
     assert "[0.95, 2.10]" in kept
+    single = dataclasses.replace(trials()[0], number=9, params={"sampler": "autoregressive", "threads": 2})
+    beside = dataclasses.replace(study(), trials=(*trials(), single))
+    assert "The fastest autoregressive setting gave 100 tokens/s." in decision_sentence(beside)
+    assert "fastest autoregressive" not in gained
     assert "alternating" not in decision_sentence(study(trial=0, comparison=False))
     assert "stopped before" in decision_sentence(study(decided=False))
 
@@ -323,7 +327,7 @@ def test_a_study_becomes_a_front() -> None:
     info = front_info(front_points(study()))
     assert [p.tokens_per_second for p in info.front] == [100.0, 180.0, 250.0]  # each faster one diverges more
     assert [(p.default, p.chosen) for p in info.front] == [(True, False), (False, True), (False, False)]
-    assert [p.label.split(", ")[-2:] for p in info.infeasible] == [["draft_tokens 24", "mixing_weight 1.0"]]
+    assert [p.label.split(", ")[-2:] for p in info.infeasible] == [["draft_tokens 24", "mixing_weight 1 (infeasible)"]]
     undecided = front_info(front_points(study(decided=False)))
     assert not any(p.default or p.chosen for p in (*undecided.front, *undecided.infeasible))
 
