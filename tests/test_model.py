@@ -308,6 +308,11 @@ def test_draft_sees_prefix_anchor_and_masks_and_its_anchor_row_is_causal(name: s
     for b, n in enumerate(lengths):
         expected = model.logits(ids[b : b + 1, : n + 1])[0, -1]
         assert relative_error(found[b, 0], expected) < 1e-5
+        alone = model.new_cache(1, 40, 5)
+        model.forward(ids[b : b + 1, :n], causal(n), alone)
+        alone.advance([n])
+        single = model.forward(torch.cat([anchors[b], torch.full((masks,), 7)])[None], draft(masks), alone)
+        assert relative_error(found[b], model.project(single)[0]) < 1e-5  # whatever the neighbours' lengths
     changed = run([7, 7, 7, 8])
     assert relative_error(changed[:, 0], found[:, 0]) < 1e-6  # the anchor does not see the masks
     assert (changed[:, 1:] - found[:, 1:]).abs().amax(-1).min() > 1e-3  # every mask sees the last one
