@@ -146,8 +146,11 @@ class StudyResult:
         return next((t for t in self.measured if space.key(self.candidate(t)) == key), None)
 
     def allowed(self, max_divergence: float) -> list[TrialRecord]:
-        """Settings that are lossless, or measured no further from autoregressive decoding; the fastest first."""
-        found = [t for t in self.correct if t.lossless or _known(t.divergence) <= max_divergence]
+        """Settings that are lossless, or measured no further from autoregressive decoding; the fastest first.
+
+        At 0 only lossless ones: a mixed setting without a difference on a few prompts has proven nothing.
+        """
+        found = [t for t in self.correct if t.lossless or 0 < max_divergence >= _known(t.divergence)]
         return sorted(found, key=lambda t: -_known(t.tokens_per_second))
 
     def best_autoregressive(self) -> TrialRecord | None:
