@@ -130,21 +130,21 @@ def pilots(space: Space, default: Candidate) -> list[Candidate]:
 
 
 def seeds(space: Space, predict: Predict, acceptance: Acceptance | None, count: int) -> list[Candidate]:
-    """The `count` best predicted settings, taken in turn from each mixing weight.
+    """The `count` best predicted settings, taken in turn from each mixing weight and thread count.
 
     Those that differ in K alone are at least _APART apart: their predictions are right or wrong together. In turn,
-    because the model says what mixing gains in speed but not what it costs in quality.
+    because the model says neither what mixing costs in quality nor what else keeps the machine's cores busy.
     """
     weights = tuple(sorted(acceptance.histograms, reverse=True)) if acceptance else (1.0,)
     threads = next(p for p in space.parameters if p.name == "threads").values()
     coarse = {"mixing_weight": weights, "threads": (threads[0], threads[-1])[: len(threads)]}
     predicted = [(predict(candidate, acceptance), candidate) for candidate in space.grid(coarse)]
     ranked = sorted(((p, c) for p, c in predicted if p is not None), key=lambda found: -found[0])
-    queues: dict[float, list[Candidate]] = {w: [] for w in weights}
+    queues: dict[tuple[float, int | None], list[Candidate]] = {}
     taken: dict[object, list[int]] = {}
     for _, candidate in ranked:
         decoding, kernels = candidate
-        queue = queues.setdefault(decoding.mixing_weight, [])  # also autoregressive ones, whatever the pilots gave
+        queue = queues.setdefault((decoding.mixing_weight, kernels.threads), [])
         mode = kernels.expert_mode(space.batch * decoding.slots)
         alike = taken.setdefault((replace(decoding, draft_tokens=1), mode, kernels.threads), [])
         if len(queue) < count and all(abs(decoding.draft_tokens - k) >= _APART for k in alike):
@@ -154,7 +154,7 @@ def seeds(space: Space, predict: Predict, acceptance: Acceptance | None, count: 
 
 
 def _in_turn(queues: Sequence[Sequence[Candidate]]) -> Iterable[Candidate]:
-    for rank in range(max(map(len, queues))):
+    for rank in range(max(map(len, queues), default=0)):
         for queue in queues:
             if rank < len(queue):
                 yield queue[rank]

@@ -223,14 +223,14 @@ def test_seeds_are_the_best_predicted_and_differ() -> None:
     acceptance = Acceptance({1.0: (1, 1), 0.5: (1, 2)})
     found = seeds(space, lambda c, _: speed(c), acceptance, 8)
     assert len({space.key(c) for c in found}) == 8
-    assert {c.decoding.mixing_weight for c in found} == {1.0, 0.5}
-    params = [space.encode(c) for c in found]
+    kinds = {(c.decoding.mixing_weight, c.kernels.threads) for c in found}
+    assert kinds == {(1.0, 1), (1.0, 2), (0.5, 1), (0.5, 2)}
+    params = [space.encode(c) for c in seeds(space, lambda c, _: speed(c), acceptance, 40)]
     pairs = [
         (p, q) for p in params for q in params if p is not q and p | {"draft_tokens": 0} == q | {"draft_tokens": 0}
     ]
     assert pairs and all(abs(int(p["draft_tokens"]) - int(q["draft_tokens"])) > 1 for p, q in pairs)
-    lossless = [c for c in space.grid({"mixing_weight": (1.0,)})]
-    assert speed(found[0]) == max(map(speed, lossless))
+    assert speed(found[0]) == max(map(speed, space.grid({"mixing_weight": (1.0, 0.5)})))
     assert seeds(space, blind, acceptance, 8) == []
 
 
@@ -419,7 +419,8 @@ def test_a_hopeless_setting_costs_one_batch(tmp_path: Path) -> None:
 def test_a_gain_inside_the_noise_keeps_the_default(tmp_path: Path) -> None:
     """All settings alike: the fastest measured one is so by luck, and alternating rounds say so."""
     runner = MadeUp(noise=0.1, gain=lambda candidate, batch: 100.0)
-    result = run(tmp_path, runner, trials=8)
+    space = decoding_space(batch=1, cores=2, lossless=True)
+    result = run(tmp_path, runner, subject(space=space), trials=8)
     assert result.decision and result.decision.kept_default
     assert result.decision.challenger != result.decision.default_trial and runner.compared
     comparison = result.decision.comparison
