@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -73,7 +74,7 @@ def tune(
     )
     url = storage or storage_url(out)
     place = shown(url)
-    command = _command({url: place})
+    command = _command()
     tuned = load(model)
     results = []
     try:
@@ -136,13 +137,13 @@ def export(
     """Write what tuning decided, with its evidence, in the format of the engine that will run it."""
     from autotune.export.targets import TARGETS
     from autotune.export.targets import export as write
-    from autotune.storage import read_studies, shown, storage_url
+    from autotune.storage import read_studies
     from hardware.files import known
 
     if target not in TARGETS:
         raise known("export format", target, TARGETS)
     results = read_studies(study)
-    path = write(target, results, out, _command({study: shown(storage_url(study))}))
+    path = write(target, results, out, _command())
     if as_json:
         return print(json.dumps({"path": str(path), "format": target, "studies": [r.name for r in results]}, indent=2))
     for result in results:
@@ -160,9 +161,9 @@ def _batches(text: str) -> list[int]:
     return found
 
 
-def _command(shown: dict[str, str]) -> str:
-    """The command as typed, with what must not be recorded (a password in a URL) replaced."""
-    return shlex.join(["ridgepoint", *(shown.get(word, word) for word in sys.argv[1:])])
+def _command() -> str:
+    """The command as typed, for the record; passwords in URLs are left out."""
+    return shlex.join(["ridgepoint", *(re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", word) for word in sys.argv[1:])])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import autotune.cli
 import ridgepoint
 from autotune.export import native
 from autotune.export.targets import TARGETS, export
@@ -230,6 +231,7 @@ def test_the_commands(
     policy = load_deployment(target)
     assert [r.max_batch for r in policy.rules] == [1, 2] and policy.command.startswith("ridgepoint export")
     assert policy.rules[0].evidence["command"].startswith("ridgepoint tune --model")
+    assert policy.command.endswith(f"export --study {folder} --out {target} --json")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,14 @@ def test_bad_input_is_one_line(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert all(part in err for part in parts)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--storage", "{}"], ["--storage={}"]])
+def test_a_recorded_command_has_no_password(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = [word.format("postgresql://tuner:se:cret@host:5432/studies") for word in words]
+    monkeypatch.setattr(sys, "argv", ["ridgepoint", "tune", *typed])
+    recorded = autotune.cli._command()
+    assert "cret" not in recorded and "postgresql://tuner:***@host:5432/studies" in recorded
 
 
 @pytest.mark.usefixtures("one_core")
