@@ -133,17 +133,17 @@ def main(arguments: list[str] | None = None) -> int:
             for anchored in (False, True):
                 decoding = DecodingConfig("two_forward", drafts, anchor_draft=anchored)
                 print(f"batch {batch}: K = {drafts}, anchor draft {anchored}", file=sys.stderr)
-                results.append(
-                    compare(
-                        model,
-                        prompts,
-                        expected,
-                        decoding,
-                        batch=batch,
-                        new_tokens=chosen.new_tokens,
-                        progress=counting(len(prompts)),
-                    )
+                found = compare(
+                    model,
+                    prompts,
+                    expected,
+                    decoding,
+                    batch=batch,
+                    new_tokens=chosen.new_tokens,
+                    progress=counting(len(prompts)),
                 )
+                print(f"{len(found.different)} prompts differ", file=sys.stderr)  # kept, should the run be cut short
+                results.append(found)
     print(
         json.dumps({"model": chosen.model, "results": [asdict(r) for r in results]}) if chosen.json else _table(results)
     )
