@@ -104,7 +104,7 @@ def _balance(model: Zaya, routes: list[Tensor], stage: Stage) -> None:
         target = torch.full_like(load, (1 - stage.skip_share) / router.num_experts)
         target[-1] = stage.skip_share
         router.balancing_biases += stage.balance_rate * torch.sign(target - load)
-        # Only differences count. The skip expert's bias stays -1, because transformers sets it so when it loads a model.
+        # Only differences count. The skip expert's bias stays -1: transformers sets it so when it loads a model.
         router.balancing_biases -= router.balancing_biases[-1] + 1
 
 
