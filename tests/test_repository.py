@@ -181,9 +181,9 @@ def test_every_dependency_is_pinned() -> None:
 
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_make_installs_only_pinned_versions(target: str, tmp_path: Path) -> None:
-    run = subprocess.run(
-        ["make", "--dry-run", target, f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    # Under `make test` this make is a nested one, which would announce its folders on stdout.
+    command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={tmp_path / 'venv'}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     installs = [line for line in run.stdout.splitlines() if "pip install" in line]
     assert installs
     assert all("--constraint constraints.txt" in line for line in installs)
