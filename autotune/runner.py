@@ -15,10 +15,10 @@ from runtime.bench import (
     interleave,
     paired_ratio,
     sample_generation,
-    using,
 )
 from runtime.config import DTYPE_BYTES, KernelConfig, require
 from runtime.conversion.tasks import Problem
+from runtime.engine import using
 from runtime.measurement import Measurement
 from runtime.model.zaya import Zaya
 from runtime.quality import disagreement, exact_match

@@ -10,8 +10,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
@@ -27,7 +26,7 @@ from runtime.cache import Cache
 from runtime.checkpoint import model_hash
 from runtime.config import DTYPE_BYTES, DecodingConfig, DType, KernelConfig, Workload, require
 from runtime.conversion.tasks import FAMILIES, draw
-from runtime.engine import PREFILL_TOKENS, GenerationResult, apply_kernels, generate
+from runtime.engine import PREFILL_TOKENS, GenerationResult, generate, using
 from runtime.layout import causal, draft
 from runtime.measurement import ForwardKind, Kind, Measurement
 from runtime.model.zaya import Zaya
@@ -57,18 +56,6 @@ def identify(model: Zaya, name: str, command: str, *, simulated: str | None = No
     if not weight.is_cuda:
         found["device"] = found["cpu"]  # the machine may have a GPU that this model does not use
     return Identity(name, model_hash(model), command, found, git_commit(Path(__file__)), simulated)
-
-
-@contextmanager
-def using(model: Zaya, kernels: KernelConfig | None) -> Iterator[KernelConfig]:
-    """Run with these kernel settings (None: the present ones), then put the old ones back. Yields what is in use."""
-    before = KernelConfig(model.kernels.experts, torch.get_num_threads())
-    try:
-        if kernels is not None:
-            apply_kernels(model, kernels)
-        yield KernelConfig(model.kernels.experts, torch.get_num_threads())
-    finally:
-        apply_kernels(model, before)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch
 from hardware.files import UserError
 from runtime.cache import Cache
 from runtime.checkpoint import model_hash
-from runtime.config import DecodingConfig, KernelConfig, require
+from runtime.config import DecodingConfig, KernelConfig, ModelConfig, require
 from runtime.deployment import Deployment, load_deployment
 from runtime.layout import causal
 from runtime.model.zaya import Zaya
@@ -32,6 +33,7 @@ class GenerationResult:
     tokens: list[list[int]]
     finish_reasons: list[Literal["stop", "length"]]
     decoding: DecodingConfig
+    kernels: KernelConfig  # what was in use
     steps: list[int]  # decoding steps each sequence took part in
     acceptance_histogram: list[int]  # entry n: steps of a sequence that committed n drafts and one token more
     counters: dict[str, ForwardCounter]  # by kind of forward: "decode", "draft", "verify"
@@ -79,28 +81,27 @@ def generate(
     decoding: the settings, or a tuned deployment (or its path), whose rule for this batch and context is followed.
     stop_tokens: end a sequence; by default the model's end-of-sequence tokens. A sequence's output depends on the
     seed and its index, not on its neighbours. Raises UserError for empty prompts, unknown tokens, and lengths beyond
-    the context.
+    the context. The kernel settings of a deployment hold for this call only.
     """
-    config = model.config
-    require(len(prompts) >= 1, "at least one prompt must be given")
-    require(max_new_tokens >= 1, f"max_new_tokens >= 1 must hold, but got {max_new_tokens}")
-    require(seed >= 0, f"seed >= 0 must hold, but got {seed}")
-    for i, prompt in enumerate(prompts):
-        require(len(prompt) >= 1, f"a prompt must have at least one token, but prompt {i} is empty")
-        require(
-            all(0 <= t < config.vocab_size for t in prompt),
-            f"0 <= token < vocab_size = {config.vocab_size} must hold, but prompt {i} breaks it",
-        )
-        needed = len(prompt) + max_new_tokens
-        require(
-            needed <= config.max_position_embeddings,
-            f"prompt and new tokens must fit the context of {config.max_position_embeddings}, but prompt {i} needs "
-            f"{len(prompt)} + {max_new_tokens} = {needed}",
-        )
+    _check(model.config, prompts, max_new_tokens, seed)
     longest = max(map(len, prompts)) + max_new_tokens
-    settings = resolve(model, decoding, batch=len(prompts), context=longest)
-    stops = frozenset(config.stop_token_ids if stop_tokens is None else stop_tokens)
+    settings, kernels = resolve(model, decoding, batch=len(prompts), context=longest)
+    stops = frozenset(model.config.stop_token_ids if stop_tokens is None else stop_tokens)
+    with using(model, kernels) as used:
+        return _decode(model, prompts, settings, used, max_new_tokens, seed, stops)
 
+
+def _decode(
+    model: Zaya,
+    prompts: Sequence[Sequence[int]],
+    settings: DecodingConfig,
+    kernels: KernelConfig,
+    max_new_tokens: int,
+    seed: int,
+    stops: frozenset[int],
+) -> GenerationResult:
+    """Prefill, then step until every sequence has stopped; finished sequences leave the batch."""
+    longest = max(map(len, prompts)) + max_new_tokens
     began = time.perf_counter()
     device = model.model.embed_tokens.weight.device
     cache = model.new_cache(len(prompts), longest + settings.slots, settings.slots)
@@ -137,6 +138,7 @@ def generate(
         outputs,
         reasons,
         settings,
+        kernels,
         steps,
         [histogram[n] for n in range(max(histogram) + 1)],
         decode.counters,
@@ -147,10 +149,10 @@ def generate(
 
 def resolve(
     model: Zaya, decoding: DecodingConfig | Deployment | str | os.PathLike[str], *, batch: int, context: int
-) -> DecodingConfig:
-    """The settings to use; a deployment's kernel settings are applied to the model and to torch."""
+) -> tuple[DecodingConfig, KernelConfig | None]:
+    """The settings to use, and the kernel settings of a deployment's rule. UserError when it is another model's."""
     if isinstance(decoding, DecodingConfig):
-        return decoding
+        return decoding, None
     deployment = decoding if isinstance(decoding, Deployment) else load_deployment(decoding)
     found = model_hash(model)
     if deployment.model_hash != found:
@@ -158,8 +160,21 @@ def resolve(
             f"this deployment was tuned for {deployment.model} ({deployment.model_hash}), but the model is {found}"
         )
     rule = deployment.rule_for(batch, context)
-    apply_kernels(model, rule.kernels)
-    return rule.decoding
+    return rule.decoding, rule.kernels
+
+
+@contextmanager
+def using(model: Zaya, kernels: KernelConfig | None) -> Iterator[KernelConfig]:
+    """Run with these kernel settings (None: the present ones), then put the old ones back. Yields what is in use."""
+    before = KernelConfig(model.kernels.experts, torch.get_num_threads())
+    if kernels is None:
+        yield before
+        return
+    try:
+        apply_kernels(model, kernels)
+        yield KernelConfig(model.kernels.experts, torch.get_num_threads())
+    finally:
+        apply_kernels(model, before)
 
 
 def apply_kernels(model: Zaya, kernels: KernelConfig) -> None:
@@ -167,6 +182,25 @@ def apply_kernels(model: Zaya, kernels: KernelConfig) -> None:
     model.kernels = kernels
     if kernels.threads is not None:
         torch.set_num_threads(kernels.threads)
+
+
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
+    """Refuse what cannot be decoded."""
+    require(len(prompts) >= 1, "at least one prompt must be given")
+    require(max_new_tokens >= 1, f"max_new_tokens >= 1 must hold, but got {max_new_tokens}")
+    require(seed >= 0, f"seed >= 0 must hold, but got {seed}")
+    for i, prompt in enumerate(prompts):
+        require(len(prompt) >= 1, f"a prompt must have at least one token, but prompt {i} is empty")
+        require(
+            all(0 <= t < config.vocab_size for t in prompt),
+            f"0 <= token < vocab_size = {config.vocab_size} must hold, but prompt {i} breaks it",
+        )
+        needed = len(prompt) + max_new_tokens
+        require(
+            needed <= config.max_position_embeddings,
+            f"prompt and new tokens must fit the context of {config.max_position_embeddings}, but prompt {i} needs "
+            f"{len(prompt)} + {max_new_tokens} = {needed}",
+        )
 
 
 def _prefill(model: Zaya, cache: Cache, prompts: list[list[int]]) -> None:

@@ -22,11 +22,10 @@ from runtime.bench import (
     sample_generation,
     task_prompts,
     token_rows,
-    using,
 )
 from runtime.checkpoint import model_hash, random_model
 from runtime.config import DecodingConfig, KernelConfig, ModelConfig, replace
-from runtime.engine import generate
+from runtime.engine import generate, using
 from runtime.layout import causal
 from runtime.measurement import append_jsonl, read_jsonl
 from runtime.model.zaya import Zaya

@@ -437,7 +437,7 @@ def test_impossible_recipes() -> None:
 
 
 def test_learning_rate_warms_up_then_falls_to_the_final_one() -> None:
-    stage = Stage("s", "next_token", 100, 1, 1, 0.1, 0.01, warmup_steps=20)
+    stage = Stage("s", "next_token", 100, 1, 2, 0.1, 0.01, warmup_steps=20)
     rates = [stage.rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.005) and max(rates) == pytest.approx(0.1) == rates[19]
     assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)

@@ -141,7 +141,7 @@ def test_a_tuned_model_runs_as_exported(checkpoint: Path, tmp_path: Path) -> Non
     followed = generate(model, prompts, path, max_new_tokens=6)
     expected = result.candidate(drafting)
     assert followed.decoding == expected.decoding and followed.decoding.sampler == "two_forward"
-    assert model.kernels == expected.kernels
+    assert followed.kernels == expected.kernels
     assert followed.tokens == generate(model, prompts, DecodingConfig(), max_new_tokens=6).tokens
     other = noisy_model(CONFIG, seed=1)
     with pytest.raises(UserError, match="tuned for tiny"):

@@ -230,8 +230,9 @@ def test_generation_follows_a_deployment_by_batch_and_context(
             expected = deployment.rules[rule]
             result = run(model, decoding, prompts)
             assert result.decoding == expected.decoding
-            assert model.kernels == expected.kernels
-            assert threads == ([2] if rule == 1 else [])
+            assert result.kernels.experts == expected.kernels.experts
+            assert threads[:-1] == ([2] if rule == 1 else [])
+            assert model.kernels.experts == KernelConfig().experts  # and the model is left as it was
             assert result.tokens == run(model, AUTOREGRESSIVE, prompts).tokens  # tuning never changes the text
 
 

@@ -33,8 +33,10 @@ class Stage:
     skip_share: float = 0.05  # the load that the balancing biases aim at for the skip expert
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch", "length", "max_block"):
+        for key in ("steps", "batch", "max_block"):
             require(getattr(self, key) >= 1, f"{key} >= 1 must hold, but got {getattr(self, key)}")
+        # Position 0 is never masked: a sequence of one token has nothing to draft.
+        require(self.length >= 2, f"length >= 2 must hold, but got {self.length}")
         for key in ("task_share", "partial_share", "skip_share"):
             require(0 <= getattr(self, key) <= 1, f"0 <= {key} <= 1 must hold, but got {getattr(self, key)}")
         require(
