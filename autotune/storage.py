@@ -14,7 +14,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from autotune.results import Decision, StudyResult, Subject, TrialRecord
-from hardware.files import UserError, build, known
+from hardware.files import UserError, build
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # its log is neither our result nor our progress
 STUDY_FILE = "study.db"
@@ -138,11 +138,3 @@ def read_studies(text: str | Path) -> list[StudyResult]:
     if not ours:
         raise UserError(f"{shown(url)} holds no study of `ridgepoint tune`")
     return sorted(ours, key=lambda s: (s.subject.model, s.subject.workload.batch))
-
-
-def find_study(results: list[StudyResult], name: str) -> StudyResult:
-    """The study of that name. UserError lists the known ones."""
-    for result in results:
-        if result.name == name:
-            return result
-    raise known("study", name, [r.name for r in results])

@@ -59,7 +59,7 @@ def tune(
     device, model or workload; a storage that cannot be used; a second worker on SQLite.
     """
     require(trials >= 1, f"trials >= 1 must hold, but got {trials}")
-    require(rounds >= 2, f"rounds >= 2 must hold, but got {rounds}: one pair has no interval")
+    require(rounds >= 6, f"rounds >= 6 must hold, but got {rounds}: fewer pairs have no interval of 95%")
     require(max_divergence >= 0, f"max_divergence >= 0 must hold, but got {max_divergence}")
     end = None if seconds is None else time.monotonic() + seconds
     with sole_worker(url), database_errors(url):
@@ -171,7 +171,8 @@ def _decide(
         raise UserError(f"the default setting does not run ({base.outcome}: {base.reason}), so nothing can be compared")
     best = result.allowed(max_divergence)[0]
     old, basis = result.decision, (best.number, len(result.measured), max_divergence)
-    if old and (old.challenger, old.measured, old.max_divergence) == basis:
+    enough = old is not None and (old.comparison is None or old.comparison.rounds >= rounds)
+    if old and enough and (old.challenger, old.measured, old.max_divergence) == basis:
         return result
     comparison = None if best == base else runner.compare(default, result.candidate(best), rounds, progress)
     if comparison is None:

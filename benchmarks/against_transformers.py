@@ -1,6 +1,6 @@
 """Our autoregressive decoding against `transformers` `generate`: same weights, same tokens, alternating rounds.
 
-python -m benchmarks.against_transformers [--model zaya-nano] [--threads 1] [--out FILE.jsonl] [--json]
+python -m benchmarks.against_transformers [--model zaya-nano] [--threads 1] [--json]
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from benchmarks.common import command, counting, fail_in_one_line
 from hardware.files import UserError
 from runtime.bench import (
     GenerationSample,
-    generation_record,
     identify,
     interleave,
     paired_ratio,
@@ -32,7 +31,6 @@ from runtime.bench import (
 )
 from runtime.checkpoint import load_model, save_model
 from runtime.config import DecodingConfig, require
-from runtime.measurement import append_jsonl
 from runtime.model.zaya import Zaya
 
 
@@ -81,7 +79,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=3, help="prompts per round, each decoded alone (batch 1)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSONL file for the record of our side")
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     chosen = parser.parse_args(arguments)
     require(chosen.threads >= 1, f"threads >= 1 must hold, but got {chosen.threads}")
@@ -102,13 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     ratio, low, high = paired_ratio(seconds["transformers"], seconds["ours"])
     rates = {name: statistics.median(s.tokens_per_second for s in samples) for name, samples in found.items()}
     identity = identify(model, chosen.model, command("benchmarks.against_transformers", arguments))
-    if chosen.out is not None:
-        quality = {"speedup_over_transformers": ratio, "speedup_low": low, "speedup_high": high}
-        settings: dict[str, Any] = {"batch": 1, "max_new_tokens": chosen.new_tokens, "quality": quality}
-        append_jsonl(
-            chosen.out, generation_record(model, identity, prompts, DecodingConfig(), found["ours"], **settings)
-        )
     result = {
+        "command": identity.command,
         "model": chosen.model,
         "threads": chosen.threads,
         "tokens_per_round": expected.tokens,

@@ -14,7 +14,6 @@ import gc
 import itertools
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -340,9 +339,11 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.measurements is not None and found:
         target = chosen.measurements / slug(found[0].device["device"])
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("forwards.jsonl", "generations.jsonl", "correctness.json", "steps.md", "hardware.yaml"):
+        kept = ("forwards.jsonl", "generations.jsonl", "correctness.json", "steps.md", "hardware.yaml", "skipped.jsonl")
+        for name in kept:
+            (target / name).unlink(missing_ok=True)  # or a file of an earlier run would stand beside this one's
             if (session.out / name).is_file():
-                shutil.copyfile(session.out / name, target / name)
+                write_atomic(target / name, (session.out / name).read_bytes())
         print(f"results: {session.out}, copied to {target}")
     return 1 if failed or not session.checks else 0
 

@@ -162,7 +162,13 @@ def summary(results: Results, out: Path) -> dict[str, Any]:
 
 
 def _clear(out: Path) -> None:
-    """A demo's own files of an earlier run are replaced, so that nothing in the folder is older than its report."""
+    """A demo's own files of an earlier run are replaced, so that nothing in the folder is older than its report.
+
+    A folder that holds such files without `predictions.json`, which a demo writes first, is another command's.
+    """
+    found = [name for name in ARTEFACTS if (out / name).exists()]
+    if found and "predictions.json" not in found:
+        raise UserError(f"{out} holds {', '.join(found)}, but no earlier demo's predictions.json; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in (*ARTEFACTS, "study.db.lock"):

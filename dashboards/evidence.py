@@ -30,9 +30,10 @@ class ScatterInfo:
 def scatter_info(rows: Sequence[Row]) -> ScatterInfo:
     """Group rows by kind; the error is over those that no engine was calibrated on."""
     groups: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda r: (r.fitted, r.kind)):
-        groups.setdefault(f"{_KINDS[row.kind]}, {'fitted to' if row.fitted else 'held out'}", []).append(row)
-    held_out = [row for row in rows if not row.fitted]
+    states = {False: "held out", True: "fitted to", None: "not calibrated"}
+    for row in sorted(rows, key=lambda r: (list(states).index(r.fitted), r.kind)):
+        groups.setdefault(f"{_KINDS[row.kind]}, {states[row.fitted]}", []).append(row)
+    held_out = [row for row in rows if row.fitted is False]
     error = summarise(held_out).median_absolute_error if held_out else None
     return ScatterInfo({name: tuple(group) for name, group in groups.items()}, error, len(held_out))
 

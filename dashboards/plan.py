@@ -48,7 +48,7 @@ class Plan:
     batches: tuple[int, ...] = (1, 8)  # of the generations
     prompts: int = 8
     new_tokens: int = 64
-    rounds: int = 4
+    rounds: int = 6
     answer_tokens: int = 150  # of the tuned run, which shall come to its answers
     tuning_seconds: float = 75.0
     tuning_trials: int = 60
@@ -68,11 +68,11 @@ QUICK = Plan(
     batches=(1, 4),
     prompts=4,
     new_tokens=32,
-    rounds=2,
+    rounds=6,
     tuning_seconds=10.0,
     tuning_prompts=3,
     tuning_repeats=1,
-    tuning_rounds=3,
+    tuning_rounds=6,
 )
 
 

@@ -163,7 +163,7 @@ def decision_sentence(study: StudyResult) -> str:
     chosen = study.trial(decision.trial)
     lossless = "It is lossless." if chosen.lossless else (
         "It mixes the draft's logits into the target, so it is not lossless by construction: in these prompts "
-        f"{percent(chosen.divergence or 0.0)} of the tokens differ from autoregressive decoding."
+        f"{percent(chosen.divergence or 0.0)} of the tokens are not the model's own greedy choice after the same text."
     )  # fmt: skip
     return f"Chosen: {setting_text(chosen)}; {decision.reason}.{evidence} {lossless}"
 
@@ -333,8 +333,8 @@ def _speedups(r: Results) -> Section:
         (
             *([_simulated(r)] if r.simulated else []),
             Text(
-                "In every round both samplers decode the same held-out prompts, in turn; the interval is a bootstrap "
-                "of the rounds' ratios."
+                "In every round both samplers decode the same held-out prompts, in turn; the interval of the median "
+                "ratio is that of its order statistics."
             ),
             Table(columns, rows),
             *(Text(speedup_sentence(found)) for found in r.speedups),
@@ -360,7 +360,7 @@ def _tuning(r: Results) -> Section:
         )
         for t in sorted(study.measured, key=lambda t: -(t.tokens_per_second or 0.0))
     )
-    columns = ("trial", "tokens/s", "predicted", "tokens that differ", "tokens a step", "setting", "outcome")
+    columns = ("trial", "tokens/s", "predicted", "not greedy", "tokens a step", "setting", "outcome")
     rank = study.rank_correlation()
     ranked = "" if rank is None else f" Predicted and measured speeds have a rank correlation of {rank:.2f}."
     work = study.subject.workload

@@ -187,8 +187,8 @@ def calibrate(
         raise UserError(f"an engine's file name must end in .yaml, but is {out.name!r}")
     device = load_profile(hardware)
     rows = _read(measurements)
-    coverage = _coverage(expert_coverage, rows)
     kept, apart = split(rows, held_out)
+    coverage = _coverage(expert_coverage, kept)  # what the rows apart counted is not known when they are predicted
     start = engine_for(device, engine)
     fitted = run(kept, device, start, source=measurements.name, expert_coverage=coverage)
     path = save_engine(fitted, out)
@@ -236,6 +236,8 @@ def validate(
             {**header, "summary": plain(summary), "rows": [{**plain(r), "error": r.error} for r in found]}
         )
     _print_summaries(summary)
+    for label in sorted({r.simulated for r in found if r.simulated}):
+        print(f"simulated: {label}")
     worst = sorted(found, key=lambda r: -abs(r.error))[:10]
     _print_table(
         "largest errors",

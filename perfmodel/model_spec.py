@@ -103,13 +103,6 @@ class ModelSpec:
         """All parameters, the tied embedding once."""
         return sum(self.parameters_by_component().values())
 
-    @property
-    def active_parameters(self) -> int:
-        """Parameters one token multiplies with, without embedding and LM head."""
-        parts = self.parameters_by_component()
-        idle = self.layers * (self.num_experts - self.experts_per_token) * self.expert_parameters
-        return self.parameters - parts["embedding"] - parts["lm_head"] - idle
-
     def stored_kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes the KV cache *stores* for one token of one sequence. What a step reads is another quantity."""
         return self.layers * 2 * self.kv_size * DTYPE_BYTES[dtype]

@@ -27,7 +27,8 @@ class Row:
     measured_seconds: float
     predicted_seconds: float
     bound_seconds: float
-    fitted: bool
+    fitted: bool | None  # None: the engine was not calibrated, so nothing was held out either
+    simulated: str | None = None  # what of the measurement was not real
 
     @property
     def error(self) -> float:
@@ -143,9 +144,17 @@ def validate(
     found = engine_for(hardware, engine)
     data = MeasuredPoints(measurements, hardware, expert_coverage)
     seconds, bound = data.predict(found)
-    fitted = set(found.fit.points) if found.fit else set()
+    fitted = set(found.fit.points) if found.fit else None
     return [
-        Row(point_name(m), m.kind, float(took), float(estimate), float(low), point_name(m) in fitted)
+        Row(
+            point_name(m),
+            m.kind,
+            float(took),
+            float(estimate),
+            float(low),
+            None if fitted is None else point_name(m) in fitted,
+            m.simulated,
+        )
         for m, took, estimate, low in zip(data.rows, data.measured, seconds, bound, strict=True)
     ]
 
@@ -164,9 +173,9 @@ def summarise(rows: Sequence[Row]) -> Summary:
 
 
 def summaries(rows: Sequence[Row]) -> dict[str, Summary]:
-    """Summaries by kind, of the rows held out from the fit and of those fitted to; an empty group is left out."""
+    """Summaries by kind: rows held out from the fit, fitted to, or of an engine without a fit; no empty groups."""
     groups: dict[str, list[Row]] = {}
     for kind in ("forward", "generation"):
-        groups[f"{kind}, held out"] = [r for r in rows if r.kind == kind and not r.fitted]
-        groups[f"{kind}, fitted"] = [r for r in rows if r.kind == kind and r.fitted]
+        for name, state in (("held out", False), ("fitted", True), ("not calibrated", None)):
+            groups[f"{kind}, {name}"] = [r for r in rows if r.kind == kind and r.fitted is state]
     return {name: summarise(members) for name, members in groups.items() if members}

@@ -173,7 +173,7 @@ def _generations(
     for name, run in runs.items():
         keep(generation_record(model, identity, prompts, run, samples[name], batch=size, max_new_tokens=new_tokens))
     rates = {name: [s.tokens_per_second for s in found] for name, found in samples.items()}
-    return paired_ratio(rates[decoding.sampler], rates["autoregressive"], seed=seed)
+    return paired_ratio(rates[decoding.sampler], rates["autoregressive"])
 
 
 def generate(

@@ -46,7 +46,7 @@ SMALL = Plan(
     tuning_trials=5,
     tuning_prompts=2,
     tuning_repeats=1,
-    tuning_rounds=2,
+    tuning_rounds=6,
 )
 
 

@@ -34,8 +34,8 @@ from tests.test_autotune import MadeUp, run, subject
 CONFIG: ModelConfig = replace(
     TINY, vocab_size=264, pad_token_id=256, bos_token_id=257, eos_token_id=258, mask_token_id=259
 )
-PLAN = Plan(prompts=2, new_tokens=6, trials=4, repeats=1, rounds=2, lossless=True)
-SMALL = ["--prompts", "2", "--new-tokens", "4", "--repeats", "1", "--rounds", "2", "--lossless"]
+PLAN = Plan(prompts=2, new_tokens=6, trials=4, repeats=1, rounds=6, lossless=True)
+SMALL = ["--prompts", "2", "--new-tokens", "4", "--repeats", "1", "--rounds", "6", "--lossless"]
 
 
 @pytest.fixture(scope="module")

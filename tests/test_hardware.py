@@ -260,7 +260,8 @@ def test_a_probes_figures_agree_with_each_other(probed: Any) -> None:
 def test_a_probe_reports_its_progress_and_leaves_the_threads_alone(probed: Any) -> None:
     _, reports, (before, after) = probed
     shares = [done for _, done in reports]
-    assert shares == sorted(shares) and shares[0] == 0 and 0.9 < shares[-1] < 1
+    # A busy machine gets no second walk, so half of the way may be where it ends.
+    assert shares == sorted(shares) and shares[0] == 0 and 0.4 < shares[-1] < 1
     assert before == after
 
 
