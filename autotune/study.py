@@ -18,6 +18,7 @@ from autotune.space import Candidate
 from autotune.storage import database_errors, open_storage, read_study, read_trial, shown, single_worker, sole_worker
 from hardware.files import UserError, plain
 from runtime.config import require
+from runtime.measurement import INTERVAL_ROUNDS
 
 SEEDS = 8
 SEEDED = "seeded"
@@ -59,7 +60,8 @@ def tune(
     device, model or workload; a storage that cannot be used; a second worker on SQLite.
     """
     require(trials >= 1, f"trials >= 1 must hold, but got {trials}")
-    require(rounds >= 6, f"rounds >= 6 must hold, but got {rounds}: fewer pairs have no interval of 95%")
+    least = INTERVAL_ROUNDS
+    require(rounds >= least, f"rounds >= {least} must hold, but got {rounds}: fewer pairs have no interval of 95%")
     require(max_divergence >= 0, f"max_divergence >= 0 must hold, but got {max_divergence}")
     end = None if seconds is None else time.monotonic() + seconds
     with sole_worker(url), database_errors(url):

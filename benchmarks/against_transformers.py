@@ -31,6 +31,7 @@ from runtime.bench import (
 )
 from runtime.checkpoint import load_model, save_model
 from runtime.config import DecodingConfig, require
+from runtime.measurement import interval_name
 from runtime.model.zaya import Zaya
 
 
@@ -119,8 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, rate in rates.items():
         print(f"| {name} | {rate:.1f} |")
     print(
-        f"\n{ratio:.2f}x (95% interval {low:.2f}-{high:.2f}; {chosen.rounds} alternating rounds, batch 1, "
-        f"{chosen.threads} threads, greedy, the same {expected.tokens} tokens a round; {identity.device['cpu']})"
+        f"\n{ratio:.2f}x ({interval_name(chosen.rounds)} {low:.2f}-{high:.2f}; {chosen.rounds} alternating rounds, "
+        f"batch 1, {chosen.threads} threads, greedy, the same {expected.tokens} tokens a round; {identity.device['cpu']})"
     )
     return 0
 

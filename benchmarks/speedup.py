@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import command, counting, fail_in_one_line
-from hardware.files import UserError, plain
+from hardware.files import plain
 from runtime.bench import (
     GenerationSample,
     Identity,
@@ -31,7 +31,8 @@ from runtime.bench import (
 from runtime.checkpoint import load_model
 from runtime.config import DecodingConfig, KernelConfig, require
 from runtime.deployment import load_deployment
-from runtime.measurement import Measurement, append_jsonl
+from runtime.engine import resolve
+from runtime.measurement import Measurement, append_jsonl, interval_name
 from runtime.model.zaya import Zaya
 from runtime.quality import disagreement
 
@@ -39,11 +40,11 @@ from runtime.quality import disagreement
 def compare(
     model: Zaya,
     identity: Identity,
+    prompts: list[list[int]],
     decoding: DecodingConfig,
     kernels: KernelConfig | None,
     batch: int,
     *,
-    count: int,
     new_tokens: int,
     rounds: int,
     seed: int,
@@ -52,7 +53,6 @@ def compare(
 
     The baseline is autoregressive decoding with the default kernels or with the tuned ones, whichever was faster.
     """
-    prompts = task_prompts(model, fair_count(count, batch), seed=seed)
     baseline = DecodingConfig(temperature=decoding.temperature)
     ways: dict[str, tuple[DecodingConfig, KernelConfig | None]] = {
         "autoregressive": (baseline, None),
@@ -111,12 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     model = load_model(chosen.model)
     identity = identify(model, chosen.model, command("benchmarks.speedup", arguments))
     deployment = load_deployment(chosen.deployment) if chosen.deployment else None
-    if deployment is not None and deployment.model_hash != identity.model_hash:
-        raise UserError(
-            f"{chosen.deployment} was tuned for another model: {deployment.model} ({deployment.model_hash})"
-        )
     results = []
     for batch in chosen.batch:
+        prompts = task_prompts(model, fair_count(chosen.prompts, batch), seed=chosen.seed)
         decoding = DecodingConfig(
             "two_forward",
             draft_tokens=chosen.draft_tokens,
@@ -126,18 +123,18 @@ def main(arguments: list[str] | None = None) -> int:
         )
         kernels = KernelConfig({1_000_000: chosen.experts}) if chosen.experts else None
         if deployment is not None:
-            rule = deployment.rule_for(batch, chosen.new_tokens)
-            decoding, kernels = rule.decoding, rule.kernels
+            context = max(map(len, prompts)) + chosen.new_tokens  # as `generate` reckons it
+            decoding, kernels = resolve(model, deployment, batch=batch, context=context)
             if decoding.sampler == "autoregressive":
                 print(f"batch {batch}: the deployment decodes autoregressively, nothing to compare", file=sys.stderr)
                 continue
         records, result = compare(
             model,
             identity,
+            prompts,
             decoding,
             kernels,
             batch,
-            count=chosen.prompts,
             new_tokens=chosen.new_tokens,
             rounds=chosen.rounds,
             seed=chosen.seed,
@@ -150,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
         device = {"device": identity.device, "commit": identity.commit, "rounds": chosen.rounds}
         print(json.dumps({"model": chosen.model, **device, "results": results}, indent=1))
         return 0
-    print("| batch | K | w | baseline tokens/s | two_forward tokens/s | tokens a step | speedup (95% interval) |")
+    interval = interval_name(chosen.rounds)
+    print(f"| batch | K | w | baseline tokens/s | two_forward tokens/s | tokens a step | speedup ({interval}) |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for found in results:
         rates, settings = found["tokens_per_second"], found["decoding"]

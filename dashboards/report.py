@@ -28,7 +28,7 @@ from perfmodel.engine import EngineProfile
 from perfmodel.validation import Row, summaries
 from runtime.config import DecodingConfig
 from runtime.deployment import Deployment
-from runtime.measurement import Measurement
+from runtime.measurement import Measurement, interval_name
 
 DeviceAnswers = tuple[tuple[HardwareProfile, Answer], ...]
 
@@ -324,8 +324,9 @@ def _speedups(r: Results) -> Section:
         )
         for found in r.speedups
     )
+    interval = interval_name(min(len(found.two_forward.seconds) for found in r.speedups)) if r.speedups else "interval"
     columns = (
-        "batch", "AR tokens/s", "two_forward tokens/s", "speedup", "95% interval", "predicted", "tokens a step",
+        "batch", "AR tokens/s", "two_forward tokens/s", "speedup", interval, "predicted", "tokens a step",
         "rounds",
     )  # fmt: skip
     return Section(

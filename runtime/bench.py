@@ -33,7 +33,6 @@ from runtime.model.zaya import Zaya
 from runtime.tokenizer import BOS, EOS, VOCABULARY
 
 T = TypeVar("T")
-INTERVAL_ROUNDS = 6  # the fewest whose range holds the median with 95%: 1 - 2 / 2^6 = 96.9%
 FORWARD_KINDS: tuple[ForwardKind, ...] = ("decode", "draft", "verify")
 
 
@@ -348,8 +347,8 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], *, confidence: float = 
     """Median of the rounds' ratios a / b, and the interval of that median by order statistics.
 
     The median lies between the k-th smallest and k-th largest of n ratios with probability
-    1 - 2 * sum(C(n, i), i < k) / 2^n whatever their distribution; k is the largest that keeps the confidence. Below
-    `INTERVAL_ROUNDS` rounds even the whole range covers less than 95%: low and high are then just that range.
+    1 - 2 * sum(C(n, i), i < k) / 2^n whatever their distribution; k is the largest that keeps the confidence. With
+    fewer than `measurement.INTERVAL_ROUNDS` even the whole range covers less than 95%: low and high are that range.
     """
     if len(a) != len(b) or not a:
         raise UserError(f"pairs must be complete and at least one, but got {len(a)} and {len(b)}")

@@ -14,7 +14,7 @@ import typer
 
 from hardware.files import UserError, known, plain
 from runtime.config import DTYPE_BYTES, DecodingConfig, require
-from runtime.measurement import ForwardKind, Measurement, append_jsonl
+from runtime.measurement import ForwardKind, Measurement, append_jsonl, interval_name
 
 if TYPE_CHECKING:
     from runtime.bench import Identity
@@ -91,7 +91,7 @@ def bench(
                     continue
                 ratios[size] = ratio
                 if not as_json:
-                    print(_speedup(size, ratio), flush=True)
+                    print(_speedup(size, ratio, repeats), flush=True)
         else:
             _forwards(loaded, identity, batches, widths, contexts, repeats, keep, progress)
     if as_json:
@@ -377,9 +377,9 @@ def _line(record: Measurement) -> str:
     )
 
 
-def _speedup(batch: int, found: tuple[float, float, float]) -> str:
+def _speedup(batch: int, found: tuple[float, float, float], rounds: int) -> str:
     ratio, low, high = found
-    return f"batch {batch}: {ratio:.2f}x autoregressive decoding (95% interval {low:.2f}-{high:.2f})"
+    return f"batch {batch}: {ratio:.2f}x autoregressive decoding ({interval_name(rounds)} {low:.2f}-{high:.2f})"
 
 
 def _command() -> str:

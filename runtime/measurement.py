@@ -14,6 +14,13 @@ from hardware.files import UserError, build, plain
 from runtime.config import DecodingConfig, KernelConfig, Workload, require
 
 Kind = Literal["forward", "generation"]
+INTERVAL_ROUNDS = 6  # the fewest whose range holds the median with 95%: 1 - 2 / 2^6 = 96.9%
+
+
+def interval_name(rounds: int) -> str:
+    """What low and high of `bench.paired_ratio` are: below `INTERVAL_ROUNDS` rounds only the range of what was seen."""
+    return "95% interval" if rounds >= INTERVAL_ROUNDS else f"range of {rounds} rounds"
+
 ForwardKind = Literal["decode", "draft", "verify"]
 
 

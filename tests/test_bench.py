@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,7 @@ from runtime.checkpoint import model_hash, random_model
 from runtime.config import DecodingConfig, KernelConfig, ModelConfig, replace
 from runtime.engine import generate, using
 from runtime.layout import causal
-from runtime.measurement import append_jsonl, read_jsonl
+from runtime.measurement import append_jsonl, interval_name, read_jsonl
 from runtime.model.zaya import Zaya
 from runtime.tokenizer import BOS, VOCABULARY
 
@@ -161,6 +162,16 @@ def test_a_ratio_of_rounds_does_not_see_the_machines_drift() -> None:
     assert paired_ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)
     with pytest.raises(UserError, match="pairs"):
         paired_ratio([1.0], [])
+
+
+def test_an_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
+    rng = random.Random(0)
+    for rounds in (6, 9, 12):
+        pairs = [([rng.lognormvariate(0, 0.1) for _ in range(rounds)], [1.0] * rounds) for _ in range(1000)]
+        found = [paired_ratio(*pair) for pair in pairs]
+        assert sum(low <= 1 <= high for _, low, high in found) > 0.93 * len(found)
+        assert interval_name(rounds) == "95% interval"
+    assert interval_name(5) == "range of 5 rounds"
 
 
 def test_interleaved_sleeps_have_their_ratio() -> None:
