@@ -121,7 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"| {name} | {rate:.1f} |")
     print(
         f"\n{ratio:.2f}x ({interval_name(chosen.rounds)} {low:.2f}-{high:.2f}; {chosen.rounds} alternating rounds, "
-        f"batch 1, {chosen.threads} threads, greedy, the same {expected.tokens} tokens a round; {identity.device['cpu']})"
+        f"batch 1, {chosen.threads} threads, greedy, the same {expected.tokens} tokens a round; "
+        f"{identity.device['cpu']})"
     )
     return 0
 
