@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from runtime.config import DecodingConfig, ExpertMode, KernelConfig, require
+from runtime.config import EXPERT_MODES, DecodingConfig, KernelConfig, require
 
-EXPERT_MODES: tuple[ExpertMode, ...] = ("loop", "grouped", "gather", "dense")
 MAX_DRAFT_TOKENS = 24
 LEAST_MIXING_WEIGHT = 0.25
 _ANY_TOKENS = max(KernelConfig().experts)  # the bucket of a prefill, whose mode is not tuned

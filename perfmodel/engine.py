@@ -13,11 +13,10 @@ import yaml
 from hardware.files import UserError, build, known, plain, read_yaml, write_atomic
 from hardware.profile import HardwareProfile
 from perfmodel.operators import FORWARD_OPERATORS
-from runtime.config import KernelConfig, require
+from runtime.config import EXPERT_MODES, KernelConfig, require
 
 Parameter = Literal["dispatch", "matmul", "attention", "cache", "activations"]
 PARAMETERS: tuple[Parameter, ...] = ("dispatch", "matmul", "attention", "cache", "activations")
-_EXPERT_MODES = ("loop", "grouped", "gather", "dense")
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ class EngineProfile:
             f"sampler must be exactly {', '.join(sorted(samplers))}, but is {', '.join(sorted(self.sampler))}",
         )
         for mode in self.experts:
-            if mode not in _EXPERT_MODES:
-                raise known("expert mode", mode, _EXPERT_MODES)
+            if mode not in EXPERT_MODES:
+                raise known("expert mode", mode, EXPERT_MODES)
         for mode in self.kernels.experts.values():
             require(mode in self.experts, f"experts must describe the mode {mode!r} of the default kernels")
         require(0 <= self.view_share <= 1, f"0 <= view_share <= 1 must hold, but got {self.view_share}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from hardware.files import UserError, build, read_json
+from hardware.files import UserError, build, known, read_json
 
 LayerType = Literal["hybrid", "hybrid_sliding"]
-Sampler = Literal["autoregressive", "two_forward"]
+Sampler = Literal["autoregressive", "two_forward", "single_forward", "denoising"]
 ExpertMode = Literal["loop", "grouped", "gather", "dense"]
+SAMPLER_NAMES: tuple[Sampler, ...] = get_args(Sampler)
+EXPERT_MODES: tuple[ExpertMode, ...] = get_args(ExpertMode)
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # config.json keys of `transformers` that say nothing about the forward; every other unknown key is an error.
@@ -180,12 +182,27 @@ def model_config_from_json(path: Path) -> ModelConfig:
     return build(ModelConfig, kept, str(path))
 
 
+_USED_BY: dict[str, Sampler] = {  # settings of one sampler; any other sampler must leave them at their default
+    "anchor_draft": "two_forward",
+    "proposal_levels": "single_forward",
+    "denoising_steps": "denoising",
+    "confidence_threshold": "denoising",
+    "verify": "denoising",
+}
+
+
 @dataclass(frozen=True)
 class DecodingConfig:
     """How tokens are produced. Temperatures of 0 mean argmax.
 
-    `mixing_weight` w is the share of the autoregressive logits in the target: w = 1 is lossless. `anchor_draft` takes
-    the first draft of a two_forward step from the anchor's own (autoregressive) logits.
+    draft_tokens: K, the tokens drafted per step; the block of a denoising step.
+    mixing_weight: w, the share of the autoregressive logits in the target; w = 1 is lossless.
+    draft_temperature: of drafts that a verification judges.
+    anchor_draft: two_forward takes its first draft from the anchor's own (autoregressive) logits.
+    proposal_levels: the acceptance counts for which single_forward drafts ahead, ascending from 0; None: all, 0 .. K.
+    denoising_steps: S, the most forwards that fill a block; each decides at least ceil(K / S) of its tokens.
+    confidence_threshold: a step also decides every token whose probability reaches it; None: never more than its share.
+    verify: denoising is followed by an autoregressive verification, which makes it lossless.
     """
 
     sampler: Sampler = "autoregressive"
@@ -194,24 +211,91 @@ class DecodingConfig:
     temperature: float = 0.0
     draft_temperature: float = 0.0
     anchor_draft: bool = False
+    proposal_levels: tuple[int, ...] | None = None
+    denoising_steps: int = 1
+    confidence_threshold: float | None = None
+    verify: bool = False
 
     def __post_init__(self) -> None:
-        samplers = ("autoregressive", "two_forward")
-        require(self.sampler in samplers, f"unknown sampler {self.sampler!r}; known: {', '.join(samplers)}")
+        if self.sampler not in SAMPLER_NAMES:
+            raise known("sampler", self.sampler, SAMPLER_NAMES)
         require(self.draft_tokens >= 1, f"draft_tokens >= 1 must hold, but got {self.draft_tokens}")
         require(0 <= self.mixing_weight <= 1, f"0 <= mixing_weight <= 1 must hold, but got {self.mixing_weight}")
         require(self.temperature >= 0, f"temperature >= 0 must hold, but got {self.temperature}")
         require(self.draft_temperature >= 0, f"draft_temperature >= 0 must hold, but got {self.draft_temperature}")
+        for name, sampler in _USED_BY.items():
+            require(
+                self.sampler == sampler or getattr(self, name) == _DEFAULTS[name],
+                f"{name} is a setting of {sampler}, but the sampler is {self.sampler}",
+            )
+        if self.proposal_levels is not None:
+            levels = self.proposal_levels
+            require(
+                levels[:1] == (0,) and list(levels) == sorted(set(levels)) and levels[-1] <= self.draft_tokens,
+                f"proposal_levels must ascend from 0 to at most draft_tokens = {self.draft_tokens}, but are {levels}",
+            )
+        require(
+            1 <= self.denoising_steps <= self.draft_tokens,
+            f"1 <= denoising_steps <= draft_tokens = {self.draft_tokens} must hold, but got {self.denoising_steps}",
+        )
+        require(
+            self.confidence_threshold is None or 0 <= self.confidence_threshold <= 1,
+            f"0 <= confidence_threshold <= 1 must hold, but got {self.confidence_threshold}",
+        )
+        if self.sampler == "denoising" and not self.verify:
+            require(
+                self.mixing_weight == 1 and self.draft_temperature == 0,
+                "denoising without verify has nothing to mix or to judge: mixing_weight must be 1 and "
+                f"draft_temperature 0, but got {self.mixing_weight} and {self.draft_temperature}",
+            )
+        require(
+            self.draft_temperature == 0 or self.denoising_steps == 1,
+            # A later step sees what an earlier one drew, so that accepting it would tell of drafts not yet judged.
+            f"drafts of {self.denoising_steps} denoising steps can be verified without loss at draft_temperature 0 "
+            f"only, but got {self.draft_temperature}",
+        )
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The acceptance counts that single_forward drafts ahead for."""
+        return self.proposal_levels if self.proposal_levels is not None else tuple(range(self.draft_tokens + 1))
+
+    @property
+    def drafts(self) -> bool:
+        """Whether masks are filled, for which the model must have a mask token."""
+        return self.sampler != "autoregressive"
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the committed tokens follow the autoregressive distribution."""
+        return self.mixing_weight == 1 and (self.sampler != "denoising" or self.verify)
+
+    @property
+    def autoregressive(self) -> DecodingConfig:
+        """The baseline that this setting is compared to."""
+        return DecodingConfig(temperature=self.temperature)
 
     @property
     def slots(self) -> int:
         """Token slots per sequence in the widest forward of a step."""
-        return 1 if self.sampler == "autoregressive" else self.draft_tokens + 1
+        block = self.draft_tokens + 1
+        if self.sampler == "autoregressive":
+            return 1
+        if self.sampler == "single_forward":
+            return block * (1 + len(self.levels))
+        if self.sampler == "denoising" and not self.verify:
+            return 2 * self.draft_tokens  # the block before, which enters the cache, and the masks
+        return block
 
     @property
     def forwards_per_step(self) -> int:
-        """Model forwards in one decoding step."""
-        return 1 if self.sampler == "autoregressive" else 2
+        """Model forwards in one decoding step, at most: a confidence threshold can end a block's steps earlier."""
+        if self.sampler == "denoising":
+            return self.denoising_steps + self.verify
+        return 2 if self.sampler == "two_forward" else 1
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(DecodingConfig)}
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def _decode(
     cache = model.new_cache(len(prompts), longest + settings.slots, settings.slots)
     _prefill(model, cache, [list(p[:-1]) for p in prompts])
     anchors = torch.tensor([[p[-1]] for p in prompts], device=device)
-    decode = Decode(model, cache, settings, anchors, Randomness(seed, len(prompts)))
+    decode = Decode(model, cache, settings, anchors, Randomness(seed, len(prompts)), list(range(len(prompts))))
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # or what is left of the prefill would count as decoding
     prefilled = time.perf_counter()
@@ -115,11 +115,10 @@ def _decode(
     outputs: list[list[int]] = [[] for _ in prompts]
     reasons: list[Literal["stop", "length"]] = ["length"] * len(prompts)
     steps, histogram = [0] * len(prompts), Counter[int]()
-    active = list(range(len(prompts)))
     sampler = SAMPLERS[settings.sampler]
-    while active:
+    while decode.sequences:
         running = []
-        for row, (index, committed) in enumerate(zip(active, sampler(decode), strict=True)):
+        for row, (index, committed) in enumerate(zip(decode.sequences, sampler(decode), strict=True)):
             kept, reason = _truncate(committed, max_new_tokens - len(outputs[index]), stops)
             outputs[index] += kept
             steps[index] += 1
@@ -128,12 +127,8 @@ def _decode(
                 running.append(row)
             else:
                 reasons[index] = reason
-        if len(running) < len(active):
-            active = [active[row] for row in running]
-            if active:
-                decode.cache.select(running)
-                decode.randomness.select(running)
-                decode.anchors = decode.anchors[running]
+        if len(running) < len(decode.sequences):
+            decode.select(running)
     return GenerationResult(
         outputs,
         reasons,

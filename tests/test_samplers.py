@@ -284,7 +284,8 @@ Verify = Callable[[Tensor, Draft, float, float, Randomness], Accepted]
 def accept_always(logits: Tensor, draft: Draft, temperature: float, weight: float, randomness: Randomness) -> Accepted:
     drafts = draft.tokens.shape[1]
     bonus = torch.softmax(logits[:, drafts] / temperature, -1)
-    return Accepted(torch.full((len(logits),), drafts), choose(bonus, randomness.uniform(1, logits.device)[:, 0]))
+    token = choose(bonus, randomness.uniform(1, logits.device)[:, 0])
+    return Accepted(torch.full((len(logits),), drafts), token, logits)
 
 
 def skip_the_residual(
@@ -294,7 +295,7 @@ def skip_the_residual(
     found = verify(logits, draft, temperature, weight, randomness)
     row = logits[torch.arange(len(logits)), found.count]
     redrawn = choose(torch.softmax(row / temperature, -1), randomness.uniform(1, logits.device)[:, 0])
-    return Accepted(found.count, redrawn)
+    return Accepted(found.count, redrawn, logits)
 
 
 def bonus_from_the_row_before(

@@ -118,13 +118,16 @@ def test_unknown_names_list_the_known_ones() -> None:
 def test_a_run_resumes_where_it_stopped(seed: int, step: int) -> None:
     whole = list(itertools.islice(data.training_batches(seed, 3, 96), step + 2))
     resumed = list(itertools.islice(data.training_batches(seed, 3, 96, start_step=step), 2))
-    np.testing.assert_array_equal(whole[step:], resumed)
-    assert whole[0].shape == (3, 96) and whole[0].dtype == np.int64
-    assert not np.array_equal(whole[0], whole[1])
+    for one, other in zip(whole[step:], resumed, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.solutions, other.solutions)
+    assert whole[0].tokens.shape == whole[0].solutions.shape == (3, 96) and whole[0].tokens.dtype == np.int64
+    assert not np.array_equal(whole[0].tokens, whole[1].tokens)
 
 
 def test_rows_begin_with_a_document_and_hold_only_training_problems() -> None:
-    rows = np.concatenate(list(itertools.islice(data.training_batches(1, 16, 256, task_share=1.0), 40)))
+    batches = itertools.islice(data.training_batches(1, 16, 256, task_share=1.0), 40)
+    rows = np.concatenate([batch.tokens for batch in batches])
     assert (rows[:, 0] == BOS).all() and (rows >= 0).all() and (rows <= EOS).all()
     for row in rows:
         first = ByteTokenizer().decode(row[1 : list(row).index(EOS)])
@@ -133,12 +136,13 @@ def test_rows_begin_with_a_document_and_hold_only_training_problems() -> None:
 
 
 def test_weights_and_share_choose_what_is_trained_on() -> None:
-    rows = next(data.training_batches(1, 64, 128, task_share=1.0, weights={"sorting": 1.0}))
+    rows = next(data.training_batches(1, 64, 128, task_share=1.0, weights={"sorting": 1.0})).tokens
     assert all(ByteTokenizer().decode(row).startswith("sort ") for row in rows)
-    for row in next(data.training_batches(1, 8, 256, task_share=0.0)):
+    for row in next(data.training_batches(1, 8, 256, task_share=0.0)).tokens:
         start = ByteTokenizer().decode_bytes(row[1:]).split(b"\n")[0]
         assert b"\n" + start in b"\n" + data.source_text("train")
-    rows = np.concatenate(list(itertools.islice(data.training_batches(1, 64, 32, task_share=0.25), 20)))
+    batches = itertools.islice(data.training_batches(1, 64, 32, task_share=0.25), 20)
+    rows = np.concatenate([batch.tokens for batch in batches])
     begins = tuple(generate(f, 0).prompt.split()[0].encode() for f in FAMILIES if f not in ("story", "json"))
     tasks = sum(ByteTokenizer().decode_bytes(row).startswith(begins) for row in rows) / len(rows)
     assert 0.1 < tasks < 0.3  # 8 of the 10 families are recognised: 0.2 expected

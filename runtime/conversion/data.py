@@ -64,12 +64,25 @@ def source_text(split: str) -> bytes:
     return _source(split).text
 
 
-def _task_row(rng: random.Random, length: int, families: list[str], weights: list[float]) -> list[int]:
+@dataclass(frozen=True)
+class Batch:
+    """Token ids int64 [batch, length], and which of them a fine-tuning loss judges: bool of the same shape."""
+
+    tokens: npt.NDArray[np.int64]
+    solutions: npt.NDArray[np.bool_]  # worked solutions with their EOS; nothing of source text
+
+
+def _task_row(
+    rng: random.Random, length: int, families: list[str], weights: list[float]
+) -> tuple[list[int], list[bool]]:
     row: list[int] = []
+    solution: list[bool] = []
     while len(row) < length:
         problem = draw(rng.choices(families, weights)[0], rng)
-        row += [BOS, *(problem.prompt + problem.solution).encode(), EOS]
-    return row[:length]
+        prompt, worked = [BOS, *problem.prompt.encode()], [*problem.solution.encode(), EOS]
+        row += prompt + worked
+        solution += [False] * len(prompt) + [True] * len(worked)
+    return row[:length], solution[:length]
 
 
 def _source_row(rng: random.Random, length: int, source: _Source) -> list[int]:
@@ -88,8 +101,8 @@ def training_batches(
     task_share: float = 0.7,
     weights: Mapping[str, float] | None = None,
     start_step: int = 0,
-) -> Iterator[npt.NDArray[np.int64]]:
-    """Endless batches of token ids, int64 [batch, length]; the same seed and step always give the same batch.
+) -> Iterator[Batch]:
+    """Endless batches; the same seed and step always give the same batch.
 
     A row is, with probability `task_share`, worked problems of the training split (BOS document EOS BOS ..., the last
     one cut), else an excerpt of source from a line start (BOS excerpt; EOS only at the end of a file). So `task_share`
@@ -107,17 +120,17 @@ def training_batches(
     numbers = [shares[name] for name in families]
     source = _source("train")
 
-    def batches() -> Iterator[npt.NDArray[np.int64]]:
+    def batches() -> Iterator[Batch]:
         step = start_step
         while True:
             rng = random.Random(f"{seed}/{step}")
             rows = [
                 _task_row(rng, length, families, numbers)
                 if rng.random() < task_share
-                else _source_row(rng, length, source)
+                else (_source_row(rng, length, source), [False] * length)
                 for _ in range(batch)
             ]
-            yield np.array(rows, dtype=np.int64)
+            yield Batch(np.array([ids for ids, _ in rows], dtype=np.int64), np.array([marks for _, marks in rows]))
             step += 1
 
     return batches()

@@ -58,10 +58,16 @@ def conversion_layout(starts: Tensor) -> Layout:
     return Layout(position.repeat(2), visible, previous, 0)
 
 
-def next_token_loss(model: Zaya, tokens: Tensor, routes: list[Tensor] | None = None) -> Losses:
-    """Plain language-model loss on int64 tokens [B, L + 1]; padding labels (the pad token) are left out."""
+def next_token_loss(
+    model: Zaya, tokens: Tensor, *, judged: Tensor | None = None, routes: list[Tensor] | None = None
+) -> Losses:
+    """Plain language-model loss on int64 tokens [B, L + 1]; padding labels (the pad token) are left out.
+
+    judged: bool [B, L + 1], the tokens that the loss is taken over (None: all), for fine-tuning on answers.
+    """
+    labels = tokens if judged is None else tokens.masked_fill(~judged, -100)
     hidden = model.forward(tokens[:, :-1], causal(tokens.shape[1] - 1, str(tokens.device)), routes=routes)
-    loss = _cross_entropy(model, hidden, tokens[:, 1:])
+    loss = _cross_entropy(model, hidden, labels[:, 1:])
     return Losses(loss, loss.detach(), None)
 
 
@@ -72,23 +78,26 @@ def conversion_loss(
     *,
     alpha: float = 1.0,
     revealed: Tensor | None = None,
+    judged: Tensor | None = None,
     routes: list[Tensor] | None = None,
 ) -> Losses:
     """(alpha * next-token loss + mask loss) / (1 + alpha) on int64 tokens [B, L + 1].
 
     Next-token labels are shifted by one, mask labels are not. `revealed` bool [B, L] marks positions of the mask half
-    that hold their true token (for multi-step denoising); they and position 0 carry no mask loss.
+    that hold their true token (for multi-step denoising); they and position 0 carry no mask loss. judged: bool
+    [B, L + 1], the tokens that both losses are taken over (None: all).
     """
     clean = tokens[:, :-1]
     length = clean.shape[1]
     masked = torch.full_like(clean, model.config.mask_token_id or 0)
-    labels = clean.clone()
+    wanted = tokens if judged is None else tokens.masked_fill(~judged, -100)
+    labels = wanted[:, :-1].clone()
     labels[:, 0] = -100
     if revealed is not None:
         masked = torch.where(revealed, clean, masked)
         labels = labels.masked_fill(revealed, -100)
     hidden = model.forward(torch.cat([clean, masked], dim=1), conversion_layout(starts), routes=routes)
-    next_token = _cross_entropy(model, hidden[:, :length], tokens[:, 1:])
+    next_token = _cross_entropy(model, hidden[:, :length], wanted[:, 1:])
     mask = _cross_entropy(model, hidden[:, length:], labels)
     return Losses((alpha * next_token + mask) / (1 + alpha), next_token.detach(), mask.detach())
 

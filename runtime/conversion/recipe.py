@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Literal
 
 from hardware.files import build, known, read_yaml
 from runtime.config import ModelConfig, require
+from runtime.conversion.tasks import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Stage:
     final_learning_rate: float
     warmup_steps: int = 100
     task_share: float = 0.7  # share of sequences made of verifiable tasks; the rest is Python source
+    task_weights: dict[str, float] = field(default_factory=dict)  # by family, 1 where none is given
+    loss_on: Literal["all", "solutions"] = "all"  # solutions: fine-tuning, prompts and source carry no loss
     alpha: float = 1.0  # weight of the next-token loss beside the mask loss
     max_block: int = 17  # block lengths are uniform in 1..max_block
     partial_share: float = 0.0  # share of sequences whose masks are partly revealed, at a uniform rate
@@ -39,11 +42,21 @@ class Stage:
         require(self.length >= 2, f"length >= 2 must hold, but got {self.length}")
         for key in ("task_share", "partial_share", "skip_share"):
             require(0 <= getattr(self, key) <= 1, f"0 <= {key} <= 1 must hold, but got {getattr(self, key)}")
+        for family, weight in self.task_weights.items():
+            if family not in FAMILIES:
+                raise known("task family", family, FAMILIES)
+            require(weight > 0, f"task_weights > 0 must hold, but got {weight} for {family}")
+        require(self.loss_on == "all" or self.task_share > 0, "loss_on solutions needs tasks: task_share > 0 must hold")
         require(
             0 < self.final_learning_rate <= self.learning_rate,
             "0 < final_learning_rate <= learning_rate must hold, "
             f"but got {self.final_learning_rate} and {self.learning_rate}",
         )
+
+    @property
+    def family_weights(self) -> dict[str, float]:
+        """The relative weight of every task family."""
+        return dict.fromkeys(FAMILIES, 1.0) | self.task_weights
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from hardware.files import UserError, plain, read_json, write_atomic
 from runtime.checkpoint import load_model, load_tensors, random_model, save_model, save_tensors
 from runtime.config import require
-from runtime.conversion.data import training_batches
+from runtime.conversion.data import Batch, training_batches
 from runtime.conversion.objective import Losses, block_starts, conversion_loss, next_token_loss
 from runtime.conversion.recipe import Recipe, Stage
 from runtime.model.moe import Router
@@ -50,11 +50,16 @@ def train(recipe: Recipe, out: Path, *, start_from: str | None = None, threads: 
                 continue
             task = progress.add_task(stage.name, total=stage.steps, completed=run.step)
             batches = training_batches(
-                recipe.seed + index, stage.batch, stage.length + 1, task_share=stage.task_share, start_step=run.step
+                recipe.seed + index,
+                stage.batch,
+                stage.length + 1,
+                task_share=stage.task_share,
+                weights=stage.family_weights,
+                start_step=run.step,
             )
             sums: list[Losses] = []
             while run.step < stage.steps:
-                sums.append(_step(run, recipe, stage, torch.from_numpy(next(batches))))
+                sums.append(_step(run, recipe, stage, next(batches)))
                 run.step += 1
                 progress.advance(task)
                 if run.step % LOG_EVERY == 0 or run.step == stage.steps:
@@ -70,15 +75,17 @@ def train(recipe: Recipe, out: Path, *, start_from: str | None = None, threads: 
     return out / recipe.stages[-1].name
 
 
-def _step(run: _Run, recipe: Recipe, stage: Stage, tokens: Tensor) -> Losses:
+def _step(run: _Run, recipe: Recipe, stage: Stage, part: Batch) -> Losses:
     """One optimizer step; what is random in it depends on (seed, stage, step) alone, so a resumed run repeats it."""
     rng = np.random.default_rng([recipe.seed, run.stage, run.step])
+    tokens = torch.from_numpy(part.tokens)
+    judged = torch.from_numpy(part.solutions) if stage.loss_on == "solutions" else None
     for group in run.optimizer.param_groups:
         group["lr"] = stage.rate(run.step)
         group["weight_decay"] = stage.weight_decay if group["decays"] else 0.0
     routes: list[Tensor] = []
     if stage.objective == "next_token":
-        losses = next_token_loss(run.model, tokens, routes)
+        losses = next_token_loss(run.model, tokens, judged=judged, routes=routes)
     else:
         batch, length = tokens.shape[0], tokens.shape[1] - 1
         starts = torch.from_numpy(block_starts(rng, batch, length, stage.max_block))
@@ -86,7 +93,9 @@ def _step(run: _Run, recipe: Recipe, stage: Stage, tokens: Tensor) -> Losses:
         if stage.partial_share:
             share = rng.random((batch, 1)) * (rng.random((batch, 1)) < stage.partial_share)
             revealed = torch.from_numpy(rng.random((batch, length)) < share)
-        losses = conversion_loss(run.model, tokens, starts, alpha=stage.alpha, revealed=revealed, routes=routes)
+        losses = conversion_loss(
+            run.model, tokens, starts, alpha=stage.alpha, revealed=revealed, judged=judged, routes=routes
+        )
     losses.total.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), stage.clip)
     run.optimizer.step()

@@ -21,6 +21,12 @@ class Draft(NamedTuple):
     tokens: Tensor  # int64 [B, K]
     logits: Tensor  # float32 [B, K, V] that they were drawn from
     temperatures: Tensor  # float32 [K] they were drawn at; 0 is argmax
+    lengths: Tensor | None = None  # int64 [B], the leading drafts that count; None: all K
+
+    def select(self, rows: list[int]) -> Draft:
+        """Only these sequences, in this order."""
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return Draft(self.tokens[rows], self.logits[rows], self.temperatures, lengths)
 
 
 class Accepted(NamedTuple):
@@ -28,6 +34,7 @@ class Accepted(NamedTuple):
 
     count: Tensor  # int64 [B]
     token: Tensor  # int64 [B]
+    logits: Tensor  # float32 [B, K + 1, V] of the target that was sampled from
 
 
 class Randomness:
@@ -76,29 +83,34 @@ def draw_drafts(logits: Tensor, temperatures: Tensor, randomness: Randomness) ->
 def verify(
     ar_logits: Tensor, draft: Draft, temperature: float, mixing_weight: float, randomness: Randomness
 ) -> Accepted:
-    """Decide on K drafts from the verifier's float32 logits [B, K + 1, V]; row j judges draft j, row K is the bonus."""
+    """Decide on K drafts from the verifier's float32 logits [B, K + 1, V].
+
+    Row j judges draft j. The bonus token comes from the row behind a sequence's last draft, which is never mixed.
+    """
     drafts = draft.tokens.shape[1]
-    target = ar_logits[:, :drafts]
+    last = torch.full_like(draft.tokens[:, 0], drafts) if draft.lengths is None else draft.lengths  # the bonus rows
+    judged = torch.arange(drafts, device=last.device) < last[:, None]  # [B, K]
+    target = ar_logits
     if mixing_weight != 1:
-        target = mixing_weight * target + (1 - mixing_weight) * draft.logits
+        mixed = mixing_weight * ar_logits[:, :drafts] + (1 - mixing_weight) * draft.logits
+        target = torch.cat([torch.where(judged[..., None], mixed, ar_logits[:, :drafts]), ar_logits[:, drafts:]], dim=1)
     if temperature == 0:
-        best = torch.cat([target.argmax(-1), ar_logits[:, drafts:].argmax(-1)], dim=1)
-        count = (best[:, :drafts] == draft.tokens).long().cumprod(1).sum(1)
-        return Accepted(count, best.gather(1, count[:, None]).squeeze(1))
+        best = target.argmax(-1)
+        count = ((best[:, :drafts] == draft.tokens) & judged).long().cumprod(1).sum(1)
+        return Accepted(count, best.gather(1, count[:, None]).squeeze(1), target)
     uniform = randomness.uniform(drafts + 1, ar_logits.device)
     p = torch.softmax(target / temperature, -1)
     q = draft_probabilities(draft)
     index = draft.tokens[..., None]
-    accept = uniform[:, :drafts] * q.gather(-1, index).squeeze(-1) < p.gather(-1, index).squeeze(-1)
-    count = accept.long().cumprod(1).sum(1)
-    bonus = torch.softmax(ar_logits[:, drafts] / temperature, -1)
-    passed = (count == drafts)[:, None]
-    judged = count.clamp_max(drafts - 1)[:, None, None].expand(-1, 1, p.shape[-1])
-    p, q = p.gather(1, judged).squeeze(1), q.gather(1, judged).squeeze(1)  # of the row that decides, [B, V]
-    remaining = torch.where(passed, bonus, (p - q).clamp_min(0))
+    accept = uniform[:, :drafts] * q.gather(-1, index).squeeze(-1) < p[:, :drafts].gather(-1, index).squeeze(-1)
+    count = (accept & judged).long().cumprod(1).sum(1)
+    row = count[:, None, None].expand(-1, 1, p.shape[-1])
+    p = p.gather(1, row).squeeze(1)  # of the row that decides, [B, V]
+    q = q.gather(1, row.clamp_max(drafts - 1)).squeeze(1)
+    remaining = torch.where((count == last)[:, None], p, (p - q).clamp_min(0))
     # Where p and q differ by rounding only, a draft can be rejected with nothing left over: redraw it from p.
     remaining = torch.where(remaining.sum(-1, keepdim=True) > 0, remaining, p)
-    return Accepted(count, choose(remaining, uniform[:, drafts]))
+    return Accepted(count, choose(remaining, uniform[:, drafts]), target)
 
 
 def draft_probabilities(draft: Draft) -> Tensor:

@@ -10,7 +10,9 @@ from runtime.samplers.state import Decode
 def step(decode: Decode) -> list[list[int]]:
     """Commit one token per sequence."""
     hidden = decode.forward("decode", decode.anchors, causal(1, str(decode.anchors.device)))
-    token = sample(decode.model.project(hidden[:, -1]), decode.decoding.temperature, decode.randomness)
+    logits = decode.model.project(hidden)
+    token = sample(logits[:, -1], decode.decoding.temperature, decode.randomness)
+    decode.note(logits, [1] * decode.cache.batch)
     decode.cache.advance([1] * decode.cache.batch)
     decode.anchors = token[:, None]
     return [[t] for t in token.tolist()]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hardware.files import UserError
 from runtime.cache import Cache
 from runtime.config import DecodingConfig
-from runtime.layout import Layout
+from runtime.layout import Layout, causal
 from runtime.model.zaya import Zaya
-from runtime.samplers.acceptance import Randomness
+from runtime.samplers.acceptance import Accepted, Draft, Randomness
 
 
 @dataclass
@@ -27,6 +29,15 @@ class ForwardCounter:
         return [] if self.experts is None else (self.experts.double() / self.forwards).tolist()
 
 
+class TraceStep(NamedTuple):
+    """The logits behind one step's tokens. Row r is the distribution that the r-th token of the step was drawn from."""
+
+    sequences: list[int]  # which requests the B rows are
+    logits: Tensor  # float32 [B, R, V] of the target; mixed where logits are mixed
+    committed: list[int]  # how many of the R rows gave a token
+    draft: Draft | None  # what was judged: of a verified step alone
+
+
 @dataclass
 class Decode:
     """The sequences being decoded together. The anchor is a sequence's last committed token, not yet in the cache."""
@@ -36,12 +47,24 @@ class Decode:
     decoding: DecodingConfig
     anchors: Tensor  # int64 [B, 1]
     randomness: Randomness
+    sequences: list[int]  # the request that each row decodes
     counters: dict[str, ForwardCounter] = field(default_factory=dict)
+    trace: list[TraceStep] | None = None  # filled by the samplers when it is a list
+    drafted: Draft | None = None  # drafts for the next step, of a sampler that drafts ahead
+    behind: list[list[int]] | None = None  # per row, committed tokens ahead of the anchor that the cache lacks
 
-    def forward(self, kind: str, tokens: Tensor, layout: Layout) -> Tensor:
-        """Run and count one forward; hidden states [B, S, hidden]."""
+    @property
+    def mask_token(self) -> int:
+        """The token that stands for an undecided one. UserError when the model has none."""
+        token = self.model.config.mask_token_id
+        if token is None:
+            raise UserError(f"{self.decoding.sampler} drafts with masks, but this model's config has no mask_token_id")
+        return token
+
+    def forward(self, kind: str, tokens: Tensor, layout: Layout, *, counts: list[int] | None = None) -> Tensor:
+        """Run and count one forward; hidden states [B, S, hidden]. counts: committed slots per row where they differ."""
         routes: list[Tensor] = []
-        hidden = self.model.forward(tokens, layout, self.cache, routes=routes)
+        hidden = self.model.forward(tokens, layout, self.cache, counts=counts, routes=routes)
         counter = self.counters.setdefault(kind, ForwardCounter())
         counter.forwards += 1
         counter.slots += tokens.numel()
@@ -50,3 +73,45 @@ class Decode:
         distinct = hit.scatter_(1, torch.stack(routes), 1)[:, :experts].sum(1)
         counter.experts = distinct if counter.experts is None else counter.experts + distinct
         return hidden
+
+    def note(self, logits: Tensor, committed: list[int], draft: Draft | None = None) -> None:
+        """Keep the logits of a step when they are wanted."""
+        if self.trace is not None:
+            self.trace.append(TraceStep(list(self.sequences), logits, committed, draft))
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these rows, in this order."""
+        if not rows:
+            self.sequences = []
+            return
+        self.cache.select(rows)
+        self.randomness.select(rows)
+        self.anchors = self.anchors[rows]
+        self.sequences = [self.sequences[r] for r in rows]
+        if self.drafted is not None:
+            self.drafted = self.drafted.select(rows)
+        if self.behind is not None:
+            self.behind = [self.behind[r] for r in rows]
+
+    def settle(self) -> None:
+        """Bring the cache up to the anchors and drop drafts, so that any sampler can go on from here."""
+        self.drafted = None
+        if self.behind is None:
+            return
+        counts = [len(tokens) for tokens in self.behind]
+        if max(counts) > 0:
+            width, device = max(counts), self.anchors.device
+            padded = torch.tensor([row + [0] * (width - len(row)) for row in self.behind], device=device)
+            self.forward("settle", padded, causal(width, str(device)), counts=counts)
+            self.cache.advance(counts)
+        self.behind = None
+
+
+def commit(decode: Decode, draft: Draft, accepted: Accepted) -> list[list[int]]:
+    """Advance the cache and the anchors behind a verification; the tokens it commits per sequence."""
+    decode.anchors = accepted.token[:, None]
+    counts = accepted.count.tolist()
+    decode.cache.advance([n + 1 for n in counts])
+    decode.note(accepted.logits, [n + 1 for n in counts], draft)
+    tokens, last = draft.tokens.tolist(), accepted.token.tolist()
+    return [[*tokens[b][:n], last[b]] for b, n in enumerate(counts)]

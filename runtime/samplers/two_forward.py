@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from runtime.config import require
 from runtime.layout import causal, draft
 from runtime.samplers.acceptance import draw_drafts, verify
-from runtime.samplers.state import Decode
+from runtime.samplers.state import Decode, commit
 
 
 def step(decode: Decode) -> list[list[int]]:
     """Commit between 1 and K + 1 tokens per sequence."""
     decoding, anchors, count = decode.decoding, decode.anchors, decode.decoding.draft_tokens
-    mask_token = decode.model.config.mask_token_id
-    require(mask_token is not None, "two_forward drafts with masks, but this model's config has no mask_token_id")
     device = str(anchors.device)
-    masks = torch.full((anchors.shape[0], count), mask_token or 0, device=anchors.device)
+    masks = torch.full((anchors.shape[0], count), decode.mask_token, device=anchors.device)
     hidden = decode.forward("draft", torch.cat([anchors, masks], dim=1), draft(count, device))
     temperatures = torch.full((count,), decoding.draft_temperature, device=anchors.device)
     rows = hidden[:, 1:]
@@ -27,8 +24,4 @@ def step(decode: Decode) -> list[list[int]]:
     hidden = decode.forward("verify", torch.cat([anchors, drafts.tokens], dim=1), causal(count + 1, device))
     logits = decode.model.project(hidden)
     accepted = verify(logits, drafts, decoding.temperature, decoding.mixing_weight, decode.randomness)
-    decode.anchors = accepted.token[:, None]
-    counts = accepted.count.tolist()
-    decode.cache.advance([n + 1 for n in counts])
-    tokens, last = drafts.tokens.tolist(), accepted.token.tolist()
-    return [[*tokens[b][:n], last[b]] for b, n in enumerate(counts)]
+    return commit(decode, drafts, accepted)
