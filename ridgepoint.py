@@ -21,6 +21,7 @@ import dashboards.cli
 import hardware.cli
 import perfmodel.cli
 import runtime.cli
+import runtime.conversion.cli
 from hardware.files import UserError
 
 app = typer.Typer(
@@ -55,7 +56,7 @@ def _root(
     pass
 
 
-for package in (hardware.cli, perfmodel.cli, runtime.cli, autotune.cli, dashboards.cli):
+for package in (hardware.cli, perfmodel.cli, runtime.cli, runtime.conversion.cli, autotune.cli, dashboards.cli):
     package.register(app)
 
 

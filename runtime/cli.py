@@ -1,30 +1,23 @@
-"""Commands that run the model on this device: `bench`, `generate`, `convert`, `eval`. Torch loads inside them."""
+"""Commands that run the model on this device: `bench`, `generate`. Torch loads inside them."""
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hardware.files import UserError, known, plain
-from runtime.config import DTYPE_BYTES, DecodingConfig, require
+from hardware.files import UserError, plain
+from runtime.config import DecodingConfig, require
 from runtime.measurement import ForwardKind, Measurement, append_jsonl, interval_name
+from runtime.options import Device, Json, Model, Threads, Type, command_line, load, print_json, progress_bar
 
 if TYPE_CHECKING:
     from runtime.bench import Identity
     from runtime.model.zaya import Zaya
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Model = Annotated[str, typer.Option(help="A bundled checkpoint's name, or a checkpoint folder.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N (ROCm too).")]
-Type = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's own choice).")]
 SamplerName = Annotated[str | None, typer.Option("--sampler", help="autoregressive or two_forward.")]
 DraftTokens = Annotated[int | None, typer.Option(help="Draft tokens K of a two_forward step (default 16).")]
 Mixing = Annotated[float | None, typer.Option(help="Share w of autoregressive logits; 1 (default) is lossless.")]
@@ -37,8 +30,6 @@ def register(app: typer.Typer) -> None:
     """Add this package's commands to the root command."""
     app.command()(bench)
     app.command()(generate)
-    app.command()(convert)
-    app.command("eval")(evaluate)
 
 
 def bench(
@@ -67,10 +58,10 @@ def bench(
     decoding = _decoding(sampler, draft_tokens, mixing_weight, temperature, draft_temperature, anchor_draft)
     require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
     require(new_tokens >= 0, f"new_tokens >= 0 must hold, but got {new_tokens}")
-    loaded = _load(model, device, dtype, threads)
+    loaded = load(model, device, dtype, threads)
     from runtime.bench import identify
 
-    identity = identify(loaded, model, _command())
+    identity = identify(loaded, model, command_line())
     records: list[Measurement] = []
     ratios: dict[int, tuple[float, float, float]] = {}
 
@@ -81,7 +72,7 @@ def bench(
         if not as_json:
             print(_line(record), flush=True)
 
-    with _progress("bench") as progress:
+    with progress_bar("bench") as progress:
         if new_tokens:
             for size in batches:
                 ratio = _generations(
@@ -95,7 +86,7 @@ def bench(
         else:
             _forwards(loaded, identity, batches, widths, contexts, repeats, keep, progress)
     if as_json:
-        _print_json({"records": plain(records), "speedup_over_autoregressive": ratios})
+        print_json({"records": plain(records), "speedup_over_autoregressive": ratios})
 
 
 def _forwards(
@@ -202,7 +193,7 @@ def generate(
         "a deployment sets the sampler: give --deployment or sampler options, not both",
     )
     decoding = _decoding(*options)
-    loaded = _load(model, device, dtype, threads)
+    loaded = load(model, device, dtype, threads)
     from runtime.checkpoint import find_checkpoint
     from runtime.engine import generate as run
     from runtime.tokenizer import BOS, ByteTokenizer, load_tokenizer
@@ -228,109 +219,13 @@ def generate(
         "tokens_per_second": result.tokens_per_second,
     }
     if as_json:
-        return _print_json({"text": written, "token_ids": result.tokens[0], "decoding": used, **counters})
+        return print_json({"text": written, "token_ids": result.tokens[0], "decoding": used, **counters})
     print(written)
     print(
         f"\n{counters['tokens']} tokens in {result.steps[0]} steps and {result.forwards} forwards "
         f"({result.decoding.sampler}, {result.acceptance_length:.2f} tokens a step), "
         f"{result.decode_seconds:.3f} s, {result.tokens_per_second:.1f} tokens/s; ended by {result.finish_reasons[0]}"
     )
-
-
-def convert(
-    recipe: Annotated[str, typer.Option(help="A bundled recipe's name, or a YAML file.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run of the same recipe in it is resumed.")],
-    start: Annotated[
-        str | None, typer.Option("--from", help="A checkpoint to start from (default: random weights).")
-    ] = None,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Train a recipe's stages: pretraining, and the conversion to block diffusion."""
-    from runtime.conversion.recipe import load_recipe
-
-    loaded = load_recipe(recipe)
-    require(threads is None or threads >= 1, f"threads >= 1 must hold, but got {threads}")
-    from runtime.conversion.train import train
-
-    folder = train(loaded, out, start_from=start, threads=threads)
-    losses = json.loads((out / "losses.json").read_text(encoding="utf-8"))
-    if as_json:
-        return _print_json({"checkpoint": str(folder), "losses": losses})
-    last = losses[-1]
-    shown = ", ".join(f"{key} loss {last[key]:.3f}" for key in ("next_token", "mask") if key in last)
-    print(f"{folder}: {shown} (curve in {out / 'losses.json'})")
-
-
-def evaluate(
-    model: Model = "zaya-nano",
-    before: Annotated[str | None, typer.Option(help="The checkpoint ahead of the conversion, for its losses.")] = None,
-    problems: Annotated[int, typer.Option(help="Held-out problems per family.")] = 40,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer to a task.")] = 150,
-    batch: Annotated[int, typer.Option(help="Problems decoded together.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of problems and sampling.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the whole evaluation.")] = None,
-    write_card: Annotated[Path | None, typer.Option("--card", help="Markdown file for the model card.")] = None,
-    recipe: Annotated[str, typer.Option(help="The recipe of the model, for the card.")] = "zaya-nano",
-    losses: Annotated[
-        Path | None, typer.Option(help="The run's losses.json, for the card (default: beside the weights).")
-    ] = None,
-    device: Device = "cpu",
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Measure losses, acceptance lengths and right answers per task family, and write the model card."""
-    require(batch >= 1, f"batch >= 1 must hold, but got {batch}")
-    loaded = _load(model, device, "float32", threads)
-    earlier = _load(before, device, "float32", threads) if before else None
-    from runtime.checkpoint import find_checkpoint
-    from runtime.conversion.card import card, read_losses, table
-    from runtime.conversion.evaluate import evaluate as run
-    from runtime.conversion.evaluate import write_evaluation
-    from runtime.conversion.recipe import load_recipe
-
-    chosen = load_recipe(recipe)
-    curve = read_losses(losses or find_checkpoint(model) / "losses.json") if write_card else []
-    with _progress("eval") as progress:
-        found = run(
-            loaded,
-            name=Path(model).name,
-            command=_command(),
-            before=earlier,
-            problems=problems,
-            max_new_tokens=max_new_tokens,
-            batch=batch,
-            seed=seed,
-            progress=progress,
-        )
-    if out is not None:
-        write_evaluation(found, out)
-    if write_card is not None:
-        from hardware.files import write_atomic
-
-        write_atomic(write_card, card(found, chosen, curve, sum(p.numel() for p in loaded.parameters())))
-    if as_json:
-        return _print_json(plain(found))
-    print(table(found))
-
-
-def _load(model: str, device: str, dtype: str, threads: int | None) -> Zaya:
-    if dtype not in DTYPE_BYTES:
-        raise known("dtype", dtype, DTYPE_BYTES)
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise known("device", device, ("cpu", "cuda", "cuda:N"))
-    require(threads is None or threads >= 1, f"threads >= 1 must hold, but got {threads}")
-    import torch
-
-    from runtime.checkpoint import find_checkpoint, load_model
-
-    find_checkpoint(model)  # its errors come first
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"no device {device}: torch sees {torch.cuda.device_count()} CUDA or ROCm devices here")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load_model(model, device=device, dtype=dtype)  # type: ignore[arg-type]
 
 
 def _decoding(
@@ -380,24 +275,3 @@ def _line(record: Measurement) -> str:
 def _speedup(batch: int, found: tuple[float, float, float], rounds: int) -> str:
     ratio, low, high = found
     return f"batch {batch}: {ratio:.2f}x autoregressive decoding ({interval_name(rounds)} {low:.2f}-{high:.2f})"
-
-
-def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar on stderr; yields a call that takes what comes next and the share done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn(title), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda label, done: bar.update(task, description=label, completed=done)
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2))

@@ -37,7 +37,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dashboards": ("hardware", "runtime", "perfmodel", "autotune"),
 }
 # Modules whose import may load a slow library. Everything else imports it inside the functions that need it.
-TORCH_FREE_RUNTIME = {"runtime", "runtime.cli", "runtime.config", "runtime.deployment", "runtime.measurement"}
+TORCH_FREE_RUNTIME = {
+    "runtime",
+    "runtime.cli",
+    "runtime.config",
+    "runtime.conversion.cli",
+    "runtime.deployment",
+    "runtime.measurement",
+    "runtime.options",
+}
 MAY_LOAD: dict[str, tuple[str, ...]] = {
     "torch": ("runtime.*", "autotune.local", "autotune.runner"),  # autotune's: what runs trials on this device
     "triton": ("runtime.kernels.*",),

@@ -1,0 +1,68 @@
+"""What the commands that run a model share: option types, loading, the progress bar and the JSON document."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hardware.files import UserError, known
+from runtime.config import DTYPE_BYTES, require
+
+if TYPE_CHECKING:
+    from runtime.model.zaya import Zaya
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Model = Annotated[str, typer.Option(help="A bundled checkpoint's name, or a checkpoint folder.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N (ROCm too).")]
+Type = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's own choice).")]
+
+
+def load(model: str, device: str, dtype: str, threads: int | None) -> Zaya:
+    """The model on its device; the first of bad names and values is refused before torch loads."""
+    if dtype not in DTYPE_BYTES:
+        raise known("dtype", dtype, DTYPE_BYTES)
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise known("device", device, ("cpu", "cuda", "cuda:N"))
+    require(threads is None or threads >= 1, f"threads >= 1 must hold, but got {threads}")
+    import torch
+
+    from runtime.checkpoint import find_checkpoint, load_model
+
+    find_checkpoint(model)  # its errors come first
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"no device {device}: torch sees {torch.cuda.device_count()} CUDA or ROCm devices here")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load_model(model, device=device, dtype=dtype)  # type: ignore[arg-type]
+
+
+def command_line() -> str:
+    """The command as it was typed, for records."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar on stderr; yields a call that takes what comes next and the share done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn(title), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda label, done: bar.update(task, description=label, completed=done)
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(data, indent=2))
