@@ -18,9 +18,9 @@ from runtime.bench import (
 )
 from runtime.config import DTYPE_BYTES, KernelConfig, require
 from runtime.conversion.tasks import Problem
-from runtime.engine import using
 from runtime.measurement import Measurement
 from runtime.model.zaya import Zaya
+from runtime.policy import using
 from runtime.quality import disagreement, exact_match
 from runtime.tokenizer import Tokenizer
 

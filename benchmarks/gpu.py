@@ -32,9 +32,10 @@ from hardware.profile import save_profile
 from runtime.bench import Identity, Prefilled, identify, measure_forward, measure_generation, prefill, task_prompts
 from runtime.checkpoint import bundled, empty_model, load_model, random_model
 from runtime.config import DecodingConfig, ExpertMode, KernelConfig, ModelConfig
-from runtime.engine import apply_kernels, generate
+from runtime.engine import generate
 from runtime.measurement import ForwardKind, Measurement, append_jsonl, read_jsonl
 from runtime.model.zaya import Zaya
+from runtime.policy import apply_kernels
 
 RANDOM = "random weights: routing and acceptance are not real"
 MODES: tuple[ExpertMode, ...] = ("loop", "grouped", "gather", "dense")

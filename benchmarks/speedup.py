@@ -30,10 +30,10 @@ from runtime.bench import (
 )
 from runtime.checkpoint import load_model
 from runtime.config import DecodingConfig, KernelConfig, require
-from runtime.deployment import load_deployment
-from runtime.engine import resolve
+from runtime.deployment import load_deployment, rule_for
 from runtime.measurement import Measurement, append_jsonl, interval_name
 from runtime.model.zaya import Zaya
+from runtime.policy import rules_of
 from runtime.quality import disagreement
 
 
@@ -123,8 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         kernels = KernelConfig({1_000_000: chosen.experts}) if chosen.experts else None
         if deployment is not None:
-            context = max(map(len, prompts)) + chosen.new_tokens  # as `generate` reckons it
-            decoding, kernels = resolve(model, deployment, batch=batch, context=context)
+            rule = rule_for(rules_of(model, deployment), batch, max(map(len, prompts)))
+            decoding, kernels = rule.decoding, rule.kernels
             if decoding.sampler == "autoregressive":
                 print(f"batch {batch}: the deployment decodes autoregressively, nothing to compare", file=sys.stderr)
                 continue

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from hardware.files import UserError, known
 from hardware.fingerprint import fingerprint, git_commit
+from runtime.batching import PREFILL_TOKENS
 from runtime.cache import Cache
 from runtime.checkpoint import model_hash
 from runtime.config import DTYPE_BYTES, DecodingConfig, DType, KernelConfig, Workload, require
 from runtime.conversion.tasks import FAMILIES, draw
-from runtime.engine import PREFILL_TOKENS, GenerationResult, generate, using
+from runtime.engine import GenerationResult, generate
 from runtime.layout import causal, draft
 from runtime.measurement import ForwardKind, Kind, Measurement
 from runtime.model.zaya import Zaya
+from runtime.policy import using
 from runtime.tokenizer import BOS, EOS, VOCABULARY
 
 T = TypeVar("T")

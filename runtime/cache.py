@@ -6,9 +6,13 @@ position and are overwritten when that position is decoded again.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from hardware.files import UserError
+from hardware.fingerprint import memory_bytes
 from runtime.config import ModelConfig, require
 
 
@@ -36,11 +40,20 @@ class Cache:
         self.lengths = [0] * batch
         self.written = [0] * batch  # the furthest position, plus one, that a column was written for
         kv = (batch, capacity, config.num_key_value_heads, config.head_dim)
-        column = config.query_size + config.kv_size + config.kv_size // 2
+        ring = (batch, self.ring + 1, config.query_size + config.kv_size + config.kv_size // 2)
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
-        self.columns = [torch.zeros(batch, self.ring + 1, column, dtype=dtype, device=device) for _ in layers]
+        size = len(layers) * (2 * math.prod(kv) + math.prod(ring)) * dtype.itemsize
+        try:
+            # Linux promises more memory than there is and kills who uses it: what cannot fit is refused here.
+            if device == "cpu" and size > memory_bytes():
+                raise MemoryError
+            self.keys = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
+            self.values = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
+            self.columns = [torch.zeros(ring, dtype=dtype, device=device) for _ in layers]
+        except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
+            raise UserError(
+                f"out of memory on {device}: a cache of batch {batch} and {capacity} positions takes {size:,} bytes"
+            ) from error
 
     @property
     def batch(self) -> int:
@@ -78,6 +91,17 @@ class Cache:
                 store[layer] = tensor.index_select(0, index)
         self.lengths = [self.lengths[r] for r in rows]
         self.written = [self.written[r] for r in rows]
+
+    def put(self, row: int, source: Cache, source_row: int) -> None:
+        """Replace one sequence by another cache's, in place. UserError unless the rings are equal and it fits."""
+        length = source.lengths[source_row]
+        require(source.ring == self.ring, f"the rings must be equal, but are {source.ring} and {self.ring}")
+        require(length <= self.capacity, f"{length} positions do not fit the cache of {self.capacity}")
+        for layer in range(self.config.num_hidden_layers):
+            self.keys[layer][row, :length] = source.keys[layer][source_row, :length]
+            self.values[layer][row, :length] = source.values[layer][source_row, :length]
+            self.columns[layer][row] = source.columns[layer][source_row]
+        self.lengths[row], self.written[row] = length, source.written[source_row]
 
     def state(self, row: int) -> dict[str, Tensor]:
         """Everything the next forward can read of one sequence, by name: for comparing two histories."""

@@ -6,6 +6,7 @@ Schema version 1 holds an ordered list of rules; the first whose bounds hold the
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Rule:
-    """Serves batches up to `max_batch` with contexts up to `max_context` tokens (None: any)."""
+    """Serves up to `max_batch` active sequences, the longest of up to `max_context` tokens at present (None: any)."""
 
     decoding: DecodingConfig
     kernels: KernelConfig
@@ -55,12 +56,17 @@ class Deployment:
 
     def rule_for(self, batch: int, context: int) -> Rule:
         """The first rule that holds this batch and context; the last one when none does."""
-        for rule in self.rules:
-            if (rule.max_batch is None or batch <= rule.max_batch) and (
-                rule.max_context is None or context <= rule.max_context
-            ):
-                return rule
-        return self.rules[-1]
+        return rule_for(self.rules, batch, context)
+
+
+def rule_for(rules: Sequence[Rule], batch: int, context: int) -> Rule:
+    """The first rule that holds this batch and context; the last one when none does."""
+    for rule in rules:
+        if (rule.max_batch is None or batch <= rule.max_batch) and (
+            rule.max_context is None or context <= rule.max_context
+        ):
+            return rule
+    return rules[-1]
 
 
 def save_deployment(deployment: Deployment, path: str | os.PathLike[str]) -> Path:

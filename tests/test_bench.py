@@ -26,10 +26,11 @@ from runtime.bench import (
 )
 from runtime.checkpoint import model_hash, random_model
 from runtime.config import DecodingConfig, KernelConfig, ModelConfig, replace
-from runtime.engine import generate, using
+from runtime.engine import generate
 from runtime.layout import causal
 from runtime.measurement import append_jsonl, interval_name, read_jsonl
 from runtime.model.zaya import Zaya
+from runtime.policy import using
 from runtime.tokenizer import BOS, VOCABULARY
 
 TINY = ModelConfig(

@@ -11,7 +11,7 @@ import torch
 
 import runtime
 from hardware.files import UserError
-from runtime import engine
+from runtime import batching
 from runtime.checkpoint import model_hash
 from runtime.config import DecodingConfig, KernelConfig, replace
 from runtime.conversion.objective import next_token_loss
@@ -174,7 +174,7 @@ def test_prompts_longer_than_one_prefill_forward(
     prompts = [random_ids(1, n, 20, seed=n)[0].tolist() for n in (23, 1, 11, 6, 12)]
     expected = run(model, decoding, prompts).tokens
     for width in (1, 4, 5, 11):
-        monkeypatch.setattr(engine, "PREFILL_TOKENS", width)
+        monkeypatch.setattr(batching, "PREFILL_TOKENS", width)
         assert run(model, decoding, prompts).tokens == expected
 
 
@@ -225,13 +225,14 @@ def test_generation_follows_a_deployment_by_batch_and_context(
     deployment = deployment_for(model)
     path = save_deployment(deployment, tmp_path / "deployment.yaml")
     for decoding in (deployment, path, str(path)):
-        for prompts, rule in ([[1, 2]] * 2, 0), ([[1] * 20], 1), (PROMPTS, 2):
+        for prompts, rule in ([[1, 2]] * 2, 0), ([[1] * 31], 1), (PROMPTS, 2):
             threads.clear()
             expected = deployment.rules[rule]
             result = run(model, decoding, prompts)
             assert result.decoding == expected.decoding
             assert result.kernels.experts == expected.kernels.experts
-            assert threads[:-1] == ([2] if rule == 1 else [])
+            assert threads == ([2] if rule == 1 else [])
+            assert [served.steps for served in result.served] == [max(result.steps)]
             assert model.kernels.experts == KernelConfig().experts  # and the model is left as it was
             assert result.tokens == run(model, AUTOREGRESSIVE, prompts).tokens  # tuning never changes the text
 

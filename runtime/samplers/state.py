@@ -61,8 +61,14 @@ class Decode:
             raise UserError(f"{self.decoding.sampler} drafts with masks, but this model's config has no mask_token_id")
         return token
 
+    @property
+    def pending(self) -> list[list[int]]:
+        """Per row, the committed tokens that the cache lacks: those behind, then the anchor."""
+        behind = self.behind or [[]] * len(self.sequences)
+        return [[*row, *anchor] for row, anchor in zip(behind, self.anchors.tolist(), strict=True)]
+
     def forward(self, kind: str, tokens: Tensor, layout: Layout, *, counts: list[int] | None = None) -> Tensor:
-        """Run and count one forward; hidden states [B, S, hidden]. counts: committed slots per row where they differ."""
+        """Run and count one forward; hidden states [B, S, hidden]. counts: kept slots per row where they differ."""
         routes: list[Tensor] = []
         hidden = self.model.forward(tokens, layout, self.cache, counts=counts, routes=routes)
         counter = self.counters.setdefault(kind, ForwardCounter())
@@ -82,7 +88,7 @@ class Decode:
     def select(self, rows: list[int]) -> None:
         """Keep only these rows, in this order."""
         if not rows:
-            self.sequences = []
+            self.sequences, self.drafted, self.behind = [], None, None
             return
         self.cache.select(rows)
         self.randomness.select(rows)
@@ -93,18 +99,31 @@ class Decode:
         if self.behind is not None:
             self.behind = [self.behind[r] for r in rows]
 
+    def put(self, rows: list[int], source: Decode) -> None:
+        """Replace these rows by all sequences of `source`, in order; the others stay in place. They have no drafts."""
+        self.anchors = self.anchors.clone()
+        self.anchors[rows] = source.anchors
+        for index, row in enumerate(rows):
+            self.cache.put(row, source.cache, index)
+            self.randomness.generators[row] = source.randomness.generators[index]
+            self.sequences[row] = source.sequences[index]
+            if self.behind is not None:
+                self.behind[row] = []
+        if self.drafted is not None:
+            tokens, lengths = self.drafted.tokens, self.drafted.lengths
+            lengths = torch.full_like(tokens[:, 0], tokens.shape[1]) if lengths is None else lengths.clone()
+            lengths[rows] = 0
+            self.drafted = self.drafted._replace(lengths=lengths)
+
     def settle(self) -> None:
         """Bring the cache up to the anchors and drop drafts, so that any sampler can go on from here."""
-        self.drafted = None
-        if self.behind is None:
-            return
-        counts = [len(tokens) for tokens in self.behind]
-        if max(counts) > 0:
+        behind, self.drafted, self.behind = self.behind or [], None, None
+        counts = [len(row) for row in behind]
+        if any(counts):
             width, device = max(counts), self.anchors.device
-            padded = torch.tensor([row + [0] * (width - len(row)) for row in self.behind], device=device)
+            padded = torch.tensor([row + [0] * (width - len(row)) for row in behind], device=device)
             self.forward("settle", padded, causal(width, str(device)), counts=counts)
             self.cache.advance(counts)
-        self.behind = None
 
 
 def commit(decode: Decode, draft: Draft, accepted: Accepted) -> list[list[int]]:
