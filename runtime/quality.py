@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +12,67 @@ from torch import Tensor
 from runtime.config import require
 from runtime.conversion.tasks import Problem, check
 from runtime.layout import causal
+from runtime.logits import StoredLogits, kl_divergence, total_variation
 from runtime.model.zaya import Zaya
+from runtime.statistics import Estimate, ratio, repetition, wilson
 
 BATCH = 16  # sequences per teacher-forced pass
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over `count` problems with a 95% interval."""
+class Likeness:
+    """Outputs against the causal distributions at their positions: means per token, with intervals over the outputs.
 
-    value: float
-    low: float
-    high: float
-    count: int
+    Likelihood alone rewards loops. Tokens drawn from the model's own distribution have a likelihood near its entropy;
+    a lower one says sharpened or repeated, and the repetition rate says which.
+    """
+
+    negative_log_likelihood: Estimate  # nats
+    entropy: Estimate  # nats, of the causal distribution
+    disagreement: Estimate  # share of tokens that are not its argmax
+    repetition: Estimate | None  # share of 8-grams seen before in the same output; None where no output has one
+    total_variation: Estimate | None  # from what the tokens were drawn from, where that was kept
+    kl_divergence: Estimate | None  # nats, KL(drawn from || causal)
+    temperature: float  # of both distributions in those two; likelihood and entropy are at temperature 1
+
+
+def likeness(
+    model: Zaya, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], stored: StoredLogits | None = None
+) -> Likeness:
+    """Judge outputs by a causal pass over each. stored: what their tokens were drawn from, request i being output i.
+
+    Distances are at the temperature that was sampled at, so that they are those of the draws; of greedy outputs at
+    temperature 1, as their draws differ by the argmax alone, which `disagreement` counts. Where a draw is also chosen
+    by its confidence (denoising in several steps), the stored distribution is that ahead of the choice.
+    """
+    temperature = 1.0 if stored is None else stored.decoding.temperature or 1.0
+    count = len(outputs)
+    sums = torch.zeros(5, count, dtype=torch.float64)  # of NLL, entropy, disagreement, TV and KL, by output
+    for i, logits, tokens in _teacher_forced(model, prompts, outputs):
+        log_p = torch.log_softmax(logits.double(), -1)
+        sums[0, i] = F.nll_loss(log_p, tokens, reduction="sum")
+        sums[1, i] = -(log_p.exp() * log_p).sum()
+        sums[2, i] = (logits.argmax(-1) != tokens).sum()
+        if stored is not None:
+            drawn = stored.of(i).to(logits.device)
+            require(
+                len(drawn) == len(tokens),
+                f"the stored logits must have a row per token, but output {i} has {len(tokens)} and {len(drawn)} rows",
+            )
+            sums[3, i] = total_variation(drawn, logits, temperature).sum()
+            sums[4, i] = kl_divergence(drawn, logits, temperature).sum()
+    lengths = [len(o) for o in outputs]
+    nats, entropy, wrong, variation, divergence = (ratio(row, lengths) for row in sums.tolist())
+    repeated = [repetition(o) for o in outputs]
+    return Likeness(
+        nats,
+        entropy,
+        wrong,
+        ratio([r for r, _ in repeated], [n for _, n in repeated]) if any(n for _, n in repeated) else None,
+        variation if stored is not None else None,
+        divergence if stored is not None else None,
+        temperature,
+    )
 
 
 def disagreement(model: Zaya, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> float:
@@ -35,69 +81,48 @@ def disagreement(model: Zaya, prompts: Sequence[Sequence[int]], outputs: Sequenc
     It is 0 for greedy autoregressive or lossless outputs (up to ties within rounding, as a batched pass sums in
     another order), and the price in tokens of mixing or sampling otherwise.
     """
-    wrong = total = 0
-    for logits, tokens in _teacher_forced(model, prompts, outputs):
-        wrong += int((logits.argmax(-1) != tokens).sum())
-        total += tokens.numel()
-    return wrong / total
+    wrong = sum(
+        int((logits.argmax(-1) != tokens).sum()) for _, logits, tokens in _teacher_forced(model, prompts, outputs)
+    )
+    return wrong / sum(map(len, outputs))
 
 
 def negative_log_likelihood(model: Zaya, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> float:
     """Mean over all output tokens of -log p(token | prefix) in nats, under the model's causal logits."""
-    nats, total = 0.0, 0
-    for logits, tokens in _teacher_forced(model, prompts, outputs):
-        nats += float(F.cross_entropy(logits, tokens, reduction="sum"))
-        total += tokens.numel()
-    return nats / total
+    judged = _teacher_forced(model, prompts, outputs)
+    nats = sum(float(F.cross_entropy(logits, tokens, reduction="sum")) for _, logits, tokens in judged)
+    return nats / sum(map(len, outputs))
 
 
 def exact_match(problems: Sequence[Problem], outputs: Sequence[str]) -> Estimate:
     """Share of problems whose generated text ends with the right answer."""
-    return wilson(sum(check(p, text) for p, text in zip(problems, outputs, strict=True)), len(problems))
+    return wilson(sum(right(problems, outputs)), len(problems))
 
 
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> Estimate:
-    """A proportion with Wilson's score interval (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
-    require(trials >= 1, f"a proportion needs at least one trial, but got {trials}")
-    require(0 <= successes <= trials, f"0 <= successes <= trials must hold, but got {successes} of {trials}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, scale = successes / trials, 1 + z * z / trials
-    middle = (share + z * z / (2 * trials)) / scale
-    half = z / scale * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), trials)
-
-
-def bootstrap(
-    statistic: Callable[[list[int]], float], count: int, *, confidence: float = 0.95, draws: int = 1000, seed: int = 0
-) -> Estimate:
-    """A statistic of `count` problems with a seeded percentile bootstrap interval; it is given indices of problems."""
-    require(count >= 1, f"a statistic needs at least one problem, but got {count}")
-    rng = random.Random(seed)
-    values = sorted(statistic(rng.choices(range(count), k=count)) for _ in range(draws))
-    tail = (1 - confidence) / 2
-    low, high = values[int(tail * (draws - 1))], values[round((1 - tail) * (draws - 1))]
-    return Estimate(statistic(list(range(count))), low, high, count)
+def right(problems: Sequence[Problem], outputs: Sequence[str]) -> list[bool]:
+    """Which generated texts end with the right answer."""
+    return [check(p, text) for p, text in zip(problems, outputs, strict=True)]
 
 
 def _teacher_forced(
     model: Zaya, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Causal logits [N, V] that predict the output tokens [N], a causal pass per BATCH sequences."""
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each output's index, its tokens [N] and the causal logits [N, V] that predict them; BATCH sequences a pass."""
     require(len(prompts) == len(outputs), f"one output per prompt must be given, but got {len(outputs)}")
     require(any(map(len, outputs)), "outputs must hold at least one token")
     for i, prompt in enumerate(prompts):
         require(len(prompt) >= 1, f"a prompt must have at least one token, but prompt {i} is empty")
     device = model.model.embed_tokens.weight.device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(outputs[i]))
+    order = sorted((i for i, o in enumerate(outputs) if o), key=lambda i: len(prompts[i]) + len(outputs[i]))
     for begin in range(0, len(order), BATCH):
-        part = [([*prompts[i], *outputs[i]], len(prompts[i])) for i in order[begin : begin + BATCH]]
-        width = max(len(row) for row, _ in part)
-        ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in part], device=device)
-        rows = torch.tensor([r for r, (row, n) in enumerate(part) for _ in range(n, len(row))], device=device)
-        places = torch.tensor([p for row, n in part for p in range(n, len(row))], device=device)
-        if not len(rows):
-            continue
-        with torch.inference_mode():
+        part = order[begin : begin + BATCH]
+        rows = [[*prompts[i], *outputs[i]] for i in part]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        judged = []
+        with torch.inference_mode():  # left before each yield, or it would hold for the caller's code too
             hidden = model.forward(ids, causal(width, str(device)))  # causality hides the padding behind a row
-            logits = model.project(hidden[rows, places - 1])
-        yield logits, ids[rows, places]
+            for r, i in enumerate(part):
+                first, last = len(prompts[i]), len(rows[r])
+                judged.append((i, model.project(hidden[r, first - 1 : last - 1]), ids[r, first:last]))
+        yield from judged

@@ -11,7 +11,7 @@ from hardware.files import UserError
 from runtime.conversion.evaluate import LOSSLESS, RUNS, SAMPLED, SOURCE, SOURCE_BYTES, Evaluation, Run
 from runtime.conversion.recipe import Recipe
 from runtime.conversion.tasks import FAMILIES
-from runtime.quality import Estimate
+from runtime.statistics import Estimate
 
 
 def table(evaluation: Evaluation) -> str:

@@ -18,7 +18,8 @@ from runtime.conversion.data import evaluation_problems, source_prompts
 from runtime.conversion.tasks import FAMILIES, Problem
 from runtime.engine import generate
 from runtime.model.zaya import Zaya
-from runtime.quality import Estimate, bootstrap, disagreement, exact_match, negative_log_likelihood, wilson
+from runtime.quality import disagreement, exact_match, negative_log_likelihood
+from runtime.statistics import Estimate, ratio, wilson
 from runtime.tokenizer import BOS, EOS, ByteTokenizer
 
 SOURCE = "source text"
@@ -170,10 +171,7 @@ def _decode(
 
 
 def _per_step(tokens: Sequence[int], steps: Sequence[int]) -> Estimate:
-    def ratio(index: list[int]) -> float:
-        return sum(tokens[i] for i in index) / sum(steps[i] for i in index)
-
-    return bootstrap(ratio, len(tokens))
+    return ratio(tokens, steps)
 
 
 def _pooled(families: Mapping[str, Family]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
