@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
 from torch import Tensor
 
 from benchmarks import equivalence
-from runtime import engine
+from runtime.batching import Batcher, Request
 from runtime.checkpoint import bundled, load_model, save_model
 from runtime.config import DecodingConfig, replace
 from runtime.engine import GenerationResult, generate
@@ -28,16 +27,14 @@ from runtime.model.zaya import Zaya
 from runtime.samplers import SAMPLERS, acceptance, two_forward
 from runtime.samplers.acceptance import Accepted, Draft, Randomness, choose, verify
 from runtime.samplers.state import Decode
+from tests.enumeration import DRAWS, RIGHT, WRONG, Enumeration, p_value
 from tests.models import TINY, noisy_model, random_ids
 
 torch.set_num_threads(1)
-DRAWS, NEW_TOKENS = 20_000, 3
-RIGHT, WRONG = 1e-6, 1e-12  # a right sampler's p-value lies above the first (false alarms: 1e-6), a wrong one's below
 FEW = replace(
     TINY, vocab_size=5, mask_token_id=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=1, num_experts=3, max_position_embeddings=32, layer_types=("hybrid",),
 )  # fmt: skip
-PROMPT = [1, 3, 0]
 TEMPERATURE = 1.2
 
 
@@ -47,8 +44,8 @@ def tiny() -> Zaya:
 
 
 @cache
-def few() -> Zaya:
-    return noisy_model(FEW, seed=9)
+def outcomes() -> Enumeration:
+    return Enumeration(noisy_model(FEW, seed=9), (1, 3, 0), 3, TEMPERATURE)
 
 
 def tokens_of(
@@ -231,34 +228,14 @@ def test_verification_commits_the_mixed_distribution(weight: float, draft_temper
 # Sampling
 
 
-def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """Pearson's chi-square of the counts; outcomes expected fewer than five times are one outcome."""
-    expected = probabilities / probabilities.sum() * counts.sum()
-    rare = expected < 5
-    merged = [(counts[~rare], expected[~rare]), (counts[rare].sum(keepdims=True), expected[rare].sum(keepdims=True))]
-    observed, wanted = (np.concatenate(x) for x in zip(*[m for m in merged if m[1].sum() > 0], strict=True))
-    return float(chi2.sf(((observed - wanted) ** 2 / wanted).sum(), len(wanted) - 1))
-
-
-@cache
-def exact() -> np.ndarray:
-    """Probability of every outcome of NEW_TOKENS tokens after PROMPT, from causal logits, in counting order."""
-    outcomes = list(itertools.product(range(FEW.vocab_size), repeat=NEW_TOKENS))
-    with torch.no_grad():
-        logits = few().logits(torch.tensor([[*PROMPT, *outcome] for outcome in outcomes]))
-    rows = torch.log_softmax(logits[:, len(PROMPT) - 1 : -1].double() / TEMPERATURE, -1)
-    return rows.gather(-1, torch.tensor(outcomes)[:, :, None]).sum((1, 2)).exp().numpy()
-
-
 def sampled_p_value(decoding: DecodingConfig, *, seed: int = 0) -> float:
-    rows = tokens_of(few(), [PROMPT] * DRAWS, decoding, max_new_tokens=NEW_TOKENS, seed=seed)
-    places = FEW.vocab_size ** np.arange(NEW_TOKENS)[::-1]
-    return p_value(np.bincount(np.array(rows) @ places, minlength=len(exact())), exact())
+    return outcomes().p_value(decoding, seed=seed)
 
 
 def test_the_enumeration_is_a_distribution_that_no_outcome_dominates() -> None:
-    assert abs(exact().sum() - 1) < 1e-9
-    assert exact().max() < 0.2 and (exact() * DRAWS >= 5).sum() > 60
+    exact = outcomes().probabilities
+    assert abs(exact.sum() - 1) < 1e-9
+    assert exact.max() < 0.2 and (exact * DRAWS >= 5).sum() > 60
 
 
 def test_autoregressive_sampling_has_the_enumerated_distribution() -> None:
@@ -276,6 +253,12 @@ def test_sampled_two_forward_has_the_autoregressive_distribution(
         "two_forward", drafts, temperature=TEMPERATURE, draft_temperature=draft_temperature, anchor_draft=anchor_draft
     )
     assert sampled_p_value(decoding, seed=1) > RIGHT
+
+
+@pytest.mark.parametrize("drafts", [16, 24])
+def test_sampled_two_forward_with_long_drafts_has_the_autoregressive_distribution(drafts: int) -> None:
+    decoding = DecodingConfig("two_forward", drafts, draft_temperature=0.9)
+    assert outcomes().p_value(decoding, seed=2, draws=4000) > RIGHT
 
 
 Verify = Callable[[Tensor, Draft, float, float, Randomness], Accepted]
@@ -380,7 +363,7 @@ def test_identical_prompts_of_one_batch_are_sampled_independently() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("sampler", ["autoregressive", "two_forward"])
-def test_a_batch_equals_its_sequences_alone(monkeypatch: pytest.MonkeyPatch, sampler: Any, temperature: float) -> None:
+def test_a_batch_equals_its_sequences_alone(sampler: Any, temperature: float) -> None:
     """Sequences stop at different steps and lengths; each one's text depends on the seed and its index alone."""
     decoding = DecodingConfig(sampler, 5, temperature=temperature, draft_temperature=temperature)
     prompts = prompts_of(8)
@@ -389,14 +372,9 @@ def test_a_batch_equals_its_sequences_alone(monkeypatch: pytest.MonkeyPatch, sam
     together = generate(tiny(), prompts, decoding, max_new_tokens=40, seed=6, stop_tokens=stops)
     assert len({len(row) for row in together.tokens}) >= 3
     for index, prompt in enumerate(prompts):
-
-        class Stream(Randomness):
-            def __init__(self, seed: int, sequences: int, index: int = index) -> None:
-                super().__init__(seed, index + 1)
-                self.select([index])
-
-        monkeypatch.setattr(engine, "Randomness", Stream)
-        alone = generate(tiny(), [prompt], decoding, max_new_tokens=40, seed=6, stop_tokens=stops)
-        assert alone.tokens[0] == together.tokens[index]
-        assert alone.finish_reasons[0] == together.finish_reasons[index]
-        assert alone.steps[0] == together.steps[index]
+        alone = Batcher(tiny(), decoding, batch=1, context=128)
+        alone.submit(Request(prompt, 40, seed=(6, index), stop_tokens=sorted(stops)))
+        events = list(itertools.takewhile(bool, iter(alone.step, None)))
+        assert [token for [event] in events for token in event.tokens] == together.tokens[index]
+        assert events[-1][0].finish_reason == together.finish_reasons[index]
+        assert len(events) == together.steps[index]
