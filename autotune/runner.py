@@ -8,14 +8,8 @@ from collections.abc import Callable, Sequence
 from autotune.objective import Comparison, Outputs
 from autotune.space import Candidate
 from hardware.fingerprint import memory_bytes
-from runtime.bench import (
-    GenerationSample,
-    Identity,
-    generation_record,
-    interleave,
-    paired_ratio,
-    sample_generation,
-)
+from runtime.bench import Identity, interleave, paired_ratio
+from runtime.bench_generation import GenerationSample, generation_record, sample_generation
 from runtime.config import DTYPE_BYTES, KernelConfig, require
 from runtime.conversion.tasks import Problem
 from runtime.measurement import Measurement

@@ -21,14 +21,8 @@ import torch
 
 from benchmarks.common import command, counting, fail_in_one_line
 from hardware.files import UserError
-from runtime.bench import (
-    GenerationSample,
-    identify,
-    interleave,
-    paired_ratio,
-    sample_generation,
-    task_prompts,
-)
+from runtime.bench import identify, interleave, paired_ratio
+from runtime.bench_generation import GenerationSample, sample_generation, task_prompts
 from runtime.checkpoint import load_model, save_model
 from runtime.config import DecodingConfig, require
 from runtime.measurement import interval_name

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from benchmarks.common import counting, fail_in_one_line
-from runtime.bench import task_prompts
+from runtime.bench_generation import task_prompts
 from runtime.checkpoint import load_model
 from runtime.config import DecodingConfig, require
 from runtime.conversion.data import source_prompts

@@ -29,7 +29,8 @@ from benchmarks.common import command, fail_in_one_line
 from hardware.files import UserError, write_atomic
 from hardware.probe import probe
 from hardware.profile import save_profile
-from runtime.bench import Identity, Prefilled, identify, measure_forward, measure_generation, prefill, task_prompts
+from runtime.bench import Identity, Prefilled, identify, measure_forward, prefill
+from runtime.bench_generation import measure_generation, task_prompts
 from runtime.checkpoint import bundled, empty_model, load_model, random_model
 from runtime.config import DecodingConfig, ExpertMode, KernelConfig, ModelConfig
 from runtime.engine import generate

@@ -17,14 +17,11 @@ import torch
 
 from benchmarks.common import command, counting, fail_in_one_line
 from hardware.files import plain
-from runtime.bench import (
+from runtime.bench import Identity, identify, interleave, paired_ratio
+from runtime.bench_generation import (
     GenerationSample,
-    Identity,
     fair_count,
     generation_record,
-    identify,
-    interleave,
-    paired_ratio,
     sample_generation,
     task_prompts,
 )

@@ -230,7 +230,8 @@ class _Pair:
 def _generations(
     tuned: Tuned, identity: Identity, batch: int, plan: Plan, out: Path, progress: Callable[[float, str], None]
 ) -> _Pair:
-    from runtime.bench import generation_record, interleave, paired_ratio, sample_generation, task_prompts
+    from runtime.bench import interleave, paired_ratio
+    from runtime.bench_generation import generation_record, sample_generation, task_prompts
 
     prompts = task_prompts(tuned.model, -(-plan.prompts // batch) * batch)
     runs = {"autoregressive": DecodingConfig(), "two_forward": DecodingConfig("two_forward")}

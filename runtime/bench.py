@@ -1,4 +1,4 @@
-"""Timing of forwards and of whole generations, as `Measurement` records with their raw samples.
+"""Timing of forwards, and what every timing needs: `Measurement` records with their origin, and fair comparisons.
 
 A machine's speed drifts, so two things are compared by alternating them (`interleave`) and by the ratios of the
 rounds (`paired_ratio`), never by two runs one after the other.
@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -27,15 +26,14 @@ from runtime.cache import Cache
 from runtime.checkpoint import model_hash
 from runtime.config import DTYPE_BYTES, DecodingConfig, DType, KernelConfig, Workload, require
 from runtime.conversion.tasks import FAMILIES, draw
-from runtime.engine import GenerationResult, generate
-from runtime.layout import causal, draft
+from runtime.layout import causal, draft, single_forward
 from runtime.measurement import ForwardKind, Kind, Measurement
 from runtime.model.zaya import Zaya
 from runtime.policy import using
 from runtime.tokenizer import BOS, EOS, VOCABULARY
 
 T = TypeVar("T")
-FORWARD_KINDS: tuple[ForwardKind, ...] = ("decode", "draft", "verify")
+FORWARD_KINDS: tuple[ForwardKind, ...] = get_args(ForwardKind)
 
 
 @dataclass(frozen=True)
@@ -83,22 +81,6 @@ def token_rows(model: Zaya, batch: int, length: int, *, seed: int = 0) -> list[l
     return rows
 
 
-def task_prompts(model: Zaya, count: int, *, seed: int = 0) -> list[list[int]]:
-    """Prompts to generate from: held-out problems, the families in turn; 32 random ids for another vocabulary."""
-    if model.config.vocab_size != VOCABULARY:
-        return token_rows(model, count, 32, seed=seed)
-    rng, families = random.Random(f"prompts/{seed}"), list(FAMILIES)
-    return [[BOS, *draw(families[i % len(families)], rng, "test").prompt.encode()] for i in range(count)]
-
-
-def fair_count(least: int, batch: int) -> int:
-    """The smallest number of prompts, at least `least`, with full batches and equal shares of task families."""
-    require(batch >= 1, f"batch >= 1 must hold, but got {batch}")
-    require(least >= 1, f"prompts >= 1 must hold, but got {least}")
-    together = math.lcm(batch, len(FAMILIES))
-    return math.ceil(least / together) * together
-
-
 @torch.inference_mode()
 def prefill(
     model: Zaya, batch: int, context: int, slots: int, *, tokens: Sequence[Sequence[int]] | None = None
@@ -137,6 +119,7 @@ def measure_forward(
     batch: int,
     slots: int,
     context: int,
+    levels: tuple[int, ...] = (0,),
     kernels: KernelConfig | None = None,
     repeats: int = 10,
     warmup: int = 2,
@@ -144,7 +127,8 @@ def measure_forward(
 ) -> Measurement:
     """Time one forward of batch x slots tokens over `context` cached ones, with the LM head's rows that its kind needs.
 
-    decode: 1 slot, 1 head row; draft: [anchor, slots - 1 masks], slots - 1 head rows; verify: causal, all rows.
+    decode: 1 slot, 1 head row; draft: [anchor, slots - 1 masks], slots - 1 head rows; verify: causal, all rows;
+    single: K + 1 verified slots and a block of K + 1 masks per level, 2 K + 1 head rows.
     The cache is not advanced, so every repeat does the same work. prefilled: a cache of this batch and context to
     reuse. Sampling and the engine's counting are not in the time.
     """
@@ -152,6 +136,7 @@ def measure_forward(
         raise known("kind of forward", kind, FORWARD_KINDS)
     require(kind != "decode" or slots == 1, f"a decode forward has 1 slot per sequence, but got {slots}")
     require(kind != "draft" or slots >= 2, f"a draft forward has at least 2 slots (anchor, mask), but got {slots}")
+    decoding = _decoding_of(kind, slots, levels)
     require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
     if prefilled is None:
         prefilled = prefill(model, batch, context, slots)
@@ -161,27 +146,33 @@ def measure_forward(
         f"the prefilled cache must hold {batch} x {context} tokens and {slots} that follow, but holds "
         f"{cache.lengths} and {prefilled.following.shape[1]}",
     )
-    device, layout, first = tokens.device, causal(slots, str(tokens.device)), 0
-    if kind == "draft":
+    device, layout = tokens.device, causal(slots, str(tokens.device))
+    rows = slice(None)
+    causal_slots = {"draft": 1, "single": decoding.draft_tokens + 1}.get(kind, slots)
+    if causal_slots < slots:
         mask = model.config.mask_token_id
         require(mask is not None, "a draft needs masks, but this model's config has no mask_token_id")
-        tokens = torch.cat([tokens[:, :1], torch.full_like(tokens[:, 1:], mask or 0)], dim=1)
-        layout, first = draft(slots - 1, str(device)), 1
+        tokens = tokens.clone()
+        tokens[:, causal_slots:] = mask or 0
+    if kind == "draft":
+        layout, rows = draft(slots - 1, str(device)), slice(1, None)
+    elif kind == "single":
+        layout = single_forward(decoding.draft_tokens, levels, str(device))
+        rows = slice(2 * decoding.draft_tokens + 1)  # the blocks' rows cost the same, whichever is projected
 
     def run(routes: list[Tensor] | None = None) -> None:
-        model.project(model.forward(tokens, layout, cache, routes=routes)[:, first:])
+        model.project(model.forward(tokens, layout, cache, routes=routes)[:, rows])
 
     with using(model, kernels) as used:
         routes: list[Tensor] = []
         run(routes)
         seconds = sample_seconds(run, device, repeats, warmup)
     experts = [len(set(r.tolist()) - {model.config.num_experts}) for r in routes]
-    decoding = DecodingConfig() if kind == "decode" else DecodingConfig("two_forward", draft_tokens=max(1, slots - 1))
-    return _record(
+    return record(
         "forward",
         identity,
         model,
-        Workload(batch, max(1, context), slots, _dtype(model)),
+        Workload(batch, max(1, context), slots, dtype_of(model)),
         decoding,
         used,
         slots=slots,
@@ -193,129 +184,31 @@ def measure_forward(
     )
 
 
+def _decoding_of(kind: ForwardKind, slots: int, levels: tuple[int, ...]) -> DecodingConfig:
+    """Settings with such a forward in their step."""
+    if kind == "decode":
+        return DecodingConfig()
+    if kind != "single":
+        return DecodingConfig("two_forward", draft_tokens=max(1, slots - 1))
+    width, rest = divmod(slots, 1 + len(levels))
+    require(
+        rest == 0 and width >= 2,
+        f"a single forward has (K + 1) * (1 + {len(levels)}) slots for the levels {levels}, but got {slots}",
+    )
+    return DecodingConfig("single_forward", draft_tokens=width - 1, proposal_levels=levels)
+
+
 def sample_seconds(run: Callable[[], Any], device: torch.device, repeats: int, warmup: int) -> list[float]:
     """Seconds of each of `repeats` calls after `warmup` unrecorded ones; a GPU is waited for around each call."""
     samples = []
     for index in range(warmup + repeats):
-        _wait(device)
+        wait(device)
         began = time.perf_counter()
         run()
-        _wait(device)
+        wait(device)
         if index >= warmup:
             samples.append(time.perf_counter() - began)
     return samples
-
-
-@dataclass(frozen=True)
-class GenerationSample:
-    """One generation: its decoding seconds (without the prefill) and what it counted."""
-
-    seconds: float
-    tokens: int
-    forwards: int
-    histogram: tuple[int, ...]  # entry n: steps of a sequence that committed n drafts and one token more
-    experts_per_layer: float  # distinct experts in a mean verify (or decode) forward, mean over layers
-    outputs: tuple[tuple[int, ...], ...]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Committed tokens per second of decoding."""
-        return self.tokens / self.seconds
-
-
-def sample_generation(
-    model: Zaya,
-    prompts: Sequence[Sequence[int]],
-    decoding: DecodingConfig,
-    *,
-    kernels: KernelConfig | None = None,
-    batch: int | None = None,
-    max_new_tokens: int,
-    seed: int = 0,
-) -> GenerationSample:
-    """Generate once and time it. batch: decode the prompts in closed batches of so many, one after the other."""
-    size = batch or len(prompts)
-    require(size >= 1, f"batch >= 1 must hold, but got {size}")
-    device = model.model.embed_tokens.weight.device
-    results: list[GenerationResult] = []
-    with using(model, kernels):
-        for begin in range(0, len(prompts), size):
-            _wait(device)
-            part = prompts[begin : begin + size]
-            results.append(generate(model, part, decoding, max_new_tokens=max_new_tokens, seed=seed + begin))
-    # The engine reads every step's tokens on the host, so its clock has waited for the device.
-    widest = [r.counters["verify" if "verify" in r.counters else "decode"] for r in results]
-    experts = sum(sum(c.experts_per_layer()) * c.forwards for c in widest) / sum(c.forwards for c in widest)
-    histogram = _sum([r.acceptance_histogram for r in results])
-    return GenerationSample(
-        sum(r.decode_seconds for r in results),
-        sum(len(tokens) for r in results for tokens in r.tokens),
-        sum(r.forwards for r in results),
-        histogram if decoding.sampler != "autoregressive" else (),
-        experts / model.config.num_hidden_layers,
-        tuple(tuple(tokens) for r in results for tokens in r.tokens),
-    )
-
-
-def measure_generation(
-    model: Zaya,
-    identity: Identity,
-    prompts: Sequence[Sequence[int]],
-    decoding: DecodingConfig,
-    *,
-    kernels: KernelConfig | None = None,
-    batch: int | None = None,
-    max_new_tokens: int,
-    repeats: int = 3,
-    warmup: int = 1,
-    seed: int = 0,
-) -> Measurement:
-    """Generate `repeats` times with different seeds after `warmup` unrecorded runs, as `sample_generation`."""
-    require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
-    settings: dict[str, Any] = {"kernels": kernels, "batch": batch, "max_new_tokens": max_new_tokens}
-    for _ in range(warmup):
-        sample_generation(model, prompts, decoding, **settings, seed=seed)
-    seeds = [seed + i * len(prompts) for i in range(repeats)]
-    samples = [sample_generation(model, prompts, decoding, **settings, seed=s) for s in seeds]
-    return generation_record(model, identity, prompts, decoding, samples, **settings)
-
-
-def generation_record(
-    model: Zaya,
-    identity: Identity,
-    prompts: Sequence[Sequence[int]],
-    decoding: DecodingConfig,
-    samples: Sequence[GenerationSample],
-    *,
-    kernels: KernelConfig | None = None,
-    batch: int | None = None,
-    max_new_tokens: int,
-    quality: Mapping[str, float] | None = None,
-) -> Measurement:
-    """Samples of one operating point as a record. Forwards and histogram are sums over the samples.
-
-    `context` is the mean number of cached tokens during decoding: the prompt and half of what was generated.
-    """
-    require(len(samples) >= 1, "a record must have at least one sample")
-    prompt_tokens = statistics.fmean(map(len, prompts))
-    generated = statistics.fmean(s.tokens for s in samples) / len(prompts)
-    with using(model, kernels) as used:
-        return _record(
-            "generation",
-            identity,
-            model,
-            Workload(batch or len(prompts), max(1, round(prompt_tokens)), max_new_tokens, _dtype(model)),
-            decoding,
-            used,
-            slots=decoding.slots,
-            context=round(prompt_tokens + generated / 2),
-            seconds=[s.seconds for s in samples],
-            tokens=tuple(s.tokens for s in samples),
-            forwards=sum(s.forwards for s in samples),
-            acceptance_histogram=_sum([s.histogram for s in samples]),
-            experts_per_layer=statistics.fmean(s.experts_per_layer for s in samples),
-            quality=dict(quality or {}),
-        )
 
 
 def interleave(
@@ -361,23 +254,21 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], *, confidence: float = 
     return statistics.median(ratios), ratios[k - 1], ratios[n - k]
 
 
-def _sum(histograms: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    return tuple(sum(counts) for counts in zip_longest(*histograms, fillvalue=0))
-
-
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _dtype(model: Zaya) -> DType:
+def dtype_of(model: Zaya) -> DType:
+    """The weights' dtype by name."""
     name = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     if name not in DTYPE_BYTES:
         raise known("dtype", name, DTYPE_BYTES)
     return name  # type: ignore[return-value]
 
 
-def _record(
+def record(
     kind: Kind,
     identity: Identity,
     model: Zaya,
@@ -390,6 +281,7 @@ def _record(
     seconds: Sequence[float],
     **counted: Any,
 ) -> Measurement:
+    """A record made now. counted: the fields of a `Measurement` that its kind has besides."""
     return Measurement(
         kind=kind,
         model=identity.model,

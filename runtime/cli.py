@@ -142,14 +142,8 @@ def _generations(
     """Keep the records of one batch size; return the speedup over autoregressive decoding, with its interval."""
     from functools import partial
 
-    from runtime.bench import (
-        fair_count,
-        generation_record,
-        interleave,
-        paired_ratio,
-        sample_generation,
-        task_prompts,
-    )
+    from runtime.bench import interleave, paired_ratio
+    from runtime.bench_generation import fair_count, generation_record, sample_generation, task_prompts
 
     prompts = task_prompts(model, fair_count(count, size), seed=seed)
     runs = {"autoregressive": DecodingConfig(temperature=decoding.temperature), decoding.sampler: decoding}

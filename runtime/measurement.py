@@ -14,14 +14,14 @@ from hardware.files import UserError, build, plain
 from runtime.config import DecodingConfig, KernelConfig, Workload, require
 
 Kind = Literal["forward", "generation"]
+ForwardKind = Literal["decode", "draft", "verify", "single"]
+Batching = Literal["closed", "continuous"]
 INTERVAL_ROUNDS = 6  # the fewest whose range holds the median with 95%: 1 - 2 / 2^6 = 96.9%
 
 
 def interval_name(rounds: int) -> str:
     """What low and high of `bench.paired_ratio` are: below `INTERVAL_ROUNDS` rounds only the range of what was seen."""
     return "95% interval" if rounds >= INTERVAL_ROUNDS else f"range of {rounds} rounds"
-
-ForwardKind = Literal["decode", "draft", "verify"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Measurement:
     quality: dict[str, float] = field(default_factory=dict)
     simulated: str | None = None
     forward: ForwardKind | None = None  # of a record of kind "forward": a draft and a verify differ at equal slots
+    batching: Batching = "closed"  # of a generation: batches that drain, or slots that are refilled
+    full_tokens_per_second: float | None = None  # of a generation: median over the steps with a sequence in every slot
 
     def __post_init__(self) -> None:
         require(len(self.seconds) >= 1, "a measurement must have at least one sample")

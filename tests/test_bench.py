@@ -11,19 +11,8 @@ import pytest
 import torch
 
 from hardware.files import UserError
-from runtime.bench import (
-    Identity,
-    fair_count,
-    identify,
-    interleave,
-    measure_forward,
-    measure_generation,
-    paired_ratio,
-    prefill,
-    sample_generation,
-    task_prompts,
-    token_rows,
-)
+from runtime.bench import Identity, identify, interleave, measure_forward, paired_ratio, prefill, token_rows
+from runtime.bench_generation import fair_count, measure_generation, sample_generation, task_prompts
 from runtime.checkpoint import model_hash, random_model
 from runtime.config import DecodingConfig, KernelConfig, ModelConfig, replace
 from runtime.engine import generate
@@ -209,7 +198,7 @@ def test_every_family_is_asked_equally_often_and_every_batch_is_full(model: Zaya
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "guess"}, "unknown kind of forward 'guess'; known: decode, draft, verify"),
+        ({"kind": "guess"}, "unknown kind of forward 'guess'; known: decode, draft, single, verify"),
         ({"kind": "decode", "slots": 2}, "a decode forward has 1 slot"),
         ({"kind": "draft", "slots": 1}, "at least 2 slots"),
         ({"batch": 0}, "batch >= 1"),
