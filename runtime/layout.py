@@ -51,6 +51,38 @@ def draft(draft_tokens: int, device: str = "cpu") -> Layout:
     return Layout(torch.arange(slots, device=device), visible, None, 0, contiguous=True)
 
 
+@lru_cache(maxsize=64)
+def block(masks: int, pending: tuple[int, ...], device: str = "cpu") -> Layout:
+    """[pending tokens, K masks] of plain block diffusion: the pending tokens are causal and kept, the masks see them,
+    the prefix and each other. pending: how many of them each sequence has, or one number for all.
+
+    Where they differ, the longest row gives the number of slots, and nobody sees the padding behind a shorter one.
+    """
+    tokens, slot = torch.tensor(pending, device=device)[:, None], torch.arange(max(pending) + masks, device=device)
+    inside = (slot >= tokens) & (slot < tokens + masks)  # [rows, S]
+    visible = (slot[:, None] >= slot) | (inside[:, :, None] & inside[:, None])
+    return Layout(slot, visible, None, max(pending), contiguous=True)
+
+
+@lru_cache(maxsize=256)
+def single_forward(draft_tokens: int, levels: tuple[int, ...], device: str = "cpu") -> Layout:
+    """[anchor, K drafts], causal and kept, then for every level j a block of K + 1 masks that drafts ahead.
+
+    The block of level j is laid as if j drafts had been accepted and the anchor stood at their last: its positions
+    follow, it sees the prefix, the verified slots 0 .. j and itself in both directions, and its convolutions start
+    from slot j.
+    """
+    width = draft_tokens + 1
+    slot = torch.arange(width * (1 + len(levels)), device=device)
+    group, inside = slot // width, slot % width
+    level = torch.tensor((-1, *levels), device=device)[group]  # -1: the verified slots
+    masked = group > 0
+    own = (group[:, None] == group) & (masked[:, None] | (slot[:, None] >= slot))
+    visible = own | (slot <= level[:, None])
+    previous = torch.where(masked & (inside == 0), level, slot - 1)
+    return Layout(level + 1 + inside, visible, previous, width)
+
+
 def predecessors(previous: Tensor, history: int) -> Tensor:
     """Indices [..., S, history + 1] of each slot's convolution inputs, oldest first, the slot itself last.
 

@@ -362,10 +362,19 @@ def test_identical_prompts_of_one_batch_are_sampled_independently() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("sampler", ["autoregressive", "two_forward"])
-def test_a_batch_equals_its_sequences_alone(sampler: Any, temperature: float) -> None:
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        DecodingConfig(),
+        DecodingConfig("two_forward", 5),
+        DecodingConfig("denoising", 5, denoising_steps=3, verify=True),
+        DecodingConfig("denoising", 5, denoising_steps=5, confidence_threshold=0.2),
+    ],
+)
+def test_a_batch_equals_its_sequences_alone(decoding: DecodingConfig, temperature: float) -> None:
     """Sequences stop at different steps and lengths; each one's text depends on the seed and its index alone."""
-    decoding = DecodingConfig(sampler, 5, temperature=temperature, draft_temperature=temperature)
+    warm = temperature if decoding.sampler == "two_forward" else 0.0
+    decoding = replace(decoding, temperature=temperature, draft_temperature=warm)
     prompts = prompts_of(8)
     free = tokens_of(tiny(), prompts, decoding, seed=6)
     stops = {free[row][9 * row + 2] for row in range(4)}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from runtime.samplers import autoregressive, two_forward
+from runtime.samplers import autoregressive, denoising, two_forward
 from runtime.samplers.state import Decode
 
 SAMPLERS: dict[str, Callable[[Decode], list[list[int]]]] = {
     "autoregressive": autoregressive.step,
     "two_forward": two_forward.step,
+    "denoising": denoising.step,
 }
