@@ -1,4 +1,4 @@
-"""What zaya-nano is trained and judged on: worked tasks and Python standard-library source. No torch here."""
+"""The built-in training text: worked tasks and Python standard-library source, in any vocabulary. No torch here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import bisect
 import random
 import sysconfig
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hardware.files import UserError, known
+from runtime.config import ModelConfig, require
 from runtime.conversion.tasks import FAMILIES, SPLITS, Problem, draw, generate
-from runtime.tokenizer import BOS, EOS
+from runtime.tokenizer import BOS, EOS, VOCABULARY, ByteTokenizer, Tokenizer
 
 # Tests and vendored packages are no library source; encodings are generated tables.
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "idlelib", "encodings"}
@@ -65,6 +66,40 @@ def source_text(split: str) -> bytes:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """How a document becomes tokens: `begin`, the text's ids, `end`."""
+
+    encode: Callable[[bytes], list[int]]
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    token_bytes: int  # text read per token of a row; what is too much is cut
+
+    def prompt(self, problem: Problem) -> list[int]:
+        """A problem as the model is asked it."""
+        return [*self.begin, *self.encode(problem.prompt.encode())]
+
+
+BYTE_ENCODING = Encoding(list, (BOS,), (EOS,), 1)
+
+
+def encoding_of(tokenizer: Tokenizer, config: ModelConfig) -> Encoding:
+    """The encoding of a checkpoint, with its own specials. UserError where no tokenizer says what its ids mean."""
+    if isinstance(tokenizer, ByteTokenizer):
+        require(
+            config.vocab_size == VOCABULARY,
+            f"without a tokenizer.json the vocabulary must be the {VOCABULARY} bytes and specials, but it has "
+            f"{config.vocab_size} ids; put the tokenizer.json beside the weights, or give each stage `data` in tokens",
+        )
+        return BYTE_ENCODING
+
+    def encode(text: bytes) -> list[int]:
+        return tokenizer.encode(text.decode("utf-8", errors="ignore"))  # an excerpt may cut a character
+
+    begin = () if config.bos_token_id is None else (config.bos_token_id,)
+    return Encoding(encode, begin, config.stop_token_ids[:1], 8)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Token ids int64 [batch, length], and which of them a fine-tuning loss judges: bool of the same shape."""
 
@@ -73,23 +108,23 @@ class Batch:
 
 
 def _task_row(
-    rng: random.Random, length: int, families: list[str], weights: list[float]
+    rng: random.Random, length: int, families: list[str], weights: list[float], encoding: Encoding, split: str
 ) -> tuple[list[int], list[bool]]:
     row: list[int] = []
     solution: list[bool] = []
     while len(row) < length:
-        problem = draw(rng.choices(families, weights)[0], rng)
-        prompt, worked = [BOS, *problem.prompt.encode()], [*problem.solution.encode(), EOS]
+        problem = draw(rng.choices(families, weights)[0], rng, split)
+        prompt, worked = encoding.prompt(problem), [*encoding.encode(problem.solution.encode()), *encoding.end]
         row += prompt + worked
         solution += [False] * len(prompt) + [True] * len(worked)
     return row[:length], solution[:length]
 
 
-def _source_row(rng: random.Random, length: int, source: _Source) -> list[int]:
+def _source_row(rng: random.Random, length: int, source: _Source, encoding: Encoding) -> list[int]:
     row: list[int] = []
     while len(row) < length:
-        text, ended = source.excerpt(rng, length - 1)
-        row += [BOS, *text, EOS] if ended else [BOS, *text]
+        text, ended = source.excerpt(rng, (length - 1) * encoding.token_bytes)
+        row += [*encoding.begin, *encoding.encode(text), *(encoding.end if ended else ())]
     return row[:length]
 
 
@@ -100,13 +135,15 @@ def training_batches(
     *,
     task_share: float = 0.7,
     weights: Mapping[str, float] | None = None,
+    encoding: Encoding = BYTE_ENCODING,
     start_step: int = 0,
+    split: str = "train",
 ) -> Iterator[Batch]:
     """Endless batches; the same seed and step always give the same batch.
 
-    A row is, with probability `task_share`, worked problems of the training split (BOS document EOS BOS ..., the last
-    one cut), else an excerpt of source from a line start (BOS excerpt; EOS only at the end of a file). So `task_share`
-    is also the share of the bytes. `weights` are relative family weights (default: equal; a family left out gets none).
+    A row is, with probability `task_share`, worked problems of the split (BOS document EOS BOS ..., the last one cut),
+    else an excerpt of source from a line start (BOS excerpt; EOS only at the end of a file). So `task_share` is also
+    the share of the tokens. `weights` are relative family weights (default: equal; a family left out gets none).
     """
     if not 0.0 <= task_share <= 1.0:
         raise UserError(f"0 <= task_share <= 1 must hold, but got {task_share}")
@@ -118,16 +155,16 @@ def training_batches(
         raise UserError(f"task weights must be >= 0 with a positive sum, but got {shares}")
     families = sorted(shares)
     numbers = [shares[name] for name in families]
-    source = _source("train")
+    source = _source(split)
 
     def batches() -> Iterator[Batch]:
         step = start_step
         while True:
             rng = random.Random(f"{seed}/{step}")
             rows = [
-                _task_row(rng, length, families, numbers)
+                _task_row(rng, length, families, numbers, encoding, split)
                 if rng.random() < task_share
-                else (_source_row(rng, length, source), [False] * length)
+                else (_source_row(rng, length, source, encoding), [False] * length)
                 for _ in range(batch)
             ]
             yield Batch(np.array([ids for ids, _ in rows], dtype=np.int64), np.array([marks for _, marks in rows]))

@@ -14,13 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runtime.config import ModelConfig
 from runtime.layout import Layout, causal
 from runtime.model.zaya import Zaya
+
+_NONE = -100  # a label that carries no loss
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropies in nats; `total` is what is minimised."""
+    """Mean cross-entropies in nats; `total` is what is minimised.
+
+    A loss of a part of a batch is its labels' sum by the whole batch's count: over the parts they add up to the mean.
+    """
 
     total: Tensor
     next_token: Tensor
@@ -59,15 +65,21 @@ def conversion_layout(starts: Tensor) -> Layout:
 
 
 def next_token_loss(
-    model: Zaya, tokens: Tensor, *, judged: Tensor | None = None, routes: list[Tensor] | None = None
+    model: Zaya,
+    tokens: Tensor,
+    *,
+    judged: Tensor | None = None,
+    counts: tuple[int, int] | None = None,
+    routes: list[Tensor] | None = None,
 ) -> Losses:
     """Plain language-model loss on int64 tokens [B, L + 1]; padding labels (the pad token) are left out.
 
     judged: bool [B, L + 1], the tokens that the loss is taken over (None: all), for fine-tuning on answers.
+    counts: the label counts to divide by, where these rows are a part of a batch (None: their own).
     """
-    labels = tokens if judged is None else tokens.masked_fill(~judged, -100)
+    labels, _ = _labels(model.config, tokens, judged, None)
     hidden = model.forward(tokens[:, :-1], causal(tokens.shape[1] - 1, str(tokens.device)), routes=routes)
-    loss = _cross_entropy(model, hidden, labels[:, 1:])
+    loss = _cross_entropy(model, hidden, labels, (counts or label_counts(model.config, tokens, judged))[0])
     return Losses(loss, loss.detach(), None)
 
 
@@ -79,30 +91,49 @@ def conversion_loss(
     alpha: float = 1.0,
     revealed: Tensor | None = None,
     judged: Tensor | None = None,
+    counts: tuple[int, int] | None = None,
     routes: list[Tensor] | None = None,
 ) -> Losses:
     """(alpha * next-token loss + mask loss) / (1 + alpha) on int64 tokens [B, L + 1].
 
     Next-token labels are shifted by one, mask labels are not. `revealed` bool [B, L] marks positions of the mask half
-    that hold their true token (for multi-step denoising); they and position 0 carry no mask loss. judged: bool
-    [B, L + 1], the tokens that both losses are taken over (None: all).
+    that hold their true token (for multi-step denoising); they and position 0 carry no mask loss. judged, counts: as
+    in `next_token_loss`, for both losses.
     """
     clean = tokens[:, :-1]
     length = clean.shape[1]
     masked = torch.full_like(clean, model.config.mask_token_id or 0)
-    wanted = tokens if judged is None else tokens.masked_fill(~judged, -100)
-    labels = wanted[:, :-1].clone()
-    labels[:, 0] = -100
     if revealed is not None:
         masked = torch.where(revealed, clean, masked)
-        labels = labels.masked_fill(revealed, -100)
+    next_labels, mask_labels = _labels(model.config, tokens, judged, revealed)
+    counts = counts or label_counts(model.config, tokens, judged, revealed)
     hidden = model.forward(torch.cat([clean, masked], dim=1), conversion_layout(starts), routes=routes)
-    next_token = _cross_entropy(model, hidden[:, :length], wanted[:, 1:])
-    mask = _cross_entropy(model, hidden[:, length:], labels)
+    next_token = _cross_entropy(model, hidden[:, :length], next_labels, counts[0])
+    mask = _cross_entropy(model, hidden[:, length:], mask_labels, counts[1])
     return Losses((alpha * next_token + mask) / (1 + alpha), next_token.detach(), mask.detach())
 
 
-def _cross_entropy(model: Zaya, hidden: Tensor, labels: Tensor) -> Tensor:
-    if model.config.pad_token_id is not None:
-        labels = labels.masked_fill(labels == model.config.pad_token_id, -100)
-    return F.cross_entropy(model.project(hidden).flatten(0, 1), labels.flatten(), ignore_index=-100)
+def label_counts(
+    config: ModelConfig, tokens: Tensor, judged: Tensor | None = None, revealed: Tensor | None = None
+) -> tuple[int, int]:
+    """How many labels the next-token and the mask loss of these rows are taken over."""
+    next_labels, mask_labels = _labels(config, tokens, judged, revealed)
+    return int((next_labels != _NONE).sum()), int((mask_labels != _NONE).sum())
+
+
+def _labels(
+    config: ModelConfig, tokens: Tensor, judged: Tensor | None, revealed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The labels of the clean and of the mask half, int64 [B, L] each, _NONE where no loss is taken."""
+    wanted = tokens if judged is None else tokens.masked_fill(~judged, _NONE)
+    if config.pad_token_id is not None:
+        wanted = wanted.masked_fill(tokens == config.pad_token_id, _NONE)
+    mask = wanted[:, :-1].clone()
+    mask[:, 0] = _NONE
+    return wanted[:, 1:], mask if revealed is None else mask.masked_fill(revealed, _NONE)
+
+
+def _cross_entropy(model: Zaya, hidden: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The sum over the labels by `count`; 0, and no gradient, where there is none."""
+    logits = model.project(hidden).flatten(0, 1)
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=_NONE, reduction="sum") / max(count, 1)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,96 +15,169 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from hardware.files import UserError, plain, read_json, write_atomic
-from runtime.checkpoint import load_model, load_tensors, random_model, save_model, save_tensors
+from hardware.files import UserError, write_atomic
 from runtime.config import require
-from runtime.conversion.data import Batch, training_batches
-from runtime.conversion.objective import Losses, block_starts, conversion_loss, next_token_loss
+from runtime.conversion.data import Batch, encoding_of, training_batches
+from runtime.conversion.held_out import Texts, evaluate_held_out
+from runtime.conversion.objective import block_starts, conversion_loss, label_counts, next_token_loss
 from runtime.conversion.recipe import Recipe, Stage
+from runtime.conversion.run import Entry, Run, open_run, save_run, save_stage
+from runtime.conversion.token_file import TokenFile
 from runtime.model.moe import Router
 from runtime.model.zaya import Zaya
+from runtime.tokenizer import ByteTokenizer, load_tokenizer
 
 LOG_EVERY, SAVE_EVERY = 10, 100
-_STAGE = 10**9  # positions of one stage: more than it can have steps
 
 
-@dataclass
-class _Run:
-    model: Zaya
-    optimizer: torch.optim.AdamW
-    stage: int
-    step: int
-    losses: list[dict[str, float | int | str]]
+@dataclass(frozen=True)
+class _Means:
+    """The losses of one step; None where the batch had no label for it."""
+
+    next_token: Tensor | None
+    mask: Tensor | None
 
 
-def train(recipe: Recipe, out: Path, *, start_from: str | None = None, threads: int | None = None) -> Path:
+def train(
+    recipe: Recipe, out: Path, *, start_from: str | None = None, threads: int | None = None, device: str = "cpu"
+) -> Path:
     """Run all stages of a recipe into `out` and return the folder of the final checkpoint.
 
     A folder that already holds a run of the same recipe is resumed from its last save; of another recipe, refused.
-    start_from: a checkpoint to begin from instead of random weights; its configuration must be the recipe's.
+    start_from: a checkpoint to begin from instead of random weights; its tokenizer files go with every stage's
+    checkpoint. `out` gets losses.json, and evaluations.json where the recipe evaluates. UserError, before anything
+    is loaded, where the memory is not there.
     """
     if threads:
         torch.set_num_threads(threads)
-    run = _open(recipe, out, start_from)
+    run = open_run(recipe, out, start_from, device)
+    sources = _sources(run, recipe, out)  # all of them now, so that a later stage's data are not found missing then
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         for index, stage in enumerate(recipe.stages):
             if index < run.stage:
                 continue
-            task = progress.add_task(stage.name, total=stage.steps, completed=run.step)
-            batches = training_batches(
-                recipe.seed + index,
-                stage.batch,
-                stage.length + 1,
-                task_share=stage.task_share,
-                weights=stage.family_weights,
-                start_step=run.step,
-            )
-            sums: list[Losses] = []
-            while run.step < stage.steps:
-                sums.append(_step(run, recipe, stage, next(batches)))
+            run.model.config = recipe.stage_config(run.base, index)
+            task = progress.add_task(stage.name, total=stage.total_steps, completed=run.step)
+            texts, batches = sources[index]
+            found: list[_Means] = []
+            shown = held_out = ""
+            while run.step < stage.total_steps:
+                found.append(_step(run, recipe, stage, next(batches)))
                 run.step += 1
                 progress.advance(task)
-                if run.step % LOG_EVERY == 0 or run.step == stage.steps:
-                    entry = _log(run, stage, sums)
-                    shown = ", ".join(f"{k} {v:.3f}" for k, v in entry.items() if isinstance(v, float) and k != "rate")
-                    progress.update(task, description=f"{stage.name}: {shown}")
-                    sums = []
-                if run.step % SAVE_EVERY == 0 or run.step == stage.steps:
-                    _save(run, recipe, out)
-            save_model(run.model, out / stage.name)
+                last = run.step == stage.total_steps
+                if run.step % LOG_EVERY == 0 or last:
+                    shown = _log(run, stage, found) or shown
+                    found = []
+                if recipe.evaluate_every and (run.step % recipe.evaluate_every == 0 or last):
+                    held_out = "; held out: " + _evaluate(run, stage, out, texts)
+                progress.update(task, description=f"{stage.name}: {shown}{held_out}")
+                if run.step % SAVE_EVERY == 0 or last:
+                    save_run(run, recipe, out)
+            save_stage(run, out, out / stage.name)
             run.stage, run.step = index + 1, 0
-            _save(run, recipe, out)
+            save_run(run, recipe, out)
     return out / recipe.stages[-1].name
 
 
-def _step(run: _Run, recipe: Recipe, stage: Stage, part: Batch) -> Losses:
-    """One optimizer step; what is random in it depends on (seed, stage, step) alone, so a resumed run repeats it."""
+def _sources(run: Run, recipe: Recipe, out: Path) -> dict[int, tuple[Texts | None, Iterator[Batch]]]:
+    """What the stages from here on train on, by index: the vocabulary of the built-in text, if used, and batches."""
+    tokenizer = load_tokenizer(out) if out.is_dir() else ByteTokenizer()
+    sources: dict[int, tuple[Texts | None, Iterator[Batch]]] = {}
+    for index, stage in enumerate(recipe.stages):
+        if index < run.stage:
+            continue
+        seed, length = recipe.seed + index, stage.length + 1
+        step = run.step if index == run.stage else 0
+        if stage.data is not None:
+            file, vocabulary = TokenFile(stage.data), run.base.vocab_size
+            require(
+                stage.loss_on == "all" or file.has_judged,
+                f"stage {stage.name!r} takes its loss on solutions: {file.path} must be .safetensors with `judged`",
+            )
+            if recipe.evaluate_every:
+                file.batches(0, 1, length, vocabulary=vocabulary, split="test")  # is there enough?
+            batches = file.batches(seed, stage.batch, length, vocabulary=vocabulary, start_step=step)
+            sources[index] = None, batches
+            continue
+        encoding = encoding_of(tokenizer, run.base)
+        sources[index] = (
+            (tokenizer, encoding),
+            training_batches(
+                seed,
+                stage.batch,
+                length,
+                task_share=stage.task_share,
+                weights=stage.family_weights,
+                encoding=encoding,
+                start_step=step,
+            ),
+        )
+    return sources
+
+
+def _step(run: Run, recipe: Recipe, stage: Stage, part: Batch) -> _Means:
+    """One optimizer step; what is random in it depends on (seed, stage, step) alone, so a resumed run repeats it.
+
+    A batch without a label leaves everything as it was.
+    """
     rng = np.random.default_rng([recipe.seed, run.stage, run.step])
-    tokens = torch.from_numpy(part.tokens)
-    judged = torch.from_numpy(part.solutions) if stage.loss_on == "solutions" else None
+    model, device = run.model, run.device
+    require(
+        stage.objective == "next_token" or not bool((part.tokens == model.config.mask_token_id).any()),
+        f"the training data of stage {stage.name!r} hold mask_token_id {model.config.mask_token_id}: name an unused id",
+    )
+    tokens = torch.from_numpy(part.tokens).to(device)
+    judged = torch.from_numpy(part.solutions).to(device) if stage.loss_on == "solutions" else None
+    batch, length = tokens.shape[0], tokens.shape[1] - 1
+    starts = revealed = None
+    if stage.objective == "conversion":
+        starts = torch.from_numpy(block_starts(rng, batch, length, stage.max_block)).to(device)
+        if stage.partial_share:
+            share = rng.random((batch, 1)) * (rng.random((batch, 1)) < stage.partial_share)
+            revealed = torch.from_numpy(rng.random((batch, length)) < share).to(device)
+    counts = label_counts(model.config, tokens, judged, revealed)
+    if not counts[0] and not (counts[1] and starts is not None):
+        return _Means(None, None)
     for group in run.optimizer.param_groups:
         group["lr"] = stage.rate(run.step)
         group["weight_decay"] = stage.weight_decay if group["decays"] else 0.0
-    routes: list[Tensor] = []
-    if stage.objective == "next_token":
-        losses = next_token_loss(run.model, tokens, judged=judged, routes=routes)
-    else:
-        batch, length = tokens.shape[0], tokens.shape[1] - 1
-        starts = torch.from_numpy(block_starts(rng, batch, length, stage.max_block))
-        revealed = None
-        if stage.partial_share:
-            share = rng.random((batch, 1)) * (rng.random((batch, 1)) < stage.partial_share)
-            revealed = torch.from_numpy(rng.random((batch, length)) < share)
-        losses = conversion_loss(
-            run.model, tokens, starts, alpha=stage.alpha, revealed=revealed, judged=judged, routes=routes
-        )
-    losses.total.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), stage.clip)
+    next_token, mask = torch.zeros((), device=device), torch.zeros((), device=device)
+    routes: list[list[Tensor]] = []  # by micro-batch, then layer
+    size = batch // stage.micro_batches
+    for rows in (slice(begin, begin + size) for begin in range(0, batch, size)):
+        routes.append([])
+        own = None if judged is None else judged[rows]
+        with _precision(stage, device):
+            if starts is None:
+                losses = next_token_loss(model, tokens[rows], judged=own, counts=counts, routes=routes[-1])
+            else:
+                losses = conversion_loss(
+                    model,
+                    tokens[rows],
+                    starts[rows],
+                    alpha=stage.alpha,
+                    revealed=None if revealed is None else revealed[rows],
+                    judged=own,
+                    counts=counts,
+                    routes=routes[-1],
+                )
+        losses.total.backward()
+        next_token = next_token + losses.next_token
+        mask = mask if losses.mask is None else mask + losses.mask
+    torch.nn.utils.clip_grad_norm_(model.parameters(), stage.clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    _balance(run.model, routes, stage)
-    return Losses(losses.total.detach(), losses.next_token, losses.mask)
+    _balance(model, [torch.cat(layer) for layer in zip(*routes, strict=True)], stage)
+    return _Means(next_token if counts[0] else None, mask if counts[1] and starts is not None else None)
+
+
+def _precision(stage: Stage, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in bfloat16 where the stage says so; weights, residual stream, norms and losses stay float32."""
+    if stage.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 @torch.no_grad()
@@ -117,68 +193,27 @@ def _balance(model: Zaya, routes: list[Tensor], stage: Stage) -> None:
         router.balancing_biases -= router.balancing_biases[-1] + 1
 
 
-def _log(run: _Run, stage: Stage, sums: list[Losses]) -> dict[str, float | int | str]:
-    entry: dict[str, float | int | str] = {"stage": stage.name, "step": run.step, "rate": stage.rate(run.step - 1)}
-    entry["next_token"] = sum(float(x.next_token) for x in sums) / len(sums)
-    if sums[0].mask is not None:
-        entry["mask"] = sum(float(x.mask) for x in sums if x.mask is not None) / len(sums)
-    if not np.isfinite(entry["next_token"]):
+def _log(run: Run, stage: Stage, found: list[_Means]) -> str:
+    """Note the mean losses of these steps; of steps that had labels, and nothing where none had."""
+    entry: Entry = {"stage": stage.name, "step": run.step, "rate": stage.rate(run.step - 1)}
+    losses: dict[str, float] = {}
+    for name in ("next_token", "mask"):
+        values = [float(value) for means in found if (value := getattr(means, name)) is not None]
+        if values:
+            losses[name] = sum(values) / len(values)
+    if not all(map(np.isfinite, losses.values())):
         raise UserError(f"the loss is not finite at step {run.step} of stage {stage.name}; lower the learning rate")
-    run.losses.append(entry)
-    return entry
+    if "next_token" in losses:
+        run.losses.append({**entry, **losses})
+    return _shown(losses)
 
 
-def _optimizer(model: Zaya) -> torch.optim.AdamW:
-    parameters = list(model.parameters())
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
-    groups = [{"params": matrices, "decays": True}, {"params": vectors, "decays": False}]
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+def _evaluate(run: Run, stage: Stage, out: Path, texts: Texts | None) -> str:
+    found = evaluate_held_out(run.model, stage, texts)
+    run.evaluations.append({"stage": stage.name, "step": run.step, **found})
+    write_atomic(out / "evaluations.json", json.dumps(run.evaluations))
+    return _shown(found)
 
 
-def _open(recipe: Recipe, out: Path, start_from: str | None) -> _Run:
-    model = random_model(recipe.model, seed=recipe.seed) if start_from is None else load_model(start_from)
-    require(model.config == recipe.model, f"{start_from}: its config.json is not the recipe's model")
-    model.train().requires_grad_(True)
-    run = _Run(model, _optimizer(model), 0, 0, [])
-    if not (out / "progress.json").is_file():
-        return run
-    progress = read_json(out / "progress.json")
-    require(progress.get("recipe") == plain(recipe), f"{out} holds a run of another recipe; choose another folder")
-    tensors = load_tensors(out / "state.safetensors")
-    require("position" in tensors, f"{out / 'state.safetensors'} is no saved state of a training run")
-    # This file alone says how far the run came: after a kill between two writes the others may be one save apart.
-    run.stage, run.step = divmod(int(tensors.pop("position")), _STAGE)
-    try:
-        place = {stage.name: index * _STAGE for index, stage in enumerate(recipe.stages)}
-        entries = json.loads((out / "losses.json").read_text(encoding="utf-8"))
-        run.losses = [e for e in entries if place[e["stage"]] + e["step"] <= _position(run)]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"cannot read {out / 'losses.json'}: {error!r}") from error
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            value.copy_(tensors.get(f"model.{name}", value))  # a tied head is stored once
-        for i, parameter in enumerate(model.parameters()):
-            if f"optimizer.{i}.exp_avg" in tensors:
-                run.optimizer.state[parameter] = {
-                    key: tensors[f"optimizer.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-    return run
-
-
-def _position(run: _Run) -> int:
-    return run.stage * _STAGE + run.step
-
-
-def _save(run: _Run, recipe: Recipe, out: Path) -> None:
-    tensors = {f"model.{k}": v for k, v in run.model.state_dict().items() if k != "lm_head.weight"}
-    if not recipe.model.tie_word_embeddings:
-        tensors["model.lm_head.weight"] = run.model.lm_head.weight.detach()
-    for i, parameter in enumerate(run.model.parameters()):
-        for key, value in run.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value)
-    tensors["position"] = torch.tensor(_position(run))
-    write_atomic(out / "losses.json", json.dumps(run.losses))
-    save_tensors(tensors, out / "state.safetensors")
-    progress = {"recipe": plain(recipe), "stage": run.stage, "step": run.step}
-    write_atomic(out / "progress.json", json.dumps(progress, indent=1))
+def _shown(values: dict[str, float]) -> str:
+    return ", ".join(f"{key} {value:.3f}" for key, value in values.items())
