@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import acceptance
 from hardware.files import UserError
+from runtime.checkpoint import save_model
 from runtime.config import DecodingConfig
 from runtime.layout import causal
 from runtime.logits import (
@@ -214,3 +217,21 @@ def test_stored_logits_come_back(stochastic: StoredLogits, tmp_path: Path) -> No
         load_logits(other)
     with pytest.raises(UserError, match="no step"):
         collect([], DecodingConfig())
+
+
+def test_the_program_compares_every_setting(
+    model: Zaya, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(model, tmp_path / "model")
+    monkeypatch.setattr(acceptance, "NEW_TOKENS", 24)
+    code = acceptance.main(
+        ["--model", str(tmp_path / "model"), "--positions", "400", "--logits", str(tmp_path), "--json"]
+    )
+    document = json.loads(capsys.readouterr().out)
+    assert [run["name"] for run in document["runs"]] == list(acceptance.SETTINGS)
+    assert code == (0 if document["held"] else 1)
+    for run in document["runs"]:
+        assert run["overall"]["judged"] >= 400 and abs(run["deviations"]) < 4
+        assert sum(place["judged"] for place in run["by_position"]) == run["overall"]["judged"]
+        assert run["overall"]["low"] <= run["overall"]["observed"] <= run["overall"]["high"]
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(acceptance.SETTINGS)
