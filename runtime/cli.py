@@ -5,25 +5,41 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from hardware.files import UserError, plain
+from hardware.files import UserError, known, plain
 from runtime.config import DecodingConfig, require
-from runtime.measurement import ForwardKind, Measurement, append_jsonl, interval_name
-from runtime.options import Device, Json, Model, Threads, Type, command_line, load, print_json, progress_bar
+from runtime.measurement import Batching, ForwardKind, Measurement, append_jsonl, interval_name
+from runtime.options import (
+    Anchor,
+    Device,
+    DraftTemperature,
+    DraftTokens,
+    Json,
+    Levels,
+    Mixing,
+    Model,
+    SamplerName,
+    Steps,
+    Temperature,
+    Threads,
+    Threshold,
+    Type,
+    Verify,
+    command_line,
+    decoding_of,
+    integers,
+    load,
+    print_json,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from runtime.bench import Identity
+    from runtime.engine import GenerationResult
     from runtime.model.zaya import Zaya
-
-SamplerName = Annotated[str | None, typer.Option("--sampler", help="autoregressive or two_forward.")]
-DraftTokens = Annotated[int | None, typer.Option(help="Draft tokens K of a two_forward step (default 16).")]
-Mixing = Annotated[float | None, typer.Option(help="Share w of autoregressive logits; 1 (default) is lossless.")]
-Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 (default) is greedy.")]
-DraftTemperature = Annotated[float | None, typer.Option(help="Temperature of the drafts; 0 (default) is greedy.")]
-Anchor = Annotated[bool | None, typer.Option("--anchor-draft/--mask-draft", help="First draft from the anchor's row.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -38,6 +54,9 @@ def bench(
     slots: Annotated[str, typer.Option(help="Slots per sequence: 1 times a decode, more a draft and a verify.")] = "1",
     context: Annotated[str, typer.Option(help="Cached tokens per sequence, as 128,512.")] = "128",
     new_tokens: Annotated[int, typer.Option(help="Generate so many tokens per prompt; 0: time forwards only.")] = 0,
+    batching: Annotated[
+        str, typer.Option(help="closed: batches that drain; continuous: slots are refilled; or both.")
+    ] = "closed",
     prompts: Annotated[int, typer.Option(help="Prompts per sample at least; families and batches stay even.")] = 10,
     sampler: SamplerName = None,
     draft_tokens: DraftTokens = None,
@@ -45,6 +64,10 @@ def bench(
     temperature: Temperature = None,
     draft_temperature: DraftTemperature = None,
     anchor_draft: Anchor = None,
+    levels: Levels = None,
+    steps: Steps = None,
+    threshold: Threshold = None,
+    verify: Verify = None,
     repeats: Annotated[int, typer.Option(help="Samples per point.")] = 10,
     seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 0,
     device: Device = "cpu",
@@ -53,17 +76,35 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="JSONL file to append each record to, as soon as it exists.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time forwards over a grid, or with --new-tokens whole generations beside autoregressive ones."""
-    batches, widths, contexts = _integers("batch", batch), _integers("slots", slots), _integers("context", context)
-    decoding = _decoding(sampler, draft_tokens, mixing_weight, temperature, draft_temperature, anchor_draft)
+    """Time forwards over a grid, or with --new-tokens whole generations beside autoregressive ones.
+
+    Two throughputs are told apart: tokens per second of all decoding, the drain included, and of the steps with a
+    sequence in every slot. Of forwards, --levels adds the one of single_forward.
+    """
+    batches, widths, contexts = integers("batch", batch), integers("slots", slots), integers("context", context)
+    decoding = decoding_of(
+        sampler=sampler,
+        draft_tokens=draft_tokens,
+        mixing_weight=mixing_weight,
+        temperature=temperature,
+        draft_temperature=draft_temperature,
+        anchor_draft=anchor_draft,
+        levels=levels,
+        steps=steps,
+        threshold=threshold,
+        verify=verify,
+    )
     require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
     require(new_tokens >= 0, f"new_tokens >= 0 must hold, but got {new_tokens}")
+    if batching not in (*get_args(Batching), "both"):
+        raise known("batching", batching, (*get_args(Batching), "both"))
     loaded = load(model, device, dtype, threads)
     from runtime.bench import identify
 
     identity = identify(loaded, model, command_line())
     records: list[Measurement] = []
-    ratios: dict[int, tuple[float, float, float]] = {}
+    modes: tuple[Batching, ...] = get_args(Batching) if batching == "both" else (batching,)  # type: ignore[assignment]
+    ratios: dict[str, dict[int, tuple[float, float, float]]] = {mode: {} for mode in modes}
 
     def keep(record: Measurement) -> None:
         records.append(record)
@@ -75,16 +116,15 @@ def bench(
     with progress_bar("bench") as progress:
         if new_tokens:
             for size in batches:
-                ratio = _generations(
-                    loaded, identity, decoding, size, prompts, new_tokens, repeats, seed, keep, progress
+                found = _generations(
+                    loaded, identity, decoding, size, modes, prompts, new_tokens, repeats, seed, keep, progress
                 )
-                if decoding.sampler == "autoregressive":
-                    continue
-                ratios[size] = ratio
-                if not as_json:
-                    print(_speedup(size, ratio, repeats), flush=True)
+                for mode, ratio in found.items():
+                    ratios[mode][size] = ratio
+                    if not as_json:
+                        print(_speedup(mode, size, ratio, repeats), flush=True)
         else:
-            _forwards(loaded, identity, batches, widths, contexts, repeats, keep, progress)
+            _forwards(loaded, identity, decoding, batches, widths, contexts, repeats, keep, progress)
     if as_json:
         print_json({"records": plain(records), "speedup_over_autoregressive": ratios})
 
@@ -92,6 +132,7 @@ def bench(
 def _forwards(
     model: Zaya,
     identity: Identity,
+    decoding: DecodingConfig,
     batches: list[int],
     widths: list[int],
     contexts: list[int],
@@ -108,9 +149,11 @@ def _forwards(
         else:
             points += [("draft", width)] if model.config.mask_token_id is not None else []
             points.append(("verify", width))
+    if decoding.sampler == "single_forward":
+        points.append(("single", decoding.slots))
     cells = [(size, length) for size in batches for length in contexts]
     for place, (size, length) in enumerate(cells):
-        filled = prefill(model, size, length, max(widths))
+        filled = prefill(model, size, length, max(width for _, width in points))
         for index, (kind, width) in enumerate(points):
             progress(f"batch {size}, context {length}, {kind}", (place + index / len(points)) / len(cells))
             keep(
@@ -121,6 +164,7 @@ def _forwards(
                     batch=size,
                     slots=width,
                     context=length,
+                    levels=decoding.levels if kind == "single" else (0,),
                     prefilled=filled,
                     repeats=repeats,
                 )
@@ -132,38 +176,57 @@ def _generations(
     identity: Identity,
     decoding: DecodingConfig,
     size: int,
+    modes: tuple[Batching, ...],
     count: int,
     new_tokens: int,
     repeats: int,
     seed: int,
     keep: Callable[[Measurement], None],
     progress: Callable[[str, float], None],
-) -> tuple[float, float, float]:
-    """Keep the records of one batch size; return the speedup over autoregressive decoding, with its interval."""
+) -> dict[str, tuple[float, float, float]]:
+    """Keep the records of one batch size; the speedups over autoregressive decoding, with intervals, by batching."""
     from functools import partial
 
     from runtime.bench import interleave, paired_ratio
     from runtime.bench_generation import fair_count, generation_record, sample_generation, task_prompts
 
     prompts = task_prompts(model, fair_count(count, size), seed=seed)
-    runs = {"autoregressive": DecodingConfig(temperature=decoding.temperature), decoding.sampler: decoding}
+    ways = {run.sampler: run for run in (decoding.autoregressive, decoding)}
+    runs = {f"{name}, {mode}": (run, mode) for mode in modes for name, run in ways.items()}
     samples = interleave(
         {
-            name: partial(sample_generation, model, prompts, run, batch=size, max_new_tokens=new_tokens, seed=seed)
-            for name, run in runs.items()
+            key: partial(
+                sample_generation,
+                model,
+                prompts,
+                run,
+                batch=size,
+                batching=mode,
+                max_new_tokens=new_tokens,
+                seed=seed,
+            )
+            for key, (run, mode) in runs.items()
         },
         repeats,
         progress=lambda done: progress(f"batch {size}", done / len(runs) / (repeats + 1)),
     )
-    for name, run in runs.items():
-        keep(generation_record(model, identity, prompts, run, samples[name], batch=size, max_new_tokens=new_tokens))
-    rates = {name: [s.tokens_per_second for s in found] for name, found in samples.items()}
-    return paired_ratio(rates[decoding.sampler], rates["autoregressive"])
+    for key, (run, mode) in runs.items():
+        settings: dict[str, Any] = {"batch": size, "batching": mode, "max_new_tokens": new_tokens}
+        keep(generation_record(model, identity, prompts, run, samples[key], **settings))
+    rates = {key: [s.tokens_per_second for s in found] for key, found in samples.items()}
+    if len(ways) == 1:
+        return {}
+    return {
+        mode: paired_ratio(rates[f"{decoding.sampler}, {mode}"], rates[f"autoregressive, {mode}"]) for mode in modes
+    }
 
 
 def generate(
     model: Model = "zaya-nano",
-    prompt: Annotated[str | None, typer.Option(help="Text to continue (default: standard input).")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue, may be repeated (default: standard input).")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of prompts; each line, with its line end, is one.")] = None,
     deployment: Annotated[
         Path | None, typer.Option(help="A tuned deployment.yaml instead of the options below.")
     ] = None,
@@ -173,20 +236,44 @@ def generate(
     temperature: Temperature = None,
     draft_temperature: DraftTemperature = None,
     anchor_draft: Anchor = None,
+    levels: Levels = None,
+    steps: Steps = None,
+    threshold: Threshold = None,
+    verify: Verify = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens, if no end comes before.")] = 128,
+    stop_token: Annotated[
+        list[int] | None, typer.Option(help="Id of a token that ends a text, may be repeated (default: the model's).")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Texts decoded at once, the others wait (default: all of them).")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = "cpu",
     dtype: Type = "float32",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text, and say how many forwards that took."""
-    options = (sampler, draft_tokens, mixing_weight, temperature, draft_temperature, anchor_draft)
+    """Continue texts, and say how many forwards that took."""
+    options: dict[str, Any] = {
+        "sampler": sampler,
+        "draft_tokens": draft_tokens,
+        "mixing_weight": mixing_weight,
+        "temperature": temperature,
+        "draft_temperature": draft_temperature,
+        "anchor_draft": anchor_draft,
+        "levels": levels,
+        "steps": steps,
+        "threshold": threshold,
+        "verify": verify,
+    }
     require(
-        deployment is None or all(option is None for option in options),
+        deployment is None or all(option is None for option in options.values()),
         "a deployment sets the sampler: give --deployment or sampler options, not both",
     )
-    decoding = _decoding(*options)
+    require(not (stream and as_json), "--json prints one document at the end: give --stream or --json, not both")
+    decoding = decoding_of(**options)
+    texts = _texts(prompt, prompts)
     loaded = load(model, device, dtype, threads)
     from runtime.checkpoint import find_checkpoint
     from runtime.engine import generate as run
@@ -194,70 +281,106 @@ def generate(
 
     tokenizer = load_tokenizer(find_checkpoint(model))
     first = BOS if isinstance(tokenizer, ByteTokenizer) else loaded.config.bos_token_id
-    text = prompt if prompt is not None else sys.stdin.read()
-    ids = [*([] if first is None else [first]), *tokenizer.encode(text)]
-    result = run(loaded, [ids], deployment or decoding, max_new_tokens=max_new_tokens, seed=seed)
-    written = tokenizer.decode(result.tokens[0])
-    used = plain(result.decoding)
-    counters = {
-        "tokens": len(result.tokens[0]),
-        "steps": result.steps[0],
-        "forwards": result.forwards,
-        "slots": result.slots,
-        "acceptance_length": result.acceptance_length,
-        "acceptance_histogram": result.acceptance_histogram,
-        "experts_per_layer": {kind: c.experts_per_layer() for kind, c in result.counters.items()},
-        "finish_reason": result.finish_reasons[0],
-        "prefill_seconds": result.prefill_seconds,
-        "decode_seconds": result.decode_seconds,
-        "tokens_per_second": result.tokens_per_second,
-    }
-    if as_json:
-        return print_json({"text": written, "token_ids": result.tokens[0], "decoding": used, **counters})
-    print(written)
-    print(
-        f"\n{counters['tokens']} tokens in {result.steps[0]} steps and {result.forwards} forwards "
-        f"({result.decoding.sampler}, {result.acceptance_length:.2f} tokens a step), "
-        f"{result.decode_seconds:.3f} s, {result.tokens_per_second:.1f} tokens/s; ended by {result.finish_reasons[0]}"
+    ids = [[*([] if first is None else [first]), *tokenizer.encode(text)] for text in texts]
+    result = run(
+        loaded,
+        ids,
+        deployment or decoding,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop_tokens=stop_token,
+        batch=batch,
+        on_tokens=_Stream(tokenizer.decode, len(texts)) if stream else None,
     )
+    written = [tokenizer.decode(tokens) for tokens in result.tokens]
+    if as_json:
+        return print_json(
+            {
+                "results": [
+                    {"text": text, "token_ids": tokens, "tokens": len(tokens), "steps": steps, "finish_reason": reason}
+                    for text, tokens, steps, reason in zip(
+                        written, result.tokens, result.steps, result.finish_reasons, strict=True
+                    )
+                ],
+                "decoding": plain(result.decoding),
+                "served": [plain(served._asdict()) for served in result.served],
+                "batching": result.batching,
+                "forwards": result.forwards,
+                "slots": result.slots,
+                "acceptance_length": result.acceptance_length,
+                "acceptance_histogram": result.acceptance_histogram,
+                "experts_per_layer": {kind: c.experts_per_layer() for kind, c in result.counters.items()},
+                "prefill_seconds": result.prefill_seconds,
+                "decode_seconds": result.decode_seconds,
+                "tokens_per_second": result.tokens_per_second,
+                "full_tokens_per_second": result.full_tokens_per_second,
+            }
+        )
+    if not stream:
+        for index, text in enumerate(written):
+            print(f"{_heading(index, len(texts))}{text}")
+    print(_summary(result))
 
 
-def _decoding(
-    sampler: str | None,
-    draft_tokens: int | None,
-    mixing_weight: float | None,
-    temperature: float | None,
-    draft_temperature: float | None,
-    anchor_draft: bool | None,
-) -> DecodingConfig:
-    """The given options over the defaults; without --sampler, two_forward where an option of it is given."""
-    given: dict[str, Any] = {
-        "draft_tokens": draft_tokens,
-        "mixing_weight": mixing_weight,
-        "draft_temperature": draft_temperature,
-        "anchor_draft": anchor_draft,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if sampler is None:
-        sampler = "two_forward" if given else "autoregressive"
-    if temperature is not None:
-        given["temperature"] = temperature
-    return DecodingConfig(sampler, **given)  # type: ignore[arg-type]
+class _Stream:
+    """Prints text as it comes. Of several texts every piece is a line that names its own."""
+
+    def __init__(self, decode: Callable[[list[int]], str], texts: int) -> None:
+        self._decode, self._texts = decode, texts
+        self._tokens: list[list[int]] = [[] for _ in range(texts)]
+        self._printed = [0] * texts
+
+    def __call__(self, index: int, tokens: list[int], finish_reason: str | None) -> None:
+        self._tokens[index] += tokens
+        text = self._decode(self._tokens[index])
+        if finish_reason is None and text.endswith("\ufffd"):
+            return  # a character of which only some bytes are there
+        piece, self._printed[index] = text[self._printed[index] :], len(text)
+        alone = self._texts == 1
+        shown = piece if alone else f"{_heading(index, self._texts)}{piece!r}"
+        print(shown, end="" if alone and finish_reason is None else "\n", flush=True)
 
 
-def _integers(name: str, text: str) -> list[int]:
+def _heading(index: int, texts: int) -> str:
+    return "" if texts == 1 else f"[{index + 1}/{texts}] "
+
+
+def _texts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts given, those of the file, or standard input."""
+    require(prompts is None or file is None, "the prompts come from --prompt or from --prompts, not both")
+    if file is None:
+        return prompts or [sys.stdin.read()]
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--{name} must be whole numbers with commas between them, but is {text!r}") from None
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    texts = [line for line in lines if line.strip()]
+    require(len(texts) > 0, f"{file} has no prompt")
+    return texts
+
+
+def _summary(result: GenerationResult) -> str:
+    tokens, reasons = sum(map(len, result.tokens)), ", ".join(sorted(set(result.finish_reasons)))
+    samplers = ", then ".join(dict.fromkeys(served.decoding.sampler for served in result.served))
+    full = result.full_tokens_per_second
+    return (
+        f"\n{tokens} tokens in {sum(result.steps)} steps and {result.forwards} forwards "
+        f"({samplers}, {result.acceptance_length:.2f} tokens a step), "
+        f"{result.decode_seconds:.3f} s, {result.tokens_per_second:.1f} tokens/s"
+        + (f" ({full:.1f} while every slot was full)" if full is not None and len(result.tokens) > 1 else "")
+        + f"; ended by {reasons}"
+    )
 
 
 def _line(record: Measurement) -> str:
     where = f"batch {record.workload.batch:<3} context {record.context:<5}"
     if record.kind == "generation":
         length = record.acceptance_length
+        full = record.full_tokens_per_second
         return (
-            f"{record.decoding.sampler:<15} {where} {record.tokens_per_second:9.1f} tokens/s +-{record.spread:.0%}"
+            f"{record.decoding.sampler:<15} {record.batching:<10} {where} {record.tokens_per_second:9.1f} tokens/s "
+            f"+-{record.spread:.0%}"
+            + (f", {full:.1f} in full steps" if full is not None else "")
             + (f"  {length:.2f} tokens a step (K = {record.decoding.draft_tokens})" if length is not None else "")
         )
     return (
@@ -266,6 +389,7 @@ def _line(record: Measurement) -> str:
     )
 
 
-def _speedup(batch: int, found: tuple[float, float, float], rounds: int) -> str:
+def _speedup(batching: str, batch: int, found: tuple[float, float, float], rounds: int) -> str:
     ratio, low, high = found
-    return f"batch {batch}: {ratio:.2f}x autoregressive decoding ({interval_name(rounds)} {low:.2f}-{high:.2f})"
+    where = f"{batching} batch {batch}"
+    return f"{where}: {ratio:.2f}x autoregressive decoding ({interval_name(rounds)} {low:.2f}-{high:.2f})"

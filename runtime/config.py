@@ -182,7 +182,7 @@ def model_config_from_json(path: Path) -> ModelConfig:
     return build(ModelConfig, kept, str(path))
 
 
-_USED_BY: dict[str, Sampler] = {  # settings of one sampler; any other sampler must leave them at their default
+SETTING_OF: dict[str, Sampler] = {  # settings of one sampler; any other sampler must leave them at their default
     "anchor_draft": "two_forward",
     "proposal_levels": "single_forward",
     "denoising_steps": "denoising",
@@ -223,7 +223,7 @@ class DecodingConfig:
         require(0 <= self.mixing_weight <= 1, f"0 <= mixing_weight <= 1 must hold, but got {self.mixing_weight}")
         require(self.temperature >= 0, f"temperature >= 0 must hold, but got {self.temperature}")
         require(self.draft_temperature >= 0, f"draft_temperature >= 0 must hold, but got {self.draft_temperature}")
-        for name, sampler in _USED_BY.items():
+        for name, sampler in SETTING_OF.items():
             require(
                 self.sampler == sampler or getattr(self, name) == _DEFAULTS[name],
                 f"{name} is a setting of {sampler}, but the sampler is {self.sampler}",

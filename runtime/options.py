@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hardware.files import UserError, known
-from runtime.config import DTYPE_BYTES, require
+from runtime.config import DTYPE_BYTES, SAMPLER_NAMES, SETTING_OF, DecodingConfig, require
 
 if TYPE_CHECKING:
     from runtime.model.zaya import Zaya
@@ -23,6 +23,25 @@ Model = Annotated[str, typer.Option(help="A bundled checkpoint's name, or a chec
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N (ROCm too).")]
 Type = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's own choice).")]
+# The settings of a `DecodingConfig`, for `decoding_of`; None: not given.
+SamplerName = Annotated[str | None, typer.Option("--sampler", help=f"{', '.join(SAMPLER_NAMES)}.")]
+DraftTokens = Annotated[int | None, typer.Option(help="Draft tokens K of a step, the block of denoising (default 16).")]
+Mixing = Annotated[float | None, typer.Option(help="Share w of autoregressive logits; 1 (default) is lossless.")]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 (default) is greedy.")]
+DraftTemperature = Annotated[float | None, typer.Option(help="Temperature of the drafts; 0 (default) is greedy.")]
+Anchor = Annotated[
+    bool | None, typer.Option("--anchor-draft/--mask-draft", help="two_forward: first draft from the anchor's row.")
+]
+Levels = Annotated[
+    str | None, typer.Option(help="single_forward: acceptance counts to draft ahead for, as 0,4,7,11 (default: all).")
+]
+Steps = Annotated[int | None, typer.Option(help="denoising: the most forwards that fill a block (default 1).")]
+Threshold = Annotated[
+    float | None, typer.Option(help="denoising: also decide every token of this probability (default: none).")
+]
+Verify = Annotated[
+    bool | None, typer.Option("--verify/--no-verify", help="denoising: verify the block, which makes it lossless.")
+]
 
 
 def load(model: str, device: str, dtype: str, threads: int | None) -> Zaya:
@@ -43,6 +62,36 @@ def load(model: str, device: str, dtype: str, threads: int | None) -> Zaya:
     if threads is not None:
         torch.set_num_threads(threads)
     return load_model(model, device=device, dtype=dtype)  # type: ignore[arg-type]
+
+
+def decoding_of(
+    *,
+    sampler: str | None = None,
+    levels: str | None = None,
+    steps: int | None = None,
+    threshold: float | None = None,
+    **settings: Any,
+) -> DecodingConfig:
+    """The given options over the defaults. Without --sampler it is the one whose setting is given, else two_forward
+    where anything of drafts is given, else autoregressive."""
+    given = settings | {
+        "proposal_levels": None if levels is None else tuple(integers("levels", levels)),
+        "denoising_steps": steps,
+        "confidence_threshold": threshold,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if sampler is None:
+        owners = [SETTING_OF[name] for name in given if name in SETTING_OF]
+        sampler = (owners or ["two_forward" if given.keys() - {"temperature"} else "autoregressive"])[0]
+    return DecodingConfig(sampler, **given)  # type: ignore[arg-type]
+
+
+def integers(name: str, text: str) -> list[int]:
+    """The numbers of an option like 1,4,16."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--{name} must be whole numbers with commas between them, but is {text!r}") from None
 
 
 def command_line() -> str:

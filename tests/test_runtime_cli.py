@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 from pathlib import Path
@@ -71,9 +72,34 @@ def test_bench_compares_generations_with_autoregressive_ones(
     document = json.loads(run(capsys, "bench", *options, "--json"))
     assert [r["decoding"]["sampler"] for r in document["records"]] == ["autoregressive", "two_forward"]
     assert all(sum(r["tokens"]) <= 2 * 10 * 5 for r in document["records"])
-    ratio, low, high = document["speedup_over_autoregressive"]["10"]
+    ratio, low, high = document["speedup_over_autoregressive"]["closed"]["10"]
     assert 0 < low <= ratio <= high
     assert "autoregressive decoding (range of 2 rounds" in run(capsys, "bench", *options)
+
+
+def test_bench_reports_closed_and_continuous_batches_by_name(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", checkpoint, "--batch", "4", "--new-tokens", 6, "--levels", "0,2", "--draft-tokens", 3]
+    options += ["--repeats", 1, "--batching", "both"]
+    document = json.loads(run(capsys, "bench", *options, "--out", tmp_path / "runs.jsonl", "--json"))
+    records = read_jsonl(tmp_path / "runs.jsonl")
+    assert [(r.decoding.sampler, r.batching) for r in records] == [
+        (sampler, batching) for batching in ("closed", "continuous") for sampler in ("autoregressive", "single_forward")
+    ]
+    assert all(r.full_tokens_per_second is not None and r.full_tokens_per_second > 0 for r in records)
+    assert records[0].tokens == records[2].tokens  # greedy, so the same text, on slots that are refilled
+    assert set(document["speedup_over_autoregressive"]) == {"closed", "continuous"}
+    lines = run(capsys, "bench", *options).splitlines()
+    assert lines[-2].startswith("closed batch 4: ") and lines[-1].startswith("continuous batch 4: ")
+    assert "tokens/s" in lines[0] and "in full steps" in lines[0]
+
+
+def test_bench_times_the_forward_of_single_forward(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", checkpoint, "--batch", "2", "--context", 8, "--levels", "0,2", "--draft-tokens", 3]
+    document = json.loads(run(capsys, "bench", *options, "--repeats", 1, "--json"))
+    assert [(r["forward"], r["slots"]) for r in document["records"]] == [("decode", 1), ("single", 4 * 3)]
+    assert document["records"][1]["decoding"]["proposal_levels"] == [0, 2]
 
 
 def test_generate_prints_the_engines_text(
@@ -85,10 +111,59 @@ def test_generate_prints_the_engines_text(
     assert run(capsys, "generate", "--model", checkpoint, "--max-new-tokens", 20).startswith(text + "\n\n")
     options = ["--prompt", "add 1\n", "--max-new-tokens", 20, "--draft-tokens", 4, "--json"]
     document = json.loads(run(capsys, "generate", "--model", checkpoint, *options))
-    assert document["text"] == text
+    [found] = document["results"]
+    assert found["text"] == text
     assert document["decoding"]["sampler"] == "two_forward"
-    assert document["tokens"] == len(result.tokens[0])
-    assert document["forwards"] == 2 * document["steps"]
+    assert found["tokens"] == len(result.tokens[0])
+    assert document["forwards"] == 2 * found["steps"]
+
+
+PROMPTS = ["add 1\n", "rev 12\n", "b\n"]
+
+
+def test_generate_takes_several_prompts_and_decodes_some_at_a_time(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\n{PROMPTS[1]}{PROMPTS[2]}")  # a blank line is no prompt
+    common = ["--model", checkpoint, "--max-new-tokens", 12, "--json"]
+    repeated = json.loads(run(capsys, "generate", *common, *(part for p in PROMPTS for part in ("--prompt", p))))
+    from_file = json.loads(
+        run(capsys, "generate", *common, "--prompts", tmp_path / "prompts.txt", "--batch", 2, "--levels", "0,1")
+    )
+    expected = generate(
+        load_model(str(checkpoint)), [[BOS, *p.encode()] for p in PROMPTS], DecodingConfig(), max_new_tokens=12
+    )
+    for document in (repeated, from_file):
+        assert [r["token_ids"] for r in document["results"]] == expected.tokens
+    assert (repeated["batching"], from_file["batching"]) == ("closed", "continuous")
+    assert from_file["decoding"]["sampler"] == "single_forward"
+    assert [s["steps"] for s in from_file["served"]] == [from_file["forwards"]]
+
+
+def test_generate_ends_at_the_stop_tokens_given(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", checkpoint, "--prompt", "a", "--max-new-tokens", 12, "--json"]
+    [free] = json.loads(run(capsys, "generate", *options))["results"]
+    stop = free["token_ids"][3]
+    [cut] = json.loads(run(capsys, "generate", *options, "--stop-token", stop))["results"]
+    assert cut["token_ids"] == free["token_ids"][: free["token_ids"].index(stop) + 1]
+    assert (free["finish_reason"], cut["finish_reason"]) == ("length", "stop")
+
+
+def test_generate_streams_the_text_that_it_would_print(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", checkpoint, "--max-new-tokens", 12, "--draft-tokens", 3]
+    whole, streamed = (
+        run(capsys, "generate", *options, "--prompt", "a", *extra).rpartition(" tokens in ")[0]
+        for extra in ((), ("--stream",))
+    )
+    assert streamed == whole
+    several = [part for p in PROMPTS for part in ("--prompt", p)]
+    lines = run(capsys, "generate", *options, *several, "--stream").splitlines()
+    texts = ["", "", ""]
+    for line in lines[:-2]:
+        place, _, piece = line.partition("/3] ")
+        texts[int(place[1:]) - 1] += ast.literal_eval(piece)
+    expected = json.loads(run(capsys, "generate", *options, *several, "--json"))["results"]
+    assert texts == [r["text"] for r in expected]
 
 
 def test_generate_follows_a_deployment(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +174,9 @@ def test_generate_follows_a_deployment(checkpoint: Path, tmp_path: Path, capsys:
         tmp_path / "deployment.yaml",
     )
     options = ["--model", checkpoint, "--prompt", "a", "--max-new-tokens", 5, "--deployment", path]
-    assert json.loads(run(capsys, "generate", *options, "--json"))["decoding"]["draft_tokens"] == 6
+    document = json.loads(run(capsys, "generate", *options, "--json"))
+    assert document["decoding"]["draft_tokens"] == 6
+    assert [(s["decoding"]["draft_tokens"], s["kernels"]["threads"]) for s in document["served"]] == [(6, 1)]
     assert ridgepoint.main(["generate", *map(str, options), "--temperature", "0.5"]) == 2
     assert "not both" in capsys.readouterr().err
 
@@ -165,6 +242,13 @@ def test_convert_then_eval_writes_a_card(tmp_path: Path, capsys: pytest.CaptureF
         ("generate", ["--sampler", "psychic"], ["unknown sampler 'psychic'", "two_forward"]),
         ("generate", ["--prompt", "x" * 400], ["the context of 320", "401 + 128"]),
         ("generate", ["--threads", "0"], ["threads >= 1"]),
+        ("generate", ["--batch", "0"], ["batch >= 1 must hold, but got 0"]),
+        ("generate", ["--prompts", "nothing.txt"], ["--prompt or from --prompts, not both"]),
+        ("generate", ["--stream", "--json"], ["--stream or --json, not both"]),
+        ("generate", ["--levels", "0,x"], ["--levels must be whole numbers", "0,x"]),
+        ("generate", ["--levels", "1,2"], ["proposal_levels must ascend from 0"]),
+        ("generate", ["--steps", "2", "--levels", "0"], ["denoising_steps is a setting of denoising"]),
+        ("bench", ["--batching", "open"], ["unknown batching 'open'", "known: both, closed, continuous"]),
         ("bench", ["--batch", "1,two"], ["--batch must be whole numbers", "1,two"]),
         ("bench", ["--batch", "0"], ["batch >= 1"]),
         ("bench", ["--slots", "0"], ["slots >= 1"]),
