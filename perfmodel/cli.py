@@ -14,7 +14,7 @@ import typer
 
 from hardware.files import UserError, plain, write_atomic
 from hardware.profile import HardwareProfile, load_profile
-from runtime.config import DecodingConfig, Workload
+from runtime.config import SAMPLER_NAMES, DecodingConfig, Workload, require
 
 if TYPE_CHECKING:
     from perfmodel.experts import ExpertCoverage
@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[str, typer.Option(help="A known model, or a checkpoint's folder or config.json.")]
 HardwareOption = Annotated[str, typer.Option(help="A known device, or a profile's YAML file.")]
-SamplerOption = Annotated[str, typer.Option(help="autoregressive or two_forward.")]
+SamplerOption = Annotated[str, typer.Option(help=f"{', '.join(SAMPLER_NAMES[:-1])} or {SAMPLER_NAMES[-1]}.")]
+LevelsOption = Annotated[
+    str | None, typer.Option(help="dense, or single_forward's levels as ascending numbers with commas, 0 first.")
+]
+StepsOption = Annotated[int | None, typer.Option(help="Most forwards that fill a denoising block (default 1).")]
+ThresholdOption = Annotated[
+    float | None, typer.Option(help="Probability from which denoising decides a token early; see --steps-per-block.")
+]
+FillingsOption = Annotated[
+    float | None, typer.Option(help="Mean forwards that fill a denoising block, as measured (default: the most).")
+]
+VerifyOption = Annotated[bool, typer.Option("--verify", help="A verification follows denoising.")]
 DTypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).")
 ]
@@ -61,6 +72,11 @@ def predict(
     acceptance_histogram: Annotated[
         str | None, typer.Option(help="Steps that accepted 0, 1, 2... drafts, as numbers with commas.")
     ] = None,
+    levels: LevelsOption = None,
+    steps: StepsOption = None,
+    threshold: ThresholdOption = None,
+    steps_per_block: FillingsOption = None,
+    verify: VerifyOption = False,
     mixing_weight: Annotated[float, typer.Option(help="Share of the autoregressive logits; 1 is lossless.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     dtype: DTypeOption = None,
@@ -73,12 +89,10 @@ def predict(
     from perfmodel.model_spec import load_spec
 
     device = load_profile(hardware)
-    decoding = DecodingConfig(
-        sampler=sampler,  # type: ignore[arg-type]  # the dataclass refuses unknown names
-        draft_tokens=draft_tokens,
-        mixing_weight=mixing_weight,
-        temperature=temperature,
-    )
+    decoding = _decoding(
+        sampler, draft_tokens, levels, steps, threshold, steps_per_block, verify,
+        mixing_weight=mixing_weight, temperature=temperature,
+    )  # fmt: skip
     workload = Workload(batch=batch, prompt_tokens=max(1, context), dtype=_dtype(dtype, device))  # type: ignore[arg-type]
     prediction = run(
         load_spec(model),
@@ -88,6 +102,7 @@ def predict(
         context=context,
         acceptance_length=acceptance_length,
         histogram=_numbers("acceptance-histogram", acceptance_histogram, float) if acceptance_histogram else None,
+        fillings=steps_per_block,
         expert_coverage=expert_coverage,
         engine=engine,
     )
@@ -107,6 +122,11 @@ def sweep(
     acceptance_rate: Annotated[
         float | None, typer.Option(help="Probability that a draft is accepted, the same at every position.")
     ] = None,
+    levels: LevelsOption = None,
+    steps: StepsOption = None,
+    threshold: ThresholdOption = None,
+    steps_per_block: FillingsOption = None,
+    verify: VerifyOption = False,
     dtype: DTypeOption = None,
     expert_coverage: CoverageOption = "uniform",
     engine: EngineOption = None,
@@ -116,6 +136,7 @@ def sweep(
     """Predict every combination of batch, context and draft tokens at once."""
     from perfmodel.decoding import setting
     from perfmodel.model_spec import load_spec
+    from perfmodel.steps import title
     from perfmodel.sweep import acceptance_by_draft_tokens
     from perfmodel.sweep import sweep as run
 
@@ -124,7 +145,8 @@ def sweep(
         name: _numbers(name, text, int)
         for name, text in (("batch", batch), ("context", context), ("draft-tokens", draft_tokens))
     }
-    decoding = DecodingConfig(sampler=sampler)  # type: ignore[arg-type]
+    widest = max(axes["draft-tokens"])
+    decoding = _decoding(sampler, widest, levels, steps, threshold, steps_per_block, verify)
     lengths = acceptance_by_draft_tokens(decoding, axes["draft-tokens"], length=acceptance_length, rate=acceptance_rate)
     at = setting(load_spec(model), device, _dtype(dtype, device), expert_coverage=expert_coverage, engine=engine)
     grid = run(
@@ -134,10 +156,11 @@ def sweep(
         context=axes["context"],
         draft_tokens=axes["draft-tokens"],
         acceptance_length=lengths,
+        fillings=steps_per_block,
     )
     rows = list(grid.rows())
     header = {"model": model, "hardware": device.name, "engine": at.engine.name, "sampler": sampler,
-              "dtype": at.device.dtype, "expert_coverage": str(at.coverage)}  # fmt: skip
+              "setting": title(decoding), "dtype": at.device.dtype, "expert_coverage": str(at.coverage)}  # fmt: skip
     if out is not None:
         _write_csv(out, [header | row for row in rows])
     if as_json:
@@ -146,7 +169,8 @@ def sweep(
         print(f"written: {out} ({len(rows)} operating points)")
         return
     _print_table(
-        f"{model} on {device.name}, {sampler}, {at.device.dtype}, experts {at.coverage}, engine {at.engine.name}",
+        f"{model} on {device.name}, {title(decoding)}, {at.device.dtype}, experts {at.coverage}, "
+        f"engine {at.engine.name}",
         ("batch", "context", "K", "length", "step ms", "bound ms", "AR ms", "tokens/s", "speedup", "experts", "fits"),
         [
             (
@@ -253,6 +277,33 @@ def _dtype(dtype: str | None, device: HardwareProfile) -> str:
     return dtype or ("bfloat16" if device.kind == "gpu" else "float32")
 
 
+def _decoding(
+    sampler: str,
+    draft_tokens: int,
+    levels: str | None,
+    steps: int | None,
+    threshold: float | None,
+    steps_per_block: float | None,
+    verify: bool,
+    **others: float,
+) -> DecodingConfig:
+    """The settings that the options stand for. UserError for what does not go together."""
+    require(
+        steps_per_block is None or threshold is not None,
+        "--steps-per-block is what a confidence threshold leaves of the steps: give --threshold too",
+    )
+    given: dict[str, Any] = {
+        "proposal_levels": None if levels in (None, "dense") else tuple(_numbers("levels", levels or "", int)),
+        "denoising_steps": steps,
+        "confidence_threshold": threshold,
+        "verify": verify or None,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    decoding = DecodingConfig(sampler, draft_tokens, **chosen, **others)  # type: ignore[arg-type]  # it checks names
+    require(levels is None or sampler == "single_forward", f"--levels are single_forward's, but --sampler is {sampler}")
+    return decoding
+
+
 def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
@@ -320,10 +371,12 @@ def _print_summaries(found: dict[str, Summary]) -> None:
 
 
 def _print_prediction(p: Prediction) -> None:
+    from perfmodel.steps import title
+
     w, d = p.workload, p.decoding
-    drafts = "" if d.sampler == "autoregressive" else f", K = {d.draft_tokens}, {p.acceptance_length:.2f} tokens a step"
+    drafts = f", K = {d.draft_tokens}, {p.acceptance_length:.2f} tokens a step" if d.drafts else ""
     _print_table(
-        f"{p.model} on {p.hardware}: {d.sampler}{drafts}, batch {w.batch}, context {p.context}, {w.dtype}, "
+        f"{p.model} on {p.hardware}: {title(d)}{drafts}, batch {w.batch}, context {p.context}, {w.dtype}, "
         f"engine {p.engine}, experts {p.expert_coverage}",
         ("operator", "GFLOP", "MB", "launches", "ms", "bound ms", "of the step", "bound"),
         [
@@ -341,9 +394,12 @@ def _print_prediction(p: Prediction) -> None:
         ],
     )
     for f in p.forwards:
-        print(f"{f.name:8} {f.slots} slots: {_ms(f.seconds)} ms, {f.experts_per_layer:.1f} experts a layer, {f.bound}")
+        often = "" if f.times == 1 else f", {f.times:.3g} times"
+        experts = f"{f.experts_per_layer:.1f} experts a layer"
+        print(f"{f.name:8} {f.slots} slots: {_ms(f.seconds)} ms{often}, {experts}, {f.bound}")
     print(f"step     {_ms(p.step_seconds)} ms (roofline {_ms(p.bound_step_seconds)} ms), {p.bound}")
-    print(f"rate     {p.tokens_per_second:.0f} tokens/s (roofline {p.bound_tokens_per_second:.0f})")
+    rate = f"{p.tokens_per_second:.0f} tokens/s (roofline {p.bound_tokens_per_second:.0f})"
+    print(f"rate     {rate}, {p.tokens_per_forward:.2f} tokens a forward")
     print(
         f"speedup  {p.speedup_over_autoregressive:.2f}x over autoregressive decoding "
         f"({_ms(p.autoregressive_step_seconds)} ms a token)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from perfmodel.model_spec import ModelSpec, require_context
 from perfmodel.operators import Array, forward_costs, sampler_cost, shape
 from perfmodel.prediction import Bound, ForwardPrediction, OperatorPrediction, Prediction
 from perfmodel.roofline import BOUNDS, Device, Timing, time_operators
-from runtime.config import DTYPE_BYTES, DecodingConfig, KernelConfig, Workload, replace, require
+from perfmodel.steps import Step, step_of
+from runtime.config import DTYPE_BYTES, DecodingConfig, KernelConfig, Workload, require
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class Setting:
 class ForwardTiming:
     """One forward over a grid: arrays of the grid's shape."""
 
-    name: str  # "decode", "draft", "verify"; "forward" on its own
+    name: str  # as in `perfmodel.steps`; "forward" on its own
     slots: Array
     experts_per_layer: Array
     operators: list[Timing]
+    times: Array = field(default_factory=lambda: np.ones(()))  # how often its step runs it; all else is of one
 
     @property
     def seconds(self) -> Array:
@@ -57,22 +59,34 @@ class StepTiming:
     """One decoding step over a grid: its forwards and the sampler's own work."""
 
     forwards: tuple[ForwardTiming, ...]
-    sampler: Timing
+    sampler: list[Timing]
+    reach: npt.ArrayLike  # positions beyond the cached ones
 
     @property
     def seconds(self) -> Array:
         """Calibrated estimate of the whole step."""
-        return sum((f.seconds for f in self.forwards), self.sampler.seconds)
+        return sum((f.times * f.seconds for f in self.forwards), self.sampler_seconds)
 
     @property
     def bound_seconds(self) -> Array:
         """Roofline of the whole step."""
-        return sum((f.bound_seconds for f in self.forwards), self.sampler.bound_seconds)
+        own = sum((op.bound_seconds for op in self.sampler), np.zeros(()))
+        return sum((f.times * f.bound_seconds for f in self.forwards), own)
 
     @property
-    def operators(self) -> list[Timing]:
-        """All operators of all forwards, and the sampler."""
-        return [op for f in self.forwards for op in f.operators] + [self.sampler]
+    def sampler_seconds(self) -> Array:
+        """Calibrated estimate of the sampler's own work."""
+        return sum((op.seconds for op in self.sampler), np.zeros(()))
+
+    @property
+    def forwards_per_step(self) -> Array:
+        """How many forwards there are, of all kinds."""
+        return sum((f.times for f in self.forwards), np.zeros(()))
+
+    @property
+    def operators(self) -> list[tuple[Timing, Array]]:
+        """All operators of all forwards, and the sampler's work, each with how often the step runs it."""
+        return [(op, f.times) for f in self.forwards for op in f.operators] + [(op, np.ones(())) for op in self.sampler]
 
 
 def setting(
@@ -98,9 +112,15 @@ def time_forward(
     context: npt.ArrayLike,
     head_rows: npt.ArrayLike | None = None,
     name: str = "forward",
+    *,
+    pairs: Array | None = None,
+    head_passes: int = 1,
 ) -> ForwardTiming:
-    """One forward of batch x slots tokens over cached contexts; the LM head on `head_rows` per sequence (None: all)."""
-    grid = shape(batch, slots, context, slots if head_rows is None else head_rows)
+    """One forward of batch x slots tokens over cached contexts; the LM head on `head_rows` per sequence (None: all).
+
+    pairs, head_passes: as in `steps.ForwardSizes`.
+    """
+    grid = shape(batch, slots, context, slots if head_rows is None else head_rows, pairs, head_passes)
     dtype = at.device.dtype
     costs = forward_costs(at.spec, grid, dtype, at.coverage)
     executed = execute_forward(at.spec, costs, grid, dtype, at.coverage, at.engine, at.kernels)
@@ -109,29 +129,26 @@ def time_forward(
     return ForwardTiming(name, grid.slots, distinct, time_operators(executed, at.device, at.engine, stream))
 
 
-def time_step(
-    at: Setting, decoding: DecodingConfig, batch: npt.ArrayLike, context: npt.ArrayLike, draft_tokens: npt.ArrayLike
-) -> StepTiming:
-    """One step of the sampler; `draft_tokens` K (an array may be given) replaces the one in `decoding`.
-
-    autoregressive: one forward of one slot. two_forward: a draft of the anchor and K masks whose LM head runs on K
-    rows (the masks, or with `anchor_draft` the anchor and all masks but the first), then a verify of K + 1 rows.
-    """
-    k = np.asarray(draft_tokens, dtype=float)
-    sequences = np.asarray(batch, dtype=float)
-    forwards: tuple[ForwardTiming, ...]
-    if decoding.sampler == "autoregressive":
-        forwards = (time_forward(at, batch, 1, context, 1, "decode"),)
-        rows = sequences
-    else:
-        forwards = (
-            time_forward(at, batch, k + 1, context, k, "draft"),
-            time_forward(at, batch, k + 1, context, k + 1, "verify"),
+def time_step(at: Setting, step: Step, batch: npt.ArrayLike, context: npt.ArrayLike) -> StepTiming:
+    """One step of a sampler (`steps.step_of` a setting) over a grid, whose arrays broadcast with those of the step."""
+    forwards = tuple(
+        replace(
+            time_forward(at, batch, f.slots, context, f.head_rows, f.name, pairs=f.pairs, head_passes=f.head_passes),
+            times=np.asarray(f.times, dtype=float),
         )
-        rows = sequences * (2 * k + 1)
-    cost = sampler_cost(at.spec, rows)
-    work = execute(cost, at.engine.sampler_host(decoding.sampler, decoding.temperature), at.engine)
-    return StepTiming(forwards, time_operators([work], at.device, at.engine, np.zeros(()))[0])
+        for f in step.forwards
+    )
+    sequences = np.asarray(batch, dtype=float)
+    work = [
+        execute(
+            sampler_cost(at.spec, sequences * np.asarray(w.rows) * np.asarray(w.times)),
+            at.engine.work(w.entry),
+            at.engine,
+            w.times,
+        )
+        for w in step.work
+    ]
+    return StepTiming(forwards, time_operators(work, at.device, at.engine, np.zeros(())), step.reach)
 
 
 def predict(
@@ -144,18 +161,22 @@ def predict(
     acceptance_length: float | None = None,
     histogram: Sequence[float] | None = None,
     acceptance_rates: Sequence[float] | None = None,
+    fillings: float | None = None,
     expert_coverage: ExpertCoverage | str = "uniform",
     engine: EngineProfile | str | None = None,
     kernels: KernelConfig | None = None,
 ) -> Prediction:
     """Predict one step of `decoding` with `context` cached tokens per sequence, `workload.batch` sequences kept going.
 
-    A drafting sampler needs one form of acceptance. UserError: acceptance missing or impossible, context beyond the
-    model's, a dtype without a peak on the device, weights and caches that do not fit its memory, unknown names.
+    A sampler whose drafts are verified needs one form of acceptance. fillings: the mean number of forwards that fill
+    a denoising block, where a confidence threshold ends them before the most. UserError: acceptance missing or
+    impossible, context beyond the model's, a dtype without a peak on the device, weights and caches that do not fit
+    its memory, unknown names.
     """
-    batch, k, dtype = workload.batch, decoding.draft_tokens, workload.dtype
+    batch, dtype = workload.batch, workload.dtype
     require(context >= 1, f"context >= 1 must hold, but got {context}")
-    require_context(spec, context + decoding.slots)
+    parts = step_of(decoding, fillings=fillings)
+    require_context(spec, context + int(np.max(parts.reach)))
     committed = tokens_per_step(decoding, length=acceptance_length, histogram=histogram, rates=acceptance_rates)
     at = setting(spec, hardware, dtype, expert_coverage=expert_coverage, engine=engine, kernels=kernels)
     needed = float(memory_bytes(spec, dtype, batch, context + decoding.slots))
@@ -165,9 +186,8 @@ def predict(
         f"weights and caches must fit the {capacity / 1e9:.1f} GB of {hardware.name}, but batch {batch} at context "
         f"{context} needs {needed / 1e9:.1f} GB",
     )
-    step = time_step(at, decoding, batch, context, k)
-    plain = replace(decoding, sampler="autoregressive")
-    baseline = step if decoding.sampler == "autoregressive" else time_step(at, plain, batch, context, k)
+    step = time_step(at, parts, batch, context)
+    baseline = time_step(at, step_of(decoding.autoregressive), batch, context) if decoding.drafts else step
     seconds, bound, single = float(step.seconds), float(step.bound_seconds), float(baseline.seconds)
     return Prediction(
         model=spec.name,
@@ -178,9 +198,10 @@ def predict(
         context=context,
         expert_coverage=str(at.coverage),
         acceptance_length=committed,
+        tokens_per_forward=committed / float(step.forwards_per_step),
         forwards=tuple(_forward(f) for f in step.forwards),
         operators=_by_name(step.operators),
-        sampler_seconds=float(step.sampler.seconds),
+        sampler_seconds=float(step.sampler_seconds),
         step_seconds=seconds,
         bound_step_seconds=bound,
         bound=_binding(step.operators),
@@ -201,13 +222,15 @@ def memory_bytes(spec: ModelSpec, dtype: str, batch: npt.ArrayLike, positions: n
 
 
 def _forward(forward: ForwardTiming) -> ForwardPrediction:
-    operators = _by_name(forward.operators)
+    once = [(op, np.ones(())) for op in forward.operators]
+    operators = _by_name(once)
     return ForwardPrediction(
         name=forward.name,
+        times=float(forward.times),
         slots=int(forward.slots),
         seconds=float(forward.seconds),
         bound_seconds=float(forward.bound_seconds),
-        bound=_binding(forward.operators),
+        bound=_binding(once),
         flops=sum(op.flops for op in operators),
         bytes=sum(op.bytes for op in operators),
         experts_per_layer=float(forward.experts_per_layer),
@@ -215,25 +238,25 @@ def _forward(forward: ForwardTiming) -> ForwardPrediction:
     )
 
 
-def _by_name(timings: Sequence[Timing]) -> tuple[OperatorPrediction, ...]:
-    """One entry per operator name, summed over the forwards it occurs in."""
-    names = dict.fromkeys(t.name for t in timings)
-    return tuple(_operator(name, [t for t in timings if t.name == name]) for name in names)
+def _by_name(timings: Sequence[tuple[Timing, Array]]) -> tuple[OperatorPrediction, ...]:
+    """One entry per operator name, summed over the forwards it occurs in, each as often as it runs."""
+    names = dict.fromkeys(t.name for t, _ in timings)
+    return tuple(_operator(name, [(t, times) for t, times in timings if t.name == name]) for name in names)
 
 
-def _operator(name: str, timings: Sequence[Timing]) -> OperatorPrediction:
+def _operator(name: str, timings: Sequence[tuple[Timing, Array]]) -> OperatorPrediction:
     return OperatorPrediction(
         name=name,
-        flops=float(sum(t.executed.cost.flops for t in timings)),
-        bytes=float(sum(t.executed.cost.bytes for t in timings)),
-        launches=float(sum(t.executed.launches for t in timings)),
-        seconds=float(sum(t.seconds for t in timings)),
-        bound_seconds=float(sum(t.bound_seconds for t in timings)),
+        flops=float(sum(n * t.executed.cost.flops for t, n in timings)),
+        bytes=float(sum(n * t.executed.cost.bytes for t, n in timings)),
+        launches=float(sum(n * t.executed.launches for t, n in timings)),
+        seconds=float(sum(n * t.seconds for t, n in timings)),
+        bound_seconds=float(sum(n * t.bound_seconds for t, n in timings)),
         bound=_binding(timings),
     )
 
 
-def _binding(timings: Sequence[Timing]) -> Bound:
+def _binding(timings: Sequence[tuple[Timing, Array]]) -> Bound:
     """What most of the time is made of."""
-    totals = [float(sum(t.parts[i] for t in timings)) for i in range(len(BOUNDS))]
+    totals = [float(sum(n * t.parts[i] for t, n in timings)) for i in range(len(BOUNDS))]
     return BOUNDS[int(np.argmax(totals))]

@@ -13,6 +13,7 @@ import yaml
 from hardware.files import UserError, build, known, plain, read_yaml, write_atomic
 from hardware.profile import HardwareProfile
 from perfmodel.operators import FORWARD_OPERATORS
+from perfmodel.steps import WORK_ENTRIES
 from runtime.config import EXPERT_MODES, KernelConfig, require
 
 Parameter = Literal["dispatch", "matmul", "attention", "cache", "activations"]
@@ -70,7 +71,7 @@ class EngineProfile:
     overlap: bool
     operators: dict[str, OperatorHost]
     experts: dict[str, OperatorHost]  # by KernelConfig's expert mode
-    sampler: dict[str, OperatorHost]  # of a whole step, by sampler; "_sampled" at a temperature above 0
+    sampler: dict[str, OperatorHost]  # by the parts of `perfmodel.steps`; "_sampled" where tokens are drawn
     kernels: KernelConfig  # the default of a prediction that names none
     view_share: float  # host seconds of a view over those of a launch
     sources: dict[str, str]
@@ -83,11 +84,10 @@ class EngineProfile:
             set(self.operators) == wanted,
             f"operators must be exactly {', '.join(sorted(wanted))}, but are {', '.join(sorted(self.operators))}",
         )
-        samplers = {name + end for name in ("autoregressive", "two_forward") for end in ("", "_sampled")}
-        require(
-            set(self.sampler) == samplers,
-            f"sampler must be exactly {', '.join(sorted(samplers))}, but is {', '.join(sorted(self.sampler))}",
-        )
+        for name in self.sampler:
+            if name not in WORK_ENTRIES:
+                raise known("entry of sampler", name, WORK_ENTRIES)
+        require("autoregressive" in self.sampler, "sampler must describe autoregressive, the baseline of every other")
         for mode in self.experts:
             if mode not in EXPERT_MODES:
                 raise known("expert mode", mode, EXPERT_MODES)
@@ -102,9 +102,13 @@ class EngineProfile:
             f"sources must be for exactly {', '.join(sorted(groups))}, but are for {', '.join(sorted(self.sources))}",
         )
 
-    def sampler_host(self, sampler: str, temperature: float) -> OperatorHost:
-        """The step's own work of a sampler, greedy or sampled."""
-        return self.sampler[sampler + ("_sampled" if temperature > 0 else "")]
+    def work(self, entry: str) -> OperatorHost:
+        """A part of a sampler's own work. UserError where an engine, of an earlier fit for example, lacks it."""
+        if entry not in self.sampler:
+            raise UserError(
+                f"engine {self.name} does not describe {entry}: its sampler has {', '.join(sorted(self.sampler))}"
+            )
+        return self.sampler[entry]
 
     def scale_of(self, parameter: Parameter) -> float:
         """The calibrated factor, 1 where none was fitted."""

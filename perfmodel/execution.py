@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hardware.files import UserError
 from perfmodel.engine import EngineProfile, OperatorHost
@@ -27,9 +28,10 @@ class Executed:
     host_units: Array  # launches, and views by their share
 
 
-def execute(cost: OperatorCost, host: OperatorHost, engine: EngineProfile, repeat: int = 1) -> Executed:
+def execute(cost: OperatorCost, host: OperatorHost, engine: EngineProfile, repeat: npt.ArrayLike = 1.0) -> Executed:
     """An operator that runs as it is, `repeat` times (its layers)."""
-    launches = np.full(np.shape(cost.bytes), float(repeat * host.launches))
+    repeat = np.asarray(repeat, dtype=float)
+    launches = np.zeros(np.shape(cost.bytes)) + repeat * host.launches
     units = launches + repeat * host.views * engine.view_share
     return Executed(cost, cost.matmuls, cost.weight_bytes, cost.activation_bytes * host.passes, launches, units)
 
@@ -49,7 +51,7 @@ def execute_forward(
         if cost.name == "experts":
             found.append(_experts(spec, cost, at, dtype, coverage, engine, kernels))
         else:
-            repeat = spec.layers if cost.name in LAYER_OPERATORS else 1
+            repeat = spec.layers if cost.name in LAYER_OPERATORS else at.head_passes if cost.name == "lm_head" else 1
             found.append(execute(cost, engine.operators[cost.name], engine, repeat))
     return found
 

@@ -33,6 +33,8 @@ class Shape:
     slots: Array  # token slots per sequence
     context: Array  # cached tokens per sequence
     head_rows: Array  # rows per sequence that the LM head projects
+    pairs: Array | None = None  # how often a slot sees a slot of its sequence, at least; None: they are causal
+    head_passes: int = 1  # projections by the LM head that the rows take
 
     @property
     def tokens(self) -> Array:
@@ -40,10 +42,19 @@ class Shape:
         return self.batch * self.slots
 
 
-def shape(batch: npt.ArrayLike, slots: npt.ArrayLike, context: npt.ArrayLike, head_rows: npt.ArrayLike) -> Shape:
+def shape(
+    batch: npt.ArrayLike,
+    slots: npt.ArrayLike,
+    context: npt.ArrayLike,
+    head_rows: npt.ArrayLike,
+    pairs: Array | None = None,
+    head_passes: int = 1,
+) -> Shape:
     """Numbers or arrays as a `Shape`, broadcast together."""
-    arrays = np.broadcast_arrays(*(np.asarray(a, dtype=float) for a in (batch, slots, context, head_rows)))
-    return Shape(*arrays)
+    sequences, width, cached, rows = np.broadcast_arrays(
+        *(np.asarray(a, dtype=float) for a in (batch, slots, context, head_rows))
+    )
+    return Shape(sequences, width, cached, rows, pairs, head_passes)
 
 
 @dataclass(frozen=True)
@@ -181,9 +192,9 @@ def forward_costs(spec: ModelSpec, at: Shape, dtype: str, coverage: ExpertCovera
         _cost(
             "lm_head",
             tokens,
-            weight_bytes=np.where(at.head_rows > 0, head_parameters * width, 0.0),
+            weight_bytes=np.where(at.head_rows > 0, at.head_passes * head_parameters * width, 0.0),
             activation_set_bytes=head_tokens * (hidden * width + spec.vocab_size * LOGIT_BYTES),
-            matmuls=(Matmul(once, head_tokens, hidden, spec.vocab_size),),
+            matmuls=(Matmul(at.head_passes * once, head_tokens / at.head_passes, hidden, spec.vocab_size),),
         ),
     )
 
@@ -226,7 +237,14 @@ def _attention(spec: ModelSpec, at: Shape, width: int) -> OperatorCost:
 
 
 def _visible(at: Shape, window: int | None) -> Array:
-    """Pairs of a slot and a key it sees when all slots are causal: sum over slots i of min(context + i, window)."""
+    """Pairs of a slot and a key it sees, at least.
+
+    Causal slots: sum over slots i of min(context + i, window). Others, whose pairs are given: no slot comes before the
+    cached tokens' end, so that in a window each sees min(context + 1, window) keys if it does not see fewer in all.
+    """
+    if at.pairs is not None:
+        every = at.slots * at.context + at.pairs
+        return every if window is None else np.minimum(every, at.slots * np.minimum(at.context + 1, window))
     growing = at.slots if window is None else np.clip(window - at.context, 0, at.slots)
     return growing * at.context + growing * (growing + 1) / 2 + (at.slots - growing) * (window or 0)
 

@@ -32,7 +32,8 @@ class OperatorPrediction:
 class ForwardPrediction:
     """One model forward of batch x slots tokens over a cached context."""
 
-    name: str  # "decode", "draft", "verify"
+    name: str  # as in `perfmodel.steps`: "decode", "draft", "verify", ...
+    times: float  # how often a step runs it; what follows is of one
     slots: int
     seconds: float
     bound_seconds: float
@@ -55,6 +56,7 @@ class Prediction:
     context: int  # cached tokens per sequence
     expert_coverage: str  # "uniform", "measured", "correlated(0.3)", "all", "min"
     acceptance_length: float  # tokens committed per step and sequence, with the verifier's own
+    tokens_per_forward: float  # of one sequence
     forwards: tuple[ForwardPrediction, ...]
     operators: tuple[OperatorPrediction, ...]  # summed over the forwards, with the sampler; they add up to the step
     sampler_seconds: float

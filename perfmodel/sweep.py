@@ -13,6 +13,7 @@ from perfmodel.acceptance import tokens_per_step
 from perfmodel.decoding import Setting, memory_bytes, time_step
 from perfmodel.model_spec import require_context
 from perfmodel.operators import Array
+from perfmodel.steps import step_of
 from runtime.config import DecodingConfig, replace, require
 
 
@@ -79,30 +80,35 @@ def sweep(
     context: Sequence[int],
     draft_tokens: Sequence[int],
     acceptance_length: npt.ArrayLike,
+    fillings: float | None = None,
 ) -> Sweep:
     """Time every combination. `acceptance_length`: tokens per step, a number or one per entry of `draft_tokens`.
 
-    UserError for an empty axis and for contexts beyond the model's; points that do not fit the memory are marked.
+    A fixed set of proposal levels stays the same for every K. fillings: as for `decoding.predict`. UserError for an
+    empty axis, for a K that the levels or steps do not fit, and for contexts beyond the model's; points that do not
+    fit the memory are marked.
     """
     for name, values in (("batch", batch), ("context", context), ("draft_tokens", draft_tokens)):
         require(len(values) > 0 and min(values) >= 1, f"{name} must have entries, all >= 1, but got {list(values)}")
-    single = decoding.sampler == "autoregressive"
-    require_context(at.spec, max(context) + (1 if single else max(draft_tokens) + 1))
-    b, c, k = (np.asarray(v, dtype=float) for v in (batch, context, draft_tokens))
-    axes = (b[:, None, None], c[None, :, None], k[None, None, :])
-    whole = (len(b), len(c), len(k))
-    committed = np.broadcast_to(np.asarray(acceptance_length, dtype=float), k.shape)
-    step = time_step(at, decoding, *axes)
-    baseline = time_step(at, replace(decoding, sampler="autoregressive"), *axes)
+    for k in draft_tokens:
+        replace(decoding, draft_tokens=int(k))  # refuses a K that the levels or steps do not fit
+    b, c, drafts = (np.asarray(v, dtype=float) for v in (batch, context, draft_tokens))
+    axes = (b[:, None, None], c[None, :, None], drafts[None, None, :])
+    whole = (len(b), len(c), len(drafts))
+    committed = np.broadcast_to(np.asarray(acceptance_length, dtype=float), drafts.shape)
+    parts = step_of(decoding, draft_tokens=axes[2], fillings=fillings)
+    require_context(at.spec, max(context) + int(np.max(parts.reach)))
+    step = time_step(at, parts, *axes[:2])
+    baseline = time_step(at, step_of(decoding.autoregressive), *axes[:2])
     seconds = np.broadcast_to(step.seconds, whole)
     single_seconds = np.broadcast_to(baseline.seconds, whole)
-    distinct = np.maximum.reduce([f.experts_per_layer for f in step.forwards])
-    slots = 1 if single else axes[2] + 1
+    distinct = np.maximum.reduce(np.broadcast_arrays(*(f.experts_per_layer for f in step.forwards)))
+    slots = np.maximum.reduce(np.broadcast_arrays(*(f.slots for f in step.forwards)))
     needed = memory_bytes(at.spec, at.device.dtype, axes[0], axes[1] + slots)
     return Sweep(
         batch=b,
         context=c,
-        draft_tokens=k,
+        draft_tokens=drafts,
         acceptance_length=committed,
         step_seconds=seconds,
         bound_step_seconds=np.broadcast_to(step.bound_seconds, whole),

@@ -14,6 +14,7 @@ from perfmodel.engine import EngineProfile, engine_for
 from perfmodel.experts import ExpertCoverage
 from perfmodel.model_spec import ModelSpec, load_spec, require_context
 from perfmodel.operators import Array
+from perfmodel.steps import Step, most_fillings, step_of
 from runtime.config import require
 from runtime.measurement import Kind, Measurement
 
@@ -63,7 +64,32 @@ def measured_seconds(m: Measurement) -> float:
     if m.kind == "forward":
         return m.median_seconds
     require(m.forwards >= 1, f"a generation must have counted its forwards, but {point_name(m)} has none")
-    return sum(m.seconds) * m.decoding.forwards_per_step / m.forwards
+    return sum(m.seconds) * float(_step(m).forwards_per_step) / m.forwards
+
+
+def _step(m: Measurement) -> Step:
+    """The step of a generation. Where a confidence threshold ends a block, with as many forwards as it took on average.
+
+    That average is exact for batches that were kept full, and too high for those that drained: nobody counted how many
+    sequences were left in each forward.
+    """
+    if m.decoding.confidence_threshold is None:
+        return step_of(m.decoding)
+    steps = sum(m.acceptance_histogram) / m.workload.batch
+    require(steps > 0, f"a generation must have counted its steps, but {point_name(m)} has none")
+    most = float(most_fillings(m.decoding.draft_tokens, m.decoding.denoising_steps))
+    return step_of(m.decoding, fillings=min(max(m.forwards / steps - m.decoding.verify, 1.0), most))
+
+
+def _slots(m: Measurement) -> tuple[float, float, float]:
+    """Slots of a measured forward, its rows through the LM head, and how often one of its slots sees another."""
+    drafts = m.slots - 1.0
+    if m.forward == "draft":
+        return m.slots, drafts, 1 + drafts * m.slots
+    if m.forward == "single":
+        (single,) = step_of(m.decoding).forwards
+        return m.slots, float(np.asarray(single.head_rows)), float(np.asarray(single.pairs))
+    return m.slots, m.slots, m.slots * (m.slots + 1) / 2
 
 
 def forwards(measurements: Sequence[Measurement]) -> list[Measurement]:
@@ -86,8 +112,8 @@ def recorded_coverage(measurements: Sequence[Measurement]) -> ExpertCoverage:
 class MeasuredPoints:
     """Measurements grouped by what a prediction cannot vary over (model, dtype, kernels, sampler), to be predicted.
 
-    The LM head runs on every slot of a forward but a draft's anchor. A generation is compared at its mean context,
-    with its batch kept full. Raises UserError for models that cannot be found and for contexts beyond theirs.
+    A forward is timed without a sampler, and with one projection by the LM head. A generation is compared at its mean
+    context, with its batch kept full. Raises UserError for models that cannot be found and for contexts beyond theirs.
     """
 
     def __init__(self, rows: Sequence[Measurement], hardware: HardwareProfile, coverage: ExpertCoverage | str) -> None:
@@ -97,13 +123,14 @@ class MeasuredPoints:
         self._hardware, self._coverage = hardware, coverage
         groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for index, m in enumerate(self.rows):
-            sampler = str(m.decoding) if m.kind == "generation" else ""
+            sampler = str(_step(m)) if m.kind == "generation" else str(m.forward)
             groups[m.kind, m.model, m.workload.dtype, str(m.kernels), sampler].append(index)
         self._groups: list[tuple[ModelSpec, list[int]]] = []
         for members in groups.values():
             spec = load_spec(self.rows[members[0]].model)
-            for i in members:
-                require_context(spec, self.rows[i].context + self.rows[i].slots)
+            for m in self._of(members):
+                reach = m.slots if m.kind == "forward" else int(np.max(_step(m).reach))
+                require_context(spec, m.context + reach)
             self._groups.append((spec, members))
 
     def _of(self, members: Sequence[int]) -> list[Measurement]:
@@ -122,13 +149,14 @@ class MeasuredPoints:
                 engine=engine,
                 kernels=first.kernels,
             )
-            grid = [(m.workload.batch, m.slots, m.context, m.slots - (m.forward == "draft")) for m in self._of(members)]
-            batch, slots, context, head_rows = np.array(grid).T
+            batch, context = np.array([(m.workload.batch, m.context) for m in self._of(members)]).T
             timing: ForwardTiming | StepTiming
             if first.kind == "forward":
-                timing = time_forward(at, batch, slots, context, head_rows)
+                slots, head_rows, pairs = np.array([_slots(m) for m in self._of(members)]).T
+                structured = first.forward in ("draft", "single")
+                timing = time_forward(at, batch, slots, context, head_rows, pairs=pairs if structured else None)
             else:
-                timing = time_step(at, first.decoding, batch, context, first.decoding.draft_tokens)
+                timing = time_step(at, _step(first), batch, context)
             seconds[members], bound[members] = timing.seconds, timing.bound_seconds
         return seconds, bound
 

@@ -17,6 +17,7 @@ from perfmodel.decoding import setting, time_step
 from perfmodel.engine import EngineProfile, load_engine, save_engine
 from perfmodel.experts import ExpertCoverage
 from perfmodel.model_spec import load_spec
+from perfmodel.steps import step_of
 from perfmodel.validation import (
     MeasuredPoints,
     Row,
@@ -134,7 +135,7 @@ def test_fitted_rows_are_told_from_held_out_ones(model: str, tmp_path: Path) -> 
 def test_a_generation_is_compared_by_its_mean_step(model: str) -> None:
     decoding = DecodingConfig("two_forward", draft_tokens=4)
     at = setting(load_spec(model), CPU, "float32", engine=engine(**TRUTH), kernels=KernelConfig({1: "loop"}, threads=1))
-    step = float(time_step(at, decoding, 2, 100, 4).seconds)
+    step = float(time_step(at, step_of(decoding), 2, 100).seconds)
     row = replace(
         measurement(model, 2, 5, 100, "loop", [10 * step, 30 * step]),
         kind="generation",

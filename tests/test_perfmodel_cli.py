@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import ridgepoint
+from runtime.config import SAMPLER_NAMES
 
 ROOT = Path(__file__).parents[1]
 PREDICT = (
@@ -97,3 +98,65 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ridgepoint.main(arguments) == 0
     assert "speedup" in capsys.readouterr().out
     assert ridgepoint.main([*arguments, "--batch", "1,x"]) == 2
+
+
+OPTIONS = {
+    "autoregressive": [],
+    "two_forward": ["--acceptance-length", "4"],
+    "single_forward": ["--levels", "0,4,7,11", "--acceptance-length", "4"],
+    "denoising": ["--steps", "4", "--threshold", "0.9", "--steps-per-block", "2.5"],
+}
+WHERE = ["--model", "zaya1-8b", "--hardware", "h100-sxm", "--batch", "2", "--context", "1024"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_every_sampler_has_its_options(sampler: str, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [*WHERE, "--sampler", sampler, *OPTIONS[sampler]]
+    assert ridgepoint.main(["predict", *chosen, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    forwards = sum(f["times"] for f in document["forwards"])
+    assert document["tokens_per_forward"] == pytest.approx(document["acceptance_length"] / forwards)
+    assert ridgepoint.main(["predict", *chosen]) == 0
+    assert f"{document['tokens_per_forward']:.2f} tokens a forward" in capsys.readouterr().out
+    assert ridgepoint.main(["sweep", *chosen, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["tokens_per_second"] == pytest.approx(document["tokens_per_second"])
+
+
+def test_a_verified_block_and_dense_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["predict", *WHERE, "--acceptance-histogram", "1,2,3", "--json"]
+    documents = {}
+    for name, options in {
+        "dense": ["--sampler", "single_forward", "--levels", "dense"],
+        "all": ["--sampler", "single_forward"],
+        "sparse": ["--sampler", "single_forward", "--levels", "0"],
+        "verified": ["--sampler", "denoising", "--steps", "3", "--verify"],
+    }.items():
+        assert ridgepoint.main([*chosen, *options]) == 0
+        documents[name] = json.loads(capsys.readouterr().out)
+    assert documents["dense"] == documents["all"]
+    assert documents["sparse"]["acceptance_length"] < documents["dense"]["acceptance_length"]
+    assert documents["verified"]["acceptance_length"] == pytest.approx(1 + 8 / 6)
+    assert [f["times"] for f in documents["verified"]["forwards"]] == [3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--sampler", "denoising", "--acceptance-length", "7"], "without verify keeps what it drafts"),
+        (["--sampler", "denoising", "--steps", "3", "--steps-per-block", "2"], "--threshold"),
+        (["--sampler", "denoising", "--steps", "3", "--threshold", "0.5", "--steps-per-block", "5"], "<= 3"),
+        (["--sampler", "denoising", "--steps", "17"], "denoising_steps"),
+        (["--sampler", "single_forward", "--levels", "1,2", "--acceptance-length", "3"], "ascend from 0"),
+        (["--sampler", "single_forward", "--levels", "all", "--acceptance-length", "3"], "numbers with commas"),
+        (["--sampler", "two_forward", "--levels", "dense", "--acceptance-length", "3"], "single_forward's"),
+        (["--sampler", "two_forward", "--verify", "--acceptance-length", "3"], "verify is a setting of denoising"),
+        (["--sampler", "magic"], "known: autoregressive, denoising, single_forward, two_forward"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(
+    options: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ridgepoint.main(["predict", *WHERE, *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and part in err

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
+from hardware.files import UserError
 from perfmodel.engine import load_engine
 from perfmodel.execution import execute_forward
 from perfmodel.experts import ExpertCoverage
 from perfmodel.model_spec import spec_from_config
 from perfmodel.operators import forward_costs, shape
-from runtime.config import KernelConfig, ModelConfig
+from perfmodel.steps import step_of
+from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, ModelConfig, Sampler, replace
+
+if TYPE_CHECKING:
+    from runtime.layout import Layout
 
 CONFIG = ModelConfig(
-    vocab_size=64,
+    vocab_size=96,
     hidden_size=64,
     num_hidden_layers=3,
     num_attention_heads=4,
@@ -27,6 +33,7 @@ CONFIG = ModelConfig(
     router_hidden_size=32,
     max_position_embeddings=256,
     eos_token_id=1,
+    mask_token_id=95,
 )
 # Which part of a forward an operator belongs to: the innermost module that called it.
 PARTS = {
@@ -77,7 +84,7 @@ def count(batch: int, slots: int, context: int, mode: str, experts: int) -> tupl
         layer.mlp.gate.forward = spread
     model.freeze()
     model.kernels = KernelConfig({1_000_000: mode})  # type: ignore[dict-item]
-    tokens = torch.randint(2, CONFIG.vocab_size, (batch, slots))
+    tokens = torch.randint(2, CONFIG.vocab_size - 1, (batch, slots))
     with torch.no_grad():
         cache = model.new_cache(batch, context + slots, slots)
         cache.lengths = [context] * batch
@@ -118,3 +125,120 @@ def test_launches_are_those_of_the_runtime(mode: str, experts: int, batch: int, 
             ), part
         whole = sum(float(op.launches) for op in ran.values())
         assert whole == pytest.approx(sum(launches.values()), rel=0.15)
+
+
+def own_work(decoding: DecodingConfig, batch: int = 2) -> tuple[int, int, float]:
+    """Launches, views and bytes of logits moved by one step of a sampler itself, after steps that made its layouts."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from runtime.model.zaya import Zaya
+    from runtime.samplers import SAMPLERS
+    from runtime.samplers.acceptance import Randomness
+    from runtime.samplers.state import Decode
+
+    found = [0.0, 0.0, 0.0]  # launches, views, bytes
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            frame: Any = sys._getframe(1)
+            while frame is not None and type(frame.f_locals.get("self")).__name__ not in PARTS:
+                frame = frame.f_back
+            out = func(*args, **(kwargs or {}))
+            if frame is None:
+                is_view = func.is_view or func.__name__.startswith(("_unsafe_view", "lift_fresh"))
+                found[1 if is_view else 0] += 1
+                tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor) and t.dim() > 1]
+                logits = [t for t in tensors if t.shape[-1] == CONFIG.vocab_size]
+                if not is_view and "gather" not in func.__name__:  # a gather reads one entry of a row
+                    found[2] += sum(t.numel() * t.element_size() for t in logits)
+            return out
+
+    torch.manual_seed(0)
+    model = Zaya(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.freeze()
+    with torch.no_grad():
+        cache = model.new_cache(batch, 120 + decoding.slots, decoding.slots)
+        decode = Decode(model, cache, decoding, torch.full((batch, 1), 5), Randomness(0, batch), list(range(batch)))
+        step = SAMPLERS[decoding.sampler]
+        step(decode)
+        step(decode)
+        with Counting():
+            step(decode)
+    return int(found[0]), int(found[1]), found[2] / batch
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 16])
+def test_the_pairs_of_a_forward_are_those_of_its_layout(k: int) -> None:
+    """Exactly, but for sparse levels, of which at least so many are seen: a bound must not count more."""
+    from runtime.layout import block, draft, single_forward
+
+    def pairs(decoding: DecodingConfig) -> float:
+        found = step_of(replace(decoding, draft_tokens=k)).forwards[0].pairs
+        assert found is not None
+        return float(found)
+
+    def seen(layout: Layout) -> int:
+        assert layout.visible is not None
+        return int(layout.visible.sum())
+
+    assert pairs(DecodingConfig("two_forward")) == seen(draft(k))
+    assert pairs(DecodingConfig("denoising")) == seen(block(k, (k,)))
+    assert pairs(DecodingConfig("single_forward")) == seen(single_forward(k, tuple(range(k + 1))))
+    for levels in ((0,), (0, k)):
+        sparse = DecodingConfig("single_forward", draft_tokens=k, proposal_levels=levels)
+        assert pairs(sparse) <= seen(single_forward(k, levels))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        DecodingConfig(),
+        DecodingConfig("two_forward"),
+        DecodingConfig("single_forward"),
+        DecodingConfig("single_forward", draft_tokens=6, proposal_levels=(0, 2, 5)),
+        DecodingConfig("denoising", denoising_steps=2),
+        DecodingConfig("denoising", denoising_steps=5),
+        DecodingConfig("denoising", denoising_steps=4, verify=True),
+        DecodingConfig("denoising", draft_tokens=6, denoising_steps=6, verify=True),
+    ],
+    ids=lambda d: f"{d.sampler}-{d.draft_tokens}-{d.denoising_steps}-{d.verify}",
+)
+def test_a_samplers_own_work_is_that_of_the_runtime(decoding: DecodingConfig, temperature: float) -> None:
+    decoding = replace(decoding, temperature=temperature)
+    launches, views, moved = own_work(decoding)
+    for name in ("ridgepoint-cpu", "ridgepoint-eager"):
+        engine, work = load_engine(name), step_of(decoding).work
+        parts = [(engine.work(w.entry), np.asarray(w.times), np.asarray(w.rows) * np.asarray(w.times)) for w in work]
+        assert sum(times * host.launches for host, times, _ in parts) == pytest.approx(launches, rel=0.08, abs=1)
+        assert sum(times * host.views for host, times, _ in parts) == pytest.approx(views, rel=0.2, abs=1)
+        said = sum(rows * host.passes for host, _, rows in parts) * CONFIG.vocab_size * 4
+        assert said == pytest.approx(moved, rel=0.3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_a_samplers_forwards_are_those_of_the_runtime(sampler: Sampler) -> None:
+    """Their kinds, how many there are, and how many slots they have, one sequence at a time."""
+    from runtime.engine import generate
+    from tests.models import noisy_model
+
+    model = noisy_model(CONFIG)
+    for changes in ({}, {"denoising_steps": 3}, {"denoising_steps": 4, "verify": True}, {"proposal_levels": (0, 2)}):
+        try:
+            decoding = replace(DecodingConfig(sampler, draft_tokens=6), **changes)
+        except UserError:  # another sampler's setting
+            continue
+        result = generate(model, [[5, 6, 7]], decoding, max_new_tokens=24, stop_tokens=())
+        said, steps = step_of(decoding), result.steps[0]
+        kinds = {f.name for f in said.forwards}
+        assert set(result.counters) == kinds
+        for kind in kinds:
+            of_kind = [(np.asarray(f.times), np.asarray(f.slots)) for f in said.forwards if f.name == kind]
+            counted = result.counters[kind]
+            assert counted.forwards == steps * sum(times for times, _ in of_kind)
+            first = 0 if decoding.lossless else decoding.draft_tokens - 1  # the first block has one token before it
+            assert counted.slots == steps * sum(times * slots for times, slots in of_kind) - first

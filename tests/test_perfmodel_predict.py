@@ -17,8 +17,9 @@ from perfmodel.engine import PARAMETERS, Fit, list_engines, load_engine, save_en
 from perfmodel.model_spec import load_spec, spec_from_config
 from perfmodel.operators import Matmul
 from perfmodel.roofline import Device
+from perfmodel.steps import STEPS, most_fillings, step_of, title
 from perfmodel.sweep import acceptance_by_draft_tokens, sweep
-from runtime.config import DecodingConfig, KernelConfig, ModelConfig, Workload
+from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, ModelConfig, Workload, replace
 from tests.perfmodel_cpu import made_up_cpu, matmul_seconds
 
 BIG = load_spec("zaya1-8b")
@@ -52,6 +53,16 @@ SETTINGS: dict[str, Setting] = {
     "cpu-8b-bfloat16": setting(BIG, CPU, "bfloat16"),  # a dtype without probed matmuls
 }
 TWO = DecodingConfig("two_forward", draft_tokens=16)
+EVERY = (
+    DecodingConfig(),
+    TWO,
+    DecodingConfig("two_forward", draft_tokens=5, temperature=0.8),
+    DecodingConfig("single_forward", draft_tokens=8),
+    DecodingConfig("single_forward", proposal_levels=(0, 4, 7, 11), temperature=0.8),
+    DecodingConfig("denoising", denoising_steps=5),
+    DecodingConfig("denoising", draft_tokens=8, denoising_steps=4, verify=True),
+    DecodingConfig("denoising", denoising_steps=8, confidence_threshold=0.9, temperature=0.8),
+)
 AT = st.sampled_from(sorted(SETTINGS))
 BATCH = st.integers(1, 300)
 SLOTS = st.integers(1, 40)
@@ -129,13 +140,13 @@ def test_less_bandwidth_never_takes_less_time(name: str, batch: int, slots: int,
 @given(AT, BATCH, CONTEXT)
 def test_autoregression_is_one_forward_of_one_slot_and_the_sampler(name: str, batch: int, context: int) -> None:
     at = SETTINGS[name]
-    step = time_step(at, DecodingConfig(), batch, context, 16)
-    assert step.seconds == pytest.approx(float(time_forward(at, batch, 1, context, 1).seconds + step.sampler.seconds))
+    step = time_step(at, step_of(DecodingConfig()), batch, context)
+    assert step.seconds == pytest.approx(float(time_forward(at, batch, 1, context, 1).seconds + step.sampler_seconds))
 
 
 def test_two_forward_is_a_draft_and_a_verify_of_k_plus_one_slots() -> None:
     at = SETTINGS["h100-eager"]
-    step = time_step(at, TWO, 16, 2048, 16)
+    step = time_step(at, step_of(TWO), 16, 2048)
     draft, verify = step.forwards
     assert (draft.name, verify.name) == ("draft", "verify")
     assert draft.slots == verify.slots == 17
@@ -143,6 +154,142 @@ def test_two_forward_is_a_draft_and_a_verify_of_k_plus_one_slots() -> None:
     per_row = 2.0 * BIG.hidden_size * BIG.vocab_size
     assert head["draft"].executed.cost.flops == 16 * 16 * per_row
     assert head["verify"].executed.cost.flops == 16 * 17 * per_row
+
+
+def judged(decoding: DecodingConfig) -> bool:
+    """Whether drafts are accepted or not, so that how many must be known."""
+    return decoding.drafts and (decoding.sampler != "denoising" or decoding.verify)
+
+
+def test_every_sampler_is_described() -> None:
+    assert set(STEPS) == set(SAMPLER_NAMES) == {d.sampler for d in EVERY}
+    for name in list_engines():
+        for decoding in EVERY:
+            for part in step_of(decoding).work:
+                assert load_engine(name).work(part.entry).launches >= 0
+
+
+@laws
+@given(AT, st.sampled_from(EVERY), st.integers(1, 64), CONTEXT, st.integers(1, 64), st.integers(1, 100))
+def test_a_step_is_its_parts_and_never_shrinks_with_more_to_do(
+    name: str, decoding: DecodingConfig, batch: int, context: int, more_batch: int, more_context: int
+) -> None:
+    at, step = SETTINGS[name], step_of(decoding)
+    if name == "cpu-gather" or len(set(at.kernels.experts.values())) > 1:
+        batch += 1  # one token alone is run in another way
+    timing = time_step(at, step, batch, context)
+    parts = [float(times * op.seconds) for op, times in timing.operators]
+    assert float(timing.seconds) == pytest.approx(sum(parts))
+    assert float(timing.seconds) >= float(timing.bound_seconds) > 0
+    for more in (time_step(at, step, batch + more_batch, context), time_step(at, step, batch, context + more_context)):
+        assert more.seconds >= timing.seconds * (1 - 1e-9)
+        assert more.bound_seconds >= timing.bound_seconds * (1 - 1e-9)
+
+
+@laws
+@given(AT, st.integers(1, 24), st.integers(1, 8), CONTEXT)
+def test_samplers_that_run_the_same_forwards_take_the_same_time(name: str, k: int, batch: int, context: int) -> None:
+    """One filling and a verify are two_forward; one filling alone is a forward of the block before and the masks."""
+    at = SETTINGS[name]
+
+    def forwards(**settings: object) -> list[float]:
+        timing = time_step(at, step_of(DecodingConfig(draft_tokens=k, **settings)), batch, context)  # type: ignore[arg-type]
+        return [float(f.seconds * f.times) for f in timing.forwards]
+
+    assert forwards(sampler="denoising", verify=True) == pytest.approx(forwards(sampler="two_forward"))
+    alone, none = forwards(sampler="denoising")
+    assert alone == pytest.approx(float(time_forward(at, batch, 2 * k, context, k).seconds)) and none == 0
+    # One level ahead is a verify that carries a second block, and reads the LM head a second time.
+    (single,) = forwards(sampler="single_forward", proposal_levels=(0,))
+    assert single >= float(time_forward(at, batch, 2 * (k + 1), context, 2 * k + 1).seconds) * (1 - 1e-9)
+
+
+@laws
+@given(AT, st.integers(2, 24), st.integers(1, 8), CONTEXT, st.data())
+def test_more_levels_and_more_fillings_never_take_less_time(
+    name: str, k: int, batch: int, context: int, data: st.DataObject
+) -> None:
+    at, axes = SETTINGS[name], (batch, context)
+    counts = sorted(data.draw(st.lists(st.integers(1, k + 1), min_size=2, max_size=4)))
+    single = DecodingConfig("single_forward", draft_tokens=k)
+    grid = time_step(at, step_of(single, levels=np.array(counts)), *axes)  # levels as an axis
+    assert (np.diff(grid.seconds) >= -1e-12).all() and (np.diff(grid.bound_seconds) >= -1e-12).all()
+    chosen = replace(single, proposal_levels=tuple(range(counts[0])))
+    assert grid.seconds[0] == pytest.approx(float(time_step(at, step_of(chosen), *axes).seconds))
+    block = DecodingConfig("denoising", draft_tokens=k, denoising_steps=k, confidence_threshold=0.5)
+    means = np.sort(data.draw(st.lists(st.floats(1, k), min_size=2, max_size=3)))
+    grid = time_step(at, step_of(block, fillings=means), *axes)
+    assert (np.diff(grid.seconds) >= -1e-12).all()
+    most = time_step(at, step_of(block), *axes)
+    assert (grid.seconds <= most.seconds * (1 + 1e-9)).all()
+
+
+@given(st.integers(1, 64), st.data())
+def test_the_most_forwards_of_a_block_are_those_of_its_shares(k: int, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(1, k))
+    left, took = k, 0
+    while left > 0:
+        left, took = left - -(-k // steps), took + 1
+    assert most_fillings(k, steps) == took <= steps
+
+
+def test_the_cached_prefix_is_read_once_for_all_levels() -> None:
+    """At a long context a single forward of 306 slots reads little more than the cache, which is what makes it pay."""
+    at = SETTINGS["h100-graph"]
+    attention = {}
+    for decoding in (DecodingConfig(), DecodingConfig("single_forward")):
+        costs = [op.executed.cost for op, _ in time_step(at, step_of(decoding), 1, 100_000).operators]
+        attention[decoding.sampler] = sum(float(cost.kv_bytes) for cost in costs if cost.name == "attention")
+    assert attention["single_forward"] == pytest.approx(attention["autoregressive"] * 100_306 / 100_001)
+
+
+def test_a_single_forward_reads_the_lm_head_twice() -> None:
+    """The level is known when the verified rows have been projected; then its own rows are."""
+    operators = time_step(SETTINGS["h100-graph"], step_of(DecodingConfig("single_forward")), 4, 1000).operators
+    (head,) = [op.executed.cost for op, _ in operators if op.name == "lm_head"]
+    assert float(head.weight_bytes) == 2 * 2 * BIG.hidden_size * BIG.vocab_size
+    assert float(head.flops) == 2.0 * 4 * 33 * BIG.hidden_size * BIG.vocab_size
+
+
+@pytest.mark.parametrize("decoding", EVERY, ids=title)
+def test_every_sampler_predicts_and_sweeps(decoding: DecodingConfig) -> None:
+    """A sweep's point is the prediction's; the speedup is over the same autoregressive step."""
+    acceptance = {"acceptance_length": 3.5} if judged(decoding) else {}
+    p = predict(BIG, H100, Workload(batch=4, dtype="bfloat16"), decoding, context=2048, **acceptance)  # type: ignore[arg-type]
+    single = predict(
+        BIG, H100, Workload(batch=4, dtype="bfloat16"), DecodingConfig(temperature=decoding.temperature), context=2048
+    )
+    assert sum(op.seconds for op in p.operators) == pytest.approx(p.step_seconds)
+    assert sum(f.times * f.seconds for f in p.forwards) + p.sampler_seconds == pytest.approx(p.step_seconds)
+    assert p.autoregressive_step_seconds == pytest.approx(single.step_seconds)
+    assert p.speedup_over_autoregressive == pytest.approx(p.tokens_per_second / single.tokens_per_second)
+    assert p.tokens_per_forward * sum(f.times for f in p.forwards) == pytest.approx(p.acceptance_length)
+    k = decoding.draft_tokens
+    assert p.acceptance_length == (3.5 if judged(decoding) else k if decoding.drafts else 1)
+    rate = 0.8 if judged(decoding) else None
+    drafts = [k, k + 8]
+    lengths = acceptance_by_draft_tokens(decoding, drafts, rate=rate)
+    at = SETTINGS["h100-eager"]
+    for row in sweep(
+        at, decoding, batch=[1, 4], context=[2048, 9000], draft_tokens=drafts, acceptance_length=lengths
+    ).rows():
+        workload = Workload(batch=row["batch"], dtype="bfloat16")
+        chosen = replace(decoding, draft_tokens=row["draft_tokens"])
+        rates = None if rate is None else [rate]
+        one = predict(BIG, H100, workload, chosen, context=row["context"], acceptance_rates=rates)
+        for name in ("acceptance_length", "step_seconds", "bound_step_seconds", "tokens_per_second"):
+            assert row[name] == pytest.approx(getattr(one, name)), name
+        assert row["experts_per_layer"] == pytest.approx(one.experts_per_layer)
+
+
+def test_a_sweep_refuses_what_its_smallest_draft_cannot_hold() -> None:
+    at, axes = SETTINGS["h100-eager"], {"batch": [1], "context": [100], "draft_tokens": [4, 16]}
+    for decoding, word in (
+        (DecodingConfig("single_forward", proposal_levels=(0, 4, 7)), "proposal_levels"),
+        (DecodingConfig("denoising", denoising_steps=8), "denoising_steps"),
+    ):
+        with pytest.raises(UserError, match=word):
+            sweep(at, decoding, **axes, acceptance_length=3.0)  # type: ignore[arg-type]
 
 
 def test_the_prediction_adds_up() -> None:
@@ -264,6 +411,27 @@ def test_a_sweep_marks_what_does_not_fit() -> None:
     assert grid.fits.ravel().tolist() == [True, False]
 
 
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.data())
+@settings(deadline=None)
+def test_levels_can_only_lose_tokens(rates: list[float], data: st.DataObject) -> None:
+    """With all levels a single forward commits what fresh drafts do; a rate for all drafts, and any levels, no more."""
+    k, (rate, *_) = len(rates), rates
+    fresh = tokens_per_step(DecodingConfig("two_forward", draft_tokens=k), rates=rates)
+    dense = DecodingConfig("single_forward", draft_tokens=k)
+    assert tokens_per_step(dense, rates=rates) == pytest.approx(fresh)
+    others = data.draw(st.sets(st.integers(1, k)))
+    found = tokens_per_step(replace(dense, proposal_levels=(0, *sorted(others))), rates=[rate])
+    assert 1 <= found <= tokens_per_step(dense, rates=[rate]) + 1e-9
+
+
+def test_without_a_verify_a_block_is_kept_and_no_acceptance_is_taken() -> None:
+    assert tokens_per_step(DecodingConfig("denoising", draft_tokens=7)) == 7
+    with pytest.raises(UserError, match=r"without verify keeps what it drafts.*length"):
+        tokens_per_step(DecodingConfig("denoising"), length=3.0)
+    with pytest.raises(UserError, match="exactly one of"):
+        tokens_per_step(DecodingConfig("denoising", verify=True))
+
+
 def test_acceptance_in_three_forms() -> None:
     assert tokens_from_histogram([1, 0, 1], 2) == 2
     assert tokens_from_rates([0.5], 3) == pytest.approx(1 + 0.5 + 0.25 + 0.125)
@@ -322,6 +490,18 @@ def test_impossible_points_are_refused(changes: dict[str, object], message: str)
     } | changes
     with pytest.raises(UserError, match=message):
         predict(**arguments)  # type: ignore[arg-type]
+
+
+def test_an_engine_of_an_earlier_fit_serves_the_samplers_it_describes() -> None:
+    engine = load_engine("ridgepoint-cpu")
+    known = {name: host for name, host in engine.sampler.items() if name.startswith(("auto", "two"))}
+    at = setting(NANO, CPU, "float32", engine=dataclasses.replace(engine, sampler=known))
+    assert time_step(at, step_of(TWO), 1, 100).seconds > 0
+    with pytest.raises(UserError, match="does not describe single_forward: its sampler has autoregressive"):
+        time_step(at, step_of(DecodingConfig("single_forward")), 1, 100)
+    for wrong, message in ((known | {"magic": known["two_forward"]}, "magic"), ({}, "autoregressive")):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(engine, sampler=wrong)
 
 
 def test_an_engine_fitted_elsewhere_is_refused() -> None:

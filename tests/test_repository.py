@@ -32,7 +32,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hardware": (),
     "runtime": ("hardware",),
-    "perfmodel": ("hardware", "runtime.config", "runtime.measurement", "runtime.deployment"),
+    "perfmodel": ("hardware", "runtime.config", "runtime.levels", "runtime.measurement", "runtime.deployment"),
     "autotune": ("hardware", "runtime", "perfmodel"),
     "dashboards": ("hardware", "runtime", "perfmodel", "autotune"),
 }
@@ -43,6 +43,7 @@ TORCH_FREE_RUNTIME = {
     "runtime.config",
     "runtime.conversion.cli",
     "runtime.deployment",
+    "runtime.levels",
     "runtime.measurement",
     "runtime.options",
 }
