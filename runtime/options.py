@@ -48,20 +48,31 @@ def load(model: str, device: str, dtype: str, threads: int | None) -> Zaya:
     """The model on its device; the first of bad names and values is refused before torch loads."""
     if dtype not in DTYPE_BYTES:
         raise known("dtype", dtype, DTYPE_BYTES)
+    check_device(device, threads)
+    from runtime.checkpoint import find_checkpoint, load_model
+
+    find_checkpoint(model)  # its errors come first
+    use_device(device, threads)
+    return load_model(model, device=device, dtype=dtype)  # type: ignore[arg-type]
+
+
+def check_device(device: str, threads: int | None) -> None:
+    """Refuse an impossible device name or thread count, without torch."""
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise known("device", device, ("cpu", "cuda", "cuda:N"))
     require(threads is None or threads >= 1, f"threads >= 1 must hold, but got {threads}")
+
+
+def use_device(device: str, threads: int | None) -> None:
+    """Refuse a device that is not there, and set the threads."""
     import torch
 
-    from runtime.checkpoint import find_checkpoint, load_model
-
-    find_checkpoint(model)  # its errors come first
+    kind, _, index = device.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"no device {device}: torch sees {torch.cuda.device_count()} CUDA or ROCm devices here")
     if threads is not None:
         torch.set_num_threads(threads)
-    return load_model(model, device=device, dtype=dtype)  # type: ignore[arg-type]
 
 
 def decoding_of(

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hardware.files import plain
 from runtime.config import require
-from runtime.options import Device, Json, Model, Threads, command_line, load, print_json, progress_bar
+from runtime.options import (
+    Device,
+    Json,
+    Model,
+    Threads,
+    check_device,
+    command_line,
+    load,
+    print_json,
+    progress_bar,
+    use_device,
+)
+
+if TYPE_CHECKING:
+    from runtime.conversion.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -21,27 +35,68 @@ def register(app: typer.Typer) -> None:
 
 def convert(
     recipe: Annotated[str, typer.Option(help="A bundled recipe's name, or a YAML file.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; a run of the same recipe in it is resumed.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; a run of the same recipe in it is resumed.")
+    ] = None,
     start: Annotated[
         str | None, typer.Option("--from", help="A checkpoint to start from (default: random weights).")
     ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Only these stages of the recipe, as convert,sft (default: all).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take: tokens, steps, FLOPs, memory.")
+    ] = False,
+    device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe's stages: pretraining, and the conversion to block diffusion."""
+    """Train a recipe's stages: pretraining, and the conversion of a checkpoint to block diffusion."""
     from runtime.conversion.recipe import load_recipe
 
     loaded = load_recipe(recipe)
-    require(threads is None or threads >= 1, f"threads >= 1 must hold, but got {threads}")
+    loaded = loaded if stages is None else loaded.only(stages.split(","))
+    check_device(device, threads)
+    require(dry_run or out is not None, "--out must name a folder for the run (or ask for a --dry-run)")
+    use_device(device, threads)
+    if dry_run:
+        return _dry_run(loaded, start, device, as_json)
     from runtime.conversion.train import train
 
-    folder = train(loaded, out, start_from=start, threads=threads)
+    assert out is not None
+    folder = train(loaded, out, start_from=start, threads=threads, device=device)
     losses = json.loads((out / "losses.json").read_text(encoding="utf-8"))
+    evaluations = json.loads((out / "evaluations.json").read_text("utf-8")) if loaded.evaluate_every else []
     if as_json:
-        return print_json({"checkpoint": str(folder), "losses": losses})
-    last = losses[-1]
+        return print_json({"checkpoint": str(folder), "losses": losses, "evaluations": evaluations})
+    last = losses[-1] if losses else {}
     shown = ", ".join(f"{key} loss {last[key]:.3f}" for key in ("next_token", "mask") if key in last)
     print(f"{folder}: {shown} (curve in {out / 'losses.json'})")
+
+
+def _dry_run(recipe: Recipe, start: str | None, device: str, as_json: bool) -> None:
+    from runtime.conversion.plan import plan
+    from runtime.conversion.run import initial_config
+
+    found = plan(recipe, initial_config(recipe, start), device=device)
+    if as_json:
+        return print_json(plain(found) | {"needed_bytes": found.needed_bytes, "fits": found.fits})
+    print(
+        f"{recipe.name}: {found.parameters / 1e6:,.2f} M parameters, {found.active_parameters / 1e6:,.2f} M of them "
+        "multiplied per slot"
+    )
+    print(f"{'stage':<16} {'tokens':>10} {'steps':>10} {'FLOPs':>10}  least for a micro-batch")
+    for stage in found.stages:
+        working = f"{stage.activation_bytes / 1e9:,.2f} GB"
+        print(f"{stage.name:<16} {stage.tokens:>10.3g} {stage.steps:>10,} {stage.flops:>10.3g}  {working}")
+    print(
+        f"memory: weights {found.weight_bytes / 1e9:,.2f} GB, gradients {found.gradient_bytes / 1e9:,.2f} GB, moments "
+        f"{found.optimizer_bytes / 1e9:,.2f} GB; while saving {found.save_bytes / 1e9:,.2f} GB of main memory"
+    )
+    print(
+        f"needs at least {found.needed_bytes / 1e9:,.2f} GB on {device}, where {found.available_bytes / 1e9:,.2f} GB "
+        f"are free: {'fits, if the rest of the activations does' if found.fits else 'does not fit'}"
+    )
 
 
 def evaluate(

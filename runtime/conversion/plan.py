@@ -50,18 +50,22 @@ class Plan:
         working = max(stage.activation_bytes for stage in self.stages)
         return held + (max(working, self.save_bytes) if self.device == "cpu" else working)
 
+    @property
+    def fits(self) -> bool:
+        """Whether the least that is needed is free now. More may be needed than that."""
+        return self.needed_bytes <= self.available_bytes and self.save_bytes <= self.available_main_bytes
+
     def check(self) -> None:
         """Raise UserError, in one line, where the memory is not there."""
-        for needed, there, where in (
-            (self.needed_bytes, self.available_bytes, self.device),
-            (self.save_bytes, self.available_main_bytes, "the host (to save the state)"),
-        ):
-            if needed > there:
-                raise UserError(
-                    f"training {self.parameters / 1e9:.3g} G parameters needs at least {needed / 1e9:.3g} GB on "
-                    f"{where} (weights, gradients and moments in float32, a micro-batch's logits), but "
-                    f"{there / 1e9:.3g} GB are free; `convert --dry-run` shows the parts"
-                )
+        if self.fits:
+            return
+        free = f"{self.available_bytes / 1e9:.3g} GB are free"
+        if self.device != "cpu":
+            free += f" (and {self.save_bytes / 1e9:.3g} of {self.available_main_bytes / 1e9:.3g} GB of main memory)"
+        raise UserError(
+            f"training {self.parameters / 1e9:.3g} G parameters needs at least {self.needed_bytes / 1e9:.3g} GB on "
+            f"{self.device}, where {free}; `convert --dry-run` shows the parts"
+        )
 
 
 def plan(recipe: Recipe, config: ModelConfig, *, device: str = "cpu") -> Plan:
@@ -92,8 +96,9 @@ def _stage(stage: Stage, config: ModelConfig, active: int) -> StagePlan:
     halves = 2 if stage.objective == "conversion" else 1
     tokens, rows = stage.total_steps * stage.step_tokens, stage.batch // stage.micro_batches
     slots = halves * stage.length
-    logits = 8 * rows * slots * config.vocab_size  # a float32 logit and its log-probability, kept for the backward
-    mask = 4 * rows * slots * slots  # the additive attention mask
+    # Float32 log-probabilities of every slot, kept for the backward, and the logits of one half beside them.
+    logits = 4 * rows * (slots + stage.length) * config.vocab_size
+    mask = 4 * slots * slots * (rows if halves == 2 else 1)  # the additive attention mask; rows differ in their blocks
     flops = tokens * training_flops_per_token(config, active, stage.length, halves)
     return StagePlan(stage.name, tokens, stage.total_steps, flops, logits + mask)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -124,6 +125,14 @@ class Recipe:
         )
         if self.model is not None:
             self.check(self.model)
+
+    def only(self, names: Sequence[str]) -> Recipe:
+        """The recipe with these of its stages, in its own order."""
+        for name in names:
+            if name not in [stage.name for stage in self.stages]:
+                raise known("stage", name, [stage.name for stage in self.stages])
+        kept: Recipe = replace(self, stages=tuple(stage for stage in self.stages if stage.name in names))
+        return kept
 
     def check(self, config: ModelConfig) -> None:
         """Raise UserError where a model of this configuration cannot go through the stages."""

@@ -57,12 +57,7 @@ def open_run(recipe: Recipe, out: Path, start_from: str | None, device: str) -> 
     start = None if start_from is None else find_checkpoint(start_from)
     if (out / "progress.json").is_file():
         return _resume(recipe, out, start, device)
-    if start is not None:
-        config = recipe.config_from(model_config_from_json(start / "config.json"), str(start_from))
-    else:
-        if recipe.model is None:
-            raise UserError(f"recipe {recipe.name} has no model of its own: give a checkpoint to start from (--from)")
-        config = recipe.model
+    config = initial_config(recipe, start_from)
     plan(recipe, config, device=device).check()
     if start is None:
         model = random_model(config, seed=recipe.seed, device=device)
@@ -71,6 +66,15 @@ def open_run(recipe: Recipe, out: Path, start_from: str | None, device: str) -> 
         _copy_companions(start, out)  # a run goes on without the checkpoint that it began from
     model.train().requires_grad_(True)
     return Run(model, _optimizer(model), config, None if start is None else str(start.resolve()))
+
+
+def initial_config(recipe: Recipe, start_from: str | None) -> ModelConfig:
+    """The model ahead of the first stage: the recipe's, or what it makes of the checkpoint's."""
+    if start_from is not None:
+        return recipe.config_from(model_config_from_json(find_checkpoint(start_from) / "config.json"), start_from)
+    if recipe.model is None:
+        raise UserError(f"recipe {recipe.name} has no model of its own: give a checkpoint to start from (--from)")
+    return recipe.model
 
 
 def save_run(run: Run, recipe: Recipe, out: Path) -> None:
