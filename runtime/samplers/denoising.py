@@ -1,8 +1,8 @@
 """Multi-step block diffusion: a block of K masks is filled in up to S forwards, the most confident positions first.
 
 A later forward sees what the earlier ones decided. The confidence of a position is the probability, at temperature 1,
-of the token drawn for it. Deciding by confidence prefers likely tokens, so that without a verification what is sampled
-has no temperature's distribution: that is what denoising is.
+of the token drawn for it. Deciding the surest positions first makes the text depend on that order: without a
+verification what is sampled follows neither the autoregressive distribution nor any other simple one.
 """
 
 from __future__ import annotations
