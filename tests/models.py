@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from runtime.checkpoint import empty_model
-from runtime.config import ModelConfig, RopeParameters
+from runtime.config import ModelConfig, RopeParameters, replace
+from runtime.conversion.recipe import Recipe, Stage
 from runtime.model.zaya import Zaya
 
 # ZAYA1-8B shrunk: the same ratios of heads, the same number of experts.
@@ -60,6 +61,17 @@ TINY = ModelConfig(
     bos_token_id=None,
     eos_token_id=None,
     mask_token_id=28,
+)
+
+# Two short stages in the byte vocabulary.
+RECIPE = Recipe(
+    "tiny",
+    3,
+    (
+        Stage("first", "next_token", 2, 24, 0.01, 0.005, 7, warmup_steps=2, task_share=0.5),
+        Stage("second", "conversion", 2, 20, 0.01, 0.001, 6, warmup_steps=1, max_block=4, partial_share=0.5),
+    ),
+    replace(TINY, vocab_size=264, pad_token_id=256, bos_token_id=257, eos_token_id=258, mask_token_id=259),
 )
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -14,14 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hardware.files import UserError, plain
 from runtime.config import ModelConfig, RopeParameters, replace
-from runtime.conversion.objective import block_starts, conversion_layout, conversion_loss, next_token_loss
-from runtime.conversion.recipe import Stage, load_recipe
+from runtime.conversion.objective import (
+    block_starts,
+    conversion_layout,
+    conversion_loss,
+    label_counts,
+    next_token_loss,
+)
 from runtime.layout import causal, draft
 from runtime.model.zaya import Zaya
 from tests.models import TINY, noisy_model, random_ids, relative_error
-from tests.test_training import RECIPE
 
 torch.set_num_threads(1)
 MASK = TINY.mask_token_id or 0
@@ -190,51 +189,46 @@ def test_a_step_along_the_gradient_of_any_part_changes_the_loss_as_it_says(name:
         assert ends[0] - ends[1] == pytest.approx(0.02, rel=0.05), part
 
 
-# Recipes
+# Parts of a batch
 
 
-def test_bundled_recipe_loads_and_an_unknown_one_lists_it() -> None:
-    recipe = load_recipe("zaya-nano")
-    assert recipe.stages[0].objective == "next_token"
-    assert recipe.stages[-1].objective == "conversion" and recipe.model.mask_token_id == 259
-    with pytest.raises(UserError, match="unknown recipe 'zaya-mini'; known: zaya-nano"):
-        load_recipe("zaya-mini")
+def gradients(model: Zaya, total: Tensor) -> Tensor:
+    total.backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return found
 
 
-def test_a_recipe_file_is_read_strictly(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(plain(RECIPE)))  # JSON is YAML
-    assert load_recipe(str(path)) == RECIPE
-    path.write_text(json.dumps(plain(RECIPE) | {"sede": 3}))
-    with pytest.raises(UserError, match="unknown key 'sede'"):
-        load_recipe(str(path))
+def test_gradients_of_parts_add_up_to_those_of_the_batch_however_the_labels_lie() -> None:
+    """And a mean of the parts' own means, the usual mistake, is told apart."""
+    model = noisy_model(seed=1).train().requires_grad_(True)
+    tokens, starts = random_ids(6, 15, MASK), starts_of(6, 14, 5)
+    generator = torch.Generator().manual_seed(0)
+    revealed = torch.rand(6, 14, generator=generator) < 0.3
+    judged = torch.rand(6, 15, generator=generator) < torch.tensor([0.9, 0.0, 0.1, 0.0, 0.0, 0.5])[:, None]
+
+    def loss(rows: slice, counts: tuple[int, int] | None) -> Tensor:
+        return conversion_loss(
+            model, tokens[rows], starts[rows], revealed=revealed[rows], judged=judged[rows], counts=counts
+        ).total
+
+    whole = gradients(model, loss(slice(None), None))
+    counts = label_counts(TINY, tokens, judged, revealed)
+    for size in (1, 2, 3):
+        parts = [slice(begin, begin + size) for begin in range(0, 6, size)]
+        added = sum(gradients(model, loss(rows, counts)) for rows in parts)
+        assert isinstance(added, Tensor) and relative_error(added, whole) < 1e-5
+        naive = sum(gradients(model, loss(rows, None) / len(parts)) for rows in parts)
+        assert isinstance(naive, Tensor) and relative_error(naive, whole) > 0.05
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": 0}, "steps >= 1 must hold, but got 0"),
-        ({"task_share": 1.5}, "0 <= task_share <= 1 must hold, but got 1.5"),
-        ({"final_learning_rate": 1.0}, "0 < final_learning_rate <= learning_rate must hold"),
-    ],
-)
-def test_impossible_stages(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        replace(RECIPE.stages[0], **changes)
-
-
-def test_impossible_recipes() -> None:
-    with pytest.raises(UserError, match="at least one entry"):
-        replace(RECIPE, stages=())
-    with pytest.raises(UserError, match="must have different names"):
-        replace(RECIPE, stages=RECIPE.stages[:1] * 2)
-    with pytest.raises(UserError, match="stage 'second' converts, so the model must have a mask_token_id"):
-        replace(RECIPE, model=replace(RECIPE.model, mask_token_id=None))
-
-
-def test_learning_rate_warms_up_then_falls_to_the_final_one() -> None:
-    stage = Stage("s", "next_token", 1, 2, 0.1, 0.01, 100, warmup_steps=20)
-    rates = [stage.rate(step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.005) and max(rates) == pytest.approx(0.1) == rates[19]
-    assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
-    assert rates[-1] == pytest.approx(0.01, rel=0.15)
+def test_rows_without_a_label_cost_nothing() -> None:
+    model = noisy_model().train().requires_grad_(True)
+    tokens, starts = random_ids(2, 9, MASK), starts_of(2, 8, 4)
+    none = torch.zeros(2, 9, dtype=torch.bool)
+    for total in (
+        conversion_loss(model, tokens, starts, judged=none).total,
+        next_token_loss(model, tokens, judged=none).total,
+    ):
+        assert float(total.detach()) == 0
+        assert not gradients(model, total).any()

@@ -16,21 +16,10 @@ from runtime.checkpoint import load_model, load_tensors, save_model, save_tensor
 from runtime.config import replace
 from runtime.conversion import run as running
 from runtime.conversion import train as training
-from runtime.conversion.recipe import Recipe, Stage
 from runtime.conversion.train import train
-from tests.models import TINY, noisy_model
+from tests.models import RECIPE, noisy_model
 
 torch.set_num_threads(1)
-
-RECIPE = Recipe(
-    "tiny",
-    3,
-    (
-        Stage("first", "next_token", 2, 24, 0.01, 0.005, 7, warmup_steps=2, task_share=0.5),
-        Stage("second", "conversion", 2, 20, 0.01, 0.001, 6, warmup_steps=1, max_block=4, partial_share=0.5),
-    ),
-    replace(TINY, vocab_size=264, pad_token_id=256, bos_token_id=257, eos_token_id=258, mask_token_id=259),
-)
 
 
 @pytest.fixture(autouse=True)
