@@ -244,6 +244,31 @@ def test_select_keeps_sequences_in_order_and_they_go_on_unchanged() -> None:
         assert relative_error(found[row], history.model.forward(tokens, causal(length + 3))[0, -3:]) < 1e-5
 
 
+def test_a_row_is_replaced_in_place_and_the_others_stay() -> None:
+    history = History(MODELS["sliding-biased-long"], seed=9)
+    history.apply("prefill", 12, [12, 3, 7])
+    history.apply("verify", SLOTS, [2, 1, 4])
+    tokens = random_ids(1, 9, TINY.vocab_size, seed=1)[0].tolist()
+    source = history.model.new_cache(2, 9, SLOTS)  # as small as its prompts
+    history.model.forward(torch.tensor([[0] * 9, tokens]), causal(9), source)
+    source.advance([9, 9])
+    stores = [tensor.data_ptr() for tensor in (*history.cache.keys, *history.cache.columns)]
+    history.cache.put(1, source, 1)
+    assert [tensor.data_ptr() for tensor in (*history.cache.keys, *history.cache.columns)] == stores
+    history.kept[1] = tokens
+    history.check()
+    history.apply("rollback", 0, [1, SLOTS, 2])
+    history.check_next()
+
+
+def test_a_row_of_another_ring_or_too_long_is_refused() -> None:
+    cache, long = fresh(MODELS["plain"], [1] * 10), MODELS["plain"].new_cache(1, 5, SLOTS)
+    with pytest.raises(UserError, match="the rings must be equal"):
+        cache.put(0, MODELS["plain"].new_cache(1, 5, SLOTS + 1), 0)
+    with pytest.raises(UserError, match="10 positions do not fit the cache of 5"):
+        long.put(0, cache, 0)
+
+
 def test_state_size_is_the_published_one() -> None:
     """40,960 bytes of KV a token and 215,040 of CCA state a sequence in bf16, for the 8B model."""
     config = ModelConfig()
