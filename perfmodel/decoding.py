@@ -118,14 +118,15 @@ def time_forward(
 ) -> ForwardTiming:
     """One forward of batch x slots tokens over cached contexts; the LM head on `head_rows` per sequence (None: all).
 
-    pairs, head_passes: as in `steps.ForwardSizes`.
+    name: which kind of forward, for a measured expert coverage. pairs, head_passes: as in `steps.ForwardSizes`.
     """
+    coverage = at.coverage.of(name)
     grid = shape(batch, slots, context, slots if head_rows is None else head_rows, pairs, head_passes)
     dtype = at.device.dtype
-    costs = forward_costs(at.spec, grid, dtype, at.coverage)
-    executed = execute_forward(at.spec, costs, grid, dtype, at.coverage, at.engine, at.kernels)
+    costs = forward_costs(at.spec, grid, dtype, coverage)
+    executed = execute_forward(at.spec, costs, grid, dtype, coverage, at.engine, at.kernels)
     stream = sum((cost.weight_bytes + cost.kv_bytes for cost in costs), np.zeros(()))
-    distinct = at.coverage.distinct(grid.batch, grid.slots, at.spec.num_experts)
+    distinct = coverage.distinct(grid.batch, grid.slots, at.spec.num_experts)
     return ForwardTiming(name, grid.slots, distinct, time_operators(executed, at.device, at.engine, stream))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from hardware.profile import HardwareProfile
 from perfmodel.decoding import ForwardTiming, StepTiming, setting, time_forward, time_step
 from perfmodel.engine import EngineProfile, engine_for
-from perfmodel.experts import ExpertCoverage
+from perfmodel.experts import CoveragePoint, ExpertCoverage
 from perfmodel.model_spec import ModelSpec, load_spec, require_context
 from perfmodel.operators import Array
 from perfmodel.steps import Step, most_fillings, step_of
@@ -100,13 +100,21 @@ def forwards(measurements: Sequence[Measurement]) -> list[Measurement]:
 
 
 def recorded_coverage(measurements: Sequence[Measurement]) -> ExpertCoverage:
-    """The distinct experts that the runtime recorded in these rows, by tokens per forward, as measured coverage."""
-    by_tokens: dict[float, list[float]] = defaultdict(list)
-    for m in measurements:
-        if m.experts_per_layer is not None:
-            by_tokens[float(m.workload.batch * m.slots)].append(m.experts_per_layer)
-    require(len(by_tokens) > 0, "recorded expert coverage needs rows with experts_per_layer, but none has it")
-    return ExpertCoverage("measured", measured=tuple((t, float(np.mean(v))) for t, v in sorted(by_tokens.items())))
+    """The distinct experts that the runtime recorded in these rows, by kind of forward, as measured coverage."""
+    points = tuple(
+        CoveragePoint(_forward_kind(m), m.workload.batch, m.slots, m.experts_per_layer)
+        for m in measurements
+        if m.experts_per_layer is not None
+    )
+    require(len(points) > 0, "recorded expert coverage needs rows with experts_per_layer, but none has it")
+    return ExpertCoverage("measured", measured=points)
+
+
+def _forward_kind(m: Measurement) -> str:
+    """The kind of a measured forward; of a generation, that of its widest one, whose experts were counted."""
+    if m.kind == "generation":
+        return max(reversed(_step(m).forwards), key=lambda f: float(np.max(f.slots))).name
+    return m.forward or ("decode" if m.slots == 1 else "verify")
 
 
 class MeasuredPoints:
@@ -153,8 +161,9 @@ class MeasuredPoints:
             timing: ForwardTiming | StepTiming
             if first.kind == "forward":
                 slots, head_rows, pairs = np.array([_slots(m) for m in self._of(members)]).T
-                structured = first.forward in ("draft", "single")
-                timing = time_forward(at, batch, slots, context, head_rows, pairs=pairs if structured else None)
+                name = first.forward or "forward"
+                structured = pairs if name in ("draft", "single") else None
+                timing = time_forward(at, batch, slots, context, head_rows, name, pairs=structured)
             else:
                 timing = time_step(at, _step(first), batch, context)
             seconds[members], bound[members] = timing.seconds, timing.bound_seconds

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardware.files import UserError
-from perfmodel.experts import ExpertCoverage, parse_coverage
+from perfmodel.experts import CoveragePoint, ExpertCoverage, fit_rho, parse_coverage
 from perfmodel.model_spec import ModelSpec, load_spec, spec_from_config
 from perfmodel.operators import FORWARD_OPERATORS, forward_costs, shape
 from runtime.config import ModelConfig, RopeParameters
@@ -221,28 +221,58 @@ def test_uniform_coverage_is_what_independent_routing_gives() -> None:
     assert ExpertCoverage().distinct(3, 5, 8) == pytest.approx(seen, rel=0.01)
 
 
+def recorded(*points: tuple[str, float, float, float]) -> ExpertCoverage:
+    return ExpertCoverage("measured", measured=tuple(CoveragePoint(*p) for p in points))
+
+
 def test_measured_coverage_interpolates_and_does_not_extrapolate() -> None:
-    measured = ExpertCoverage("measured", measured=((4.0, 2.0), (16.0, 5.0)))
+    measured = recorded(("verify", 1, 4, 2.0), ("verify", 4, 4, 5.0))
     assert measured.distinct(2, 4, 16) == pytest.approx(3.5)
+    assert measured.distinct([1, 4], 4, 16).tolist() == [2.0, 5.0]
     assert measured.distinct(1, 1, 16) == pytest.approx(1.0)
-    with pytest.raises(UserError, match=r"16 tokens.*17"):
+    assert measured.distinct(1, 16, 16) == pytest.approx(5.0)  # a longer block than any: as many tokens of shorter ones
+    with pytest.raises(UserError, match=r"16 tokens.*1 x 17"):
         measured.distinct(1, 17, 16)
-    saturated = ExpertCoverage("measured", measured=((4.0, 2.0), (16.0, 5.0)))
-    assert saturated.distinct(100, 17, 5) == 5
+    assert recorded(("verify", 1, 4, 2.0), ("verify", 4, 4, 5.0)).distinct(100, 17, 5) == 5
+
+
+def test_measured_coverage_is_of_a_kind_of_forward() -> None:
+    """Blocks lie between single tokens and longer blocks of their own kind; another kind is not mixed in."""
+    measured = recorded(
+        ("decode", 1, 1, 1.0), ("decode", 8, 1, 4.0), ("draft", 1, 16, 3.0), ("draft", 8, 16, 6.0),
+        ("verify", 1, 16, 5.0), ("verify", 8, 16, 7.0),
+    )  # fmt: skip
+    assert measured.of("draft").distinct(8, 16, 8) == 6 and measured.of("verify").distinct(8, 16, 8) == 7
+    assert measured.of("draft").distinct(1, 4, 8) == pytest.approx(2.0)  # half way in log slots from decode's 1 to 3
+    assert measured.of("decode").distinct(8, 1, 8) == measured.of("draft").distinct(8, 1, 8) == 4
+    assert measured.of("forward").distinct(8, 16, 8) == pytest.approx(6.5)  # of no kind: all that was seen
+    with pytest.raises(UserError, match="8 tokens"):
+        measured.of("decode").distinct(9, 1, 8)
+
+
+def test_a_point_that_is_missing_is_read_from_its_neighbours() -> None:
+    """A grid with a hole, as a split of the points leaves it: 9 slots were recorded up to batch 4."""
+    measured = recorded(
+        ("verify", 1, 1, 1.0), ("verify", 16, 1, 5.0), ("verify", 1, 9, 4.0), ("verify", 4, 9, 6.0),
+        ("verify", 1, 81, 6.0), ("verify", 16, 81, 8.0),
+    )  # fmt: skip
+    assert measured.distinct(4, 9, 16) == 6
+    assert measured.distinct(16, 9, 16) == pytest.approx(6.5)  # half way from 1 slot's 5 to 81 slots' 8
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(1, 64), st.integers(1, 33), st.floats(0, 0.95))
+def test_a_recorded_grid_is_close_to_the_law_it_was_drawn_from(batch: int, slots: int, rho: float) -> None:
+    law = ExpertCoverage("correlated", rho=rho)
+    grid = [(b, s) for b in (1, 2, 4, 8, 16, 32, 64) for s in (1, 2, 3, 5, 9, 17, 33)]
+    measured = recorded(*(("verify", b, s, float(law.distinct(b, s, 16))) for b, s in grid))
+    assert measured.distinct(batch, slots, 16) == pytest.approx(float(law.distinct(batch, slots, 16)), abs=0.5)
+    assert fit_rho(measured, 16) == pytest.approx(rho, abs=1e-3)
 
 
 @pytest.mark.parametrize("text", ["uniform", "uniform(0.06)", "correlated(0.3)", "all", "min"])
 def test_coverage_names_round_trip(text: str) -> None:
     assert str(parse_coverage(text)) == text
-
-
-def test_measured_coverage_is_read_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "experts.json"
-    path.write_text('{"tokens": [16, 1], "distinct_experts": [5, 1]}')
-    assert parse_coverage(f"measured:{path}").distinct(4, 4, 8) == pytest.approx(5)
-    path.write_text('{"tokens": [16, 1], "distinct_experts": [5]}')
-    with pytest.raises(UserError, match="two lists"):
-        parse_coverage(f"measured:{path}")
 
 
 @pytest.mark.parametrize("text", ["some", "correlated", "correlated(x)", "correlated(1.5)", "all(2)", "measured", ""])

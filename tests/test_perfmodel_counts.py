@@ -12,7 +12,7 @@ import pytest
 from hardware.files import UserError
 from perfmodel.engine import load_engine
 from perfmodel.execution import execute_forward
-from perfmodel.experts import ExpertCoverage
+from perfmodel.experts import CoveragePoint, ExpertCoverage
 from perfmodel.model_spec import spec_from_config
 from perfmodel.operators import forward_costs, shape
 from perfmodel.steps import step_of
@@ -103,7 +103,7 @@ def test_launches_are_those_of_the_runtime(mode: str, experts: int, batch: int, 
     launches, views = count(batch, slots, 40, mode, experts)
     spec = spec_from_config(CONFIG, "counted")
     at = shape(batch, slots, 40, slots)
-    coverage = ExpertCoverage("measured", measured=((1.0, 1.0), (10.0, float(experts)), (11.0, 6.0)))
+    coverage = ExpertCoverage("measured", measured=(CoveragePoint("verify", batch, slots, experts),))
     costs = forward_costs(spec, at, "float32", coverage)
     kernels = KernelConfig({1_000_000: mode})  # type: ignore[dict-item]
     for name in ("ridgepoint-cpu", "ridgepoint-eager"):

@@ -32,7 +32,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "hardware": (),
     "runtime": ("hardware",),
-    "perfmodel": ("hardware", "runtime.config", "runtime.levels", "runtime.measurement", "runtime.deployment"),
+    "perfmodel": (
+        "hardware",
+        "runtime.config",
+        "runtime.deployment",
+        "runtime.levels",
+        "runtime.measurement",
+        "runtime.routing",
+    ),
     "autotune": ("hardware", "runtime", "perfmodel"),
     "dashboards": ("hardware", "runtime", "perfmodel", "autotune"),
 }
@@ -46,6 +53,7 @@ TORCH_FREE_RUNTIME = {
     "runtime.levels",
     "runtime.measurement",
     "runtime.options",
+    "runtime.routing",
 }
 MAY_LOAD: dict[str, tuple[str, ...]] = {
     "torch": ("runtime.*", "autotune.local", "autotune.runner"),  # autotune's: what runs trials on this device
