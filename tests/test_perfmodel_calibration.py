@@ -169,6 +169,23 @@ def test_recorded_experts_become_coverage(model: str) -> None:
         recorded_coverage([replace(rows[0], experts_per_layer=None)])
 
 
+def test_recorded_experts_are_those_of_a_kind_of_forward(model: str) -> None:
+    """A draft and a verify of equal slots touch different experts, and are timed so; so does a generation's forward."""
+    plain = measurement(model, 2, 9, 64, "loop", [1.0])
+    draft = replace(plain, forward="draft", experts_per_layer=2.0)
+    verify = replace(plain, forward="verify", experts_per_layer=6.0)
+    coverage = recorded_coverage([draft, verify])
+    assert [float(coverage.of(kind).distinct(2, 9, 8)) for kind in ("draft", "verify")] == [2.0, 6.0]
+    pair = {
+        name: [r.predicted_seconds for r in validate([draft, verify], CPU, engine=engine(), expert_coverage=c)]
+        for name, c in (("own", coverage), ("draft's", coverage.of("draft")), ("verify's", coverage.of("verify")))
+    }
+    assert pair["own"] == [pair["draft's"][0], pair["verify's"][1]] and pair["own"][0] < pair["verify's"][0]
+    decoding = DecodingConfig("two_forward", draft_tokens=8)
+    run = replace(verify, kind="generation", forward=None, decoding=decoding, tokens=(9,), forwards=2)
+    assert [p.kind for p in recorded_coverage([run]).measured] == ["verify"]
+
+
 def test_too_few_points_are_refused(model: str) -> None:
     with pytest.raises(UserError, match="at least 10 operating points, but got 1"):
         calibrate([measurement(model, 1, 1, 64, "loop", [1e-3])] * 20, CPU, engine(), source="made up")
