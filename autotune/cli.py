@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -38,10 +39,16 @@ def tune(
     storage: Annotated[
         str | None, typer.Option(help="Database URL of the study (default: study.db in the folder, SQLite).")
     ] = None,
-    lossless: Annotated[bool, typer.Option("--lossless", help="Search only settings with mixing weight 1.")] = False,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Search only settings that verify with weight 1.")
+    ] = False,
     max_divergence: Annotated[
         float, typer.Option(help="Share of tokens in which the chosen setting may differ from autoregression.")
     ] = 0.0,
+    histogram: Annotated[
+        str | None,
+        typer.Option("--acceptance-histogram", help="Steps that accepted 0, 1, 2... drafts: chooses proposal levels."),
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Held-out problems to decode, rounded up to whole batches.")] = 10,
     new_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each problem.")] = 144,
     repeats: Annotated[int, typer.Option(help="Recorded passes over the problems in a trial.")] = 2,
@@ -71,6 +78,7 @@ def tune(
         repeats=repeats,
         rounds=rounds,
         seed=seed,
+        histogram=_counts(histogram) if histogram else (),
     )
     url = storage or storage_url(out)
     place = shown(url)
@@ -158,6 +166,16 @@ def _batches(text: str) -> list[int]:
         raise UserError(f"--batch takes whole numbers with commas, but got {text!r}") from error
     if min(found) < 1 or len(set(found)) < len(found):
         raise UserError(f"--batch takes different numbers >= 1, but got {text!r}")
+    return found
+
+
+def _counts(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--acceptance-histogram takes numbers with commas, but got {text!r}") from error
+    if min(found) < 0 or not 0 < sum(found) < math.inf:
+        raise UserError(f"--acceptance-histogram takes counts >= 0, not all 0, but got {text!r}")
     return found
 
 

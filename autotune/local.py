@@ -42,6 +42,7 @@ class Plan:
     repeats: int = 2
     rounds: int = 8
     seed: int = 0
+    histogram: tuple[float, ...] = ()  # see `space.Space`
 
     def __post_init__(self) -> None:
         for name in ("prompts", "new_tokens", "trials", "repeats"):
@@ -110,7 +111,13 @@ def tune_local(
     )
     workload = Workload(batch, round(sum(map(len, prompts)) / count), plan.new_tokens)
     cores = core_count()
-    space = decoding_space(batch=batch, cores=cores, drafts=config.mask_token_id is not None, lossless=plan.lossless)
+    space = decoding_space(
+        batch=batch,
+        cores=cores,
+        drafts=config.mask_token_id is not None,
+        lossless=plan.lossless,
+        histogram=plan.histogram,
+    )
     subject = Subject(
         model=tuned.name,
         model_hash=identity.model_hash,

@@ -108,7 +108,7 @@ def quality(runner: Runner, progress: Progress) -> dict[str, Any]:
     """How far is it from autoregressive decoding, and are its answers right?"""
     found = runner.quality(progress.outputs)
     divergence = found["divergence"]
-    if progress.candidate.decoding.mixing_weight == 1 and divergence > ROUNDING_DIVERGENCE:
+    if progress.candidate.decoding.lossless and divergence > ROUNDING_DIVERGENCE:
         raise StageFailure(
             "incorrect", f"a lossless setting gave {divergence:.1%} tokens that autoregressive decoding does not give"
         )

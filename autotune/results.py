@@ -55,7 +55,7 @@ class Subject:
         if self.prompts != other.prompts:
             return f"prompts {self.prompts}, not {other.prompts}"
         if self.space != other.space:
-            return "another search space (lossless or not, other cores)"
+            return "another search space (lossless or not, other cores, another histogram, fewer samplers)"
         return None
 
 
@@ -83,7 +83,7 @@ class TrialRecord:
     @property
     def lossless(self) -> bool:
         """Whether it gives what autoregressive decoding gives, by construction (the quality stage has checked it)."""
-        return float(self.params.get("mixing_weight", 1.0)) == 1
+        return float(self.params.get("mixing_weight", 1.0)) == 1 and bool(self.params.get("verify", True))
 
     @property
     def acceptance_length(self) -> float | None:

@@ -50,7 +50,7 @@ class LocalRunner:
     def infeasible(self, candidate: Candidate) -> str | None:
         """Masks to draft with, positions, and memory for what a mode of running the experts copies."""
         config, (decoding, kernels) = self._model.config, candidate
-        if decoding.sampler != "autoregressive" and config.mask_token_id is None:
+        if decoding.drafts and config.mask_token_id is None:
             return f"{decoding.sampler} drafts with masks, but the model has no mask_token_id"
         needed = max(map(len, self._prompts)) + self._new_tokens
         if needed > config.max_position_embeddings:

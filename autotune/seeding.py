@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,18 +10,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autotune.space import LEAST_MIXING_WEIGHT, MAX_DRAFT_TOKENS, Candidate, Space
+from autotune.space import LEAST_MIXING_WEIGHT, MAX_DRAFT_TOKENS, NO_THRESHOLD, Candidate, Space, Value, shortened
 from hardware.files import UserError
-from runtime.config import DecodingConfig, ExpertMode, KernelConfig, Workload, replace
+from perfmodel.acceptance import judged, tokens_per_step
+from runtime.config import DecodingConfig, ExpertMode, KernelConfig, Workload
+from runtime.levels import steady_tokens
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hardware.profile import HardwareProfile
     from perfmodel.engine import EngineProfile
+    from perfmodel.experts import ExpertCoverage
     from perfmodel.model_spec import ModelSpec
 
 _APART = 4  # drafts
+_DRAFTS = (1, 2, 3, *range(4, MAX_DRAFT_TOKENS + 1, 2))  # finer, a prediction tells no difference
 _PILOT_MIXING_WEIGHTS = (1.0, 0.5, LEAST_MIXING_WEIGHT)
 
 
@@ -39,14 +44,19 @@ class Acceptance:
 
         A shorter draft is taken to be the beginning of a longer one, and weights between the pilots' are interpolated.
         With `anchor_draft` the first draft is always accepted, and the others as often as where it was; that is too
-        high where the drafts of one step are right or wrong together.
+        high where the drafts of one step are right or wrong together. What few levels leave stale is accounted for;
+        what more denoising steps improve is not. A block that nothing verifies is kept whole.
         """
+        if not judged(decoding):
+            return tokens_per_step(decoding)
         weights = sorted(self.histograms)
         lengths = [self._length(self.histograms[w], decoding) for w in weights]
         return float(np.interp(decoding.mixing_weight, weights, lengths))
 
     @staticmethod
     def _length(histogram: Sequence[int], decoding: DecodingConfig) -> float:
+        if decoding.sampler == "single_forward":
+            return _steady(tuple(shortened(histogram, decoding.draft_tokens)), decoding.levels)
         steps = np.asarray(histogram, dtype=float)
         at_least = np.cumsum(steps[::-1])[::-1] / steps.sum()  # entry j: share of steps that accepted >= j
         accepted = at_least[1 : decoding.draft_tokens + 1]
@@ -78,38 +88,76 @@ class Predictor:
     def __call__(self, candidate: Candidate, acceptance: Acceptance | None) -> float | None:
         decoding, kernels = candidate
         batch = self._workload.batch
-        drafting = decoding.sampler != "autoregressive"
-        if drafting and acceptance is None:
+        if judged(decoding) and acceptance is None:
             return None
+        tokens = acceptance.length(decoding) if acceptance else tokens_per_step(decoding)
         mode = kernels.expert_mode(batch * decoding.slots)
-        kind = DecodingConfig(decoding.sampler, anchor_draft=decoding.anchor_draft)  # the rest does not change a step
-        try:
-            seconds = self._step_seconds(kind, mode, kernels.threads, acceptance.experts if acceptance else ())
-        except UserError:  # a thread count or a mode that the profile or the engine knows nothing of
+        kind = DecodingConfig(  # the rest does not change a step
+            decoding.sampler, MAX_DRAFT_TOKENS, denoising_steps=decoding.denoising_steps, verify=decoding.verify
+        )
+        levels = None if decoding.proposal_levels is None else len(decoding.proposal_levels)
+        experts = acceptance.experts if acceptance else ()
+        seconds = self._step_seconds(kind, levels, mode, kernels.threads, experts)
+        if seconds is None:
             return None
-        if not drafting or acceptance is None:
-            return float(batch / seconds[0])
-        return float(batch * acceptance.length(decoding) / seconds[decoding.draft_tokens - 1])
+        return float(batch * tokens / seconds[decoding.draft_tokens - 1 if decoding.drafts else 0])
 
     def _time_steps(
-        self, kind: DecodingConfig, mode: ExpertMode, threads: int | None, experts: tuple[tuple[float, float], ...]
-    ) -> npt.NDArray[np.float64]:
-        """Seconds of a step for K = 1 .. MAX_DRAFT_TOKENS."""
+        self,
+        kind: DecodingConfig,
+        levels: int | None,
+        mode: ExpertMode,
+        threads: int | None,
+        experts: tuple[tuple[float, float], ...],
+    ) -> npt.NDArray[np.float64] | None:
+        """Seconds of a step for K = 1 .. MAX_DRAFT_TOKENS. A confidence threshold is taken to end no block early.
+
+        None for a thread count, mode or sampler that the profile or the engine knows nothing of.
+        """
         from perfmodel.decoding import setting, time_step
-        from perfmodel.experts import ExpertCoverage
+        from perfmodel.steps import step_of
 
         work = self._workload
-        at = setting(
-            self._spec,
-            self._hardware,
-            work.dtype,
-            expert_coverage=ExpertCoverage("measured", measured=experts) if experts else "uniform",
-            engine=self._engine,
-            kernels=KernelConfig({1_000_000: mode}, threads),
-        )
         drafts = np.arange(1, MAX_DRAFT_TOKENS + 1)
+        step = step_of(kind, draft_tokens=drafts, levels=levels)
+        most = work.batch * max(float(np.max(forward.slots)) for forward in step.forwards)
         context = work.prompt_tokens + work.generated_tokens / 2
-        return np.broadcast_to(time_step(at, kind, work.batch, context, drafts).seconds, drafts.shape)
+        try:
+            at = setting(
+                self._spec,
+                self._hardware,
+                work.dtype,
+                expert_coverage=coverage(experts, self._spec.num_experts, most),
+                engine=self._engine,
+                kernels=KernelConfig({1_000_000: mode}, threads),
+            )
+            return np.broadcast_to(time_step(at, step, work.batch, context).seconds, drafts.shape)
+        except UserError:
+            return None
+
+
+@lru_cache(maxsize=4096)
+def _steady(histogram: tuple[float, ...], levels: tuple[int, ...]) -> float:
+    return steady_tokens(histogram, levels)
+
+
+def coverage(pairs: tuple[tuple[float, float], ...], experts: int, most_tokens: float) -> ExpertCoverage:
+    """Recorded (tokens of a forward, distinct experts) pairs as coverage; uniform where there are none.
+
+    They are carried on to more tokens than any pilot had in a forward, with as many independent choices per token as
+    the last pair shows: E (1 - (1 - 1/E)^n), n in proportion to the tokens.
+    """
+    from perfmodel.experts import CoveragePoint, ExpertCoverage
+
+    if not pairs:
+        return ExpertCoverage("uniform")
+    (tokens, distinct), further = pairs[-1], list[tuple[float, float]]()
+    if tokens < most_tokens and distinct < 0.99 * experts:
+        choices = np.log1p(-distinct / experts) / np.log1p(-1 / experts)
+        counts = np.geomspace(tokens, most_tokens, 9)[1:]
+        found = experts * -np.expm1(choices * counts / tokens * np.log1p(-1 / experts))
+        further = list(zip(counts.tolist(), found.tolist(), strict=True))
+    return ExpertCoverage("measured", measured=tuple(CoveragePoint("any", t, 1, d) for t, d in (*pairs, *further)))
 
 
 def pilots(space: Space, default: Candidate) -> list[Candidate]:
@@ -130,24 +178,33 @@ def pilots(space: Space, default: Candidate) -> list[Candidate]:
 
 
 def seeds(space: Space, predict: Predict, acceptance: Acceptance | None, count: int) -> list[Candidate]:
-    """The `count` best predicted settings, taken in turn from each mixing weight and thread count.
+    """The `count` best predicted settings, taken in turn from each mixing weight, verified or not, and thread count.
 
     Those that differ in K alone are at least _APART apart: their predictions are right or wrong together. In turn,
-    because the model says neither what mixing costs in quality nor what else keeps the machine's cores busy.
+    because the model says neither what mixing or keeping drafts costs in quality nor what else keeps the machine's
+    cores busy.
     """
     weights = tuple(sorted(acceptance.histograms, reverse=True)) if acceptance else (1.0,)
     threads = next(p for p in space.parameters if p.name == "threads").values()
-    coarse = {"mixing_weight": weights, "threads": (threads[0], threads[-1])[: len(threads)]}
+    coarse: dict[str, tuple[Value, ...]] = {
+        "mixing_weight": weights,
+        "threads": (threads[0], threads[-1])[: len(threads)],
+        "draft_tokens": _DRAFTS,
+        "confidence_threshold": (NO_THRESHOLD,),  # when one ends a block is not predicted
+    }
     predicted = [(predict(candidate, acceptance), candidate) for candidate in space.grid(coarse)]
     ranked = sorted(((p, c) for p, c in predicted if p is not None), key=lambda found: -found[0])
-    queues: dict[tuple[float, int | None], list[Candidate]] = {}
-    taken: dict[object, list[int]] = {}
+    queues: dict[object, list[Candidate]] = {}
+    taken: dict[str, list[int]] = {}
     for _, candidate in ranked:
         decoding, kernels = candidate
-        queue = queues.setdefault((decoding.mixing_weight, kernels.threads), [])
-        mode = kernels.expert_mode(space.batch * decoding.slots)
-        alike = taken.setdefault((replace(decoding, draft_tokens=1), mode, kernels.threads), [])
-        if len(queue) < count and all(abs(decoding.draft_tokens - k) >= _APART for k in alike):
+        kept = decoding.drafts and not judged(decoding)
+        queue = queues.setdefault((decoding.mixing_weight, kept, kernels.threads), [])
+        if len(queue) == count:
+            continue
+        others = {n: v for n, v in space.encode(candidate).items() if n != "draft_tokens"}
+        alike = taken.setdefault(json.dumps(others), [])
+        if all(abs(decoding.draft_tokens - k) >= _APART for k in alike):
             queue.append(candidate)
             alike.append(decoding.draft_tokens)
     return list(_in_turn(list(queues.values())))[:count]

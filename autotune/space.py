@@ -6,14 +6,17 @@ A setting is a `Candidate` (decoding and kernels) to everyone but the search lib
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from runtime.config import EXPERT_MODES, DecodingConfig, KernelConfig, require
+from runtime.config import EXPERT_MODES, SAMPLER_NAMES, DecodingConfig, KernelConfig, require
+from runtime.levels import optimal
 
 MAX_DRAFT_TOKENS = 24
 LEAST_MIXING_WEIGHT = 0.25
+DENSE = "dense"  # as many proposal levels as a block has acceptance counts
+NO_THRESHOLD = "none"
 _ANY_TOKENS = max(KernelConfig().experts)  # the bucket of a prefill, whose mode is not tuned
 
 Value = str | bool | int | float
@@ -38,16 +41,19 @@ class Suggests(Protocol):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One thing to set: a choice, or a number from low to high in steps. `when`: only if another has that value."""
+    """One thing to set: a choice, or a number from low to high in steps.
+
+    when: only if another parameter, named first, has one of the values that follow.
+    """
 
     name: str
     kind: Literal["choice", "integer", "real"]
     meaning: str
-    choices: tuple[str | bool, ...] = ()
+    choices: tuple[Value, ...] = ()
     low: float = 0.0
     high: float = 0.0
     step: float = 1.0
-    when: tuple[str, str] | None = None
+    when: tuple[Value, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind == "choice":
@@ -78,10 +84,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """Parameters in the order they are drawn, for one batch size: it decides how many tokens a forward holds."""
+    """Parameters in the order they are drawn, for one batch size: it decides how many tokens a forward holds.
+
+    histogram: steps that accepted 0, 1, 2 ... fresh drafts, if that was recorded before: proposal levels are then
+    chosen from it.
+    """
 
     batch: int
     parameters: tuple[Parameter, ...]
+    histogram: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         names: set[str] = set()
@@ -105,15 +116,34 @@ class Space:
     def candidate(self, params: Mapping[str, Value]) -> Candidate:
         """The setting that parameter values stand for; what a space does not hold keeps its default."""
         given: dict[str, Any] = dict(params)
-        block = given["sampler"] != "autoregressive"
-        chosen = {n: given[n] for n in ("draft_tokens", "anchor_draft", "mixing_weight") if n in given}
+        chosen: dict[str, Any] = {
+            n: given[n] for n in ("draft_tokens", "anchor_draft", "mixing_weight", "verify") if n in given
+        }
         if "mixing_weight" in chosen:
             chosen["mixing_weight"] = round(chosen["mixing_weight"], 6)
+        if "levels_count" in given:
+            chosen["proposal_levels"] = self.levels(given["levels_count"], given["draft_tokens"])
+        if "denoising_steps" in given:
+            chosen["denoising_steps"] = min(given["denoising_steps"], given["draft_tokens"])
+            threshold = given.get("confidence_threshold", NO_THRESHOLD)
+            if threshold != NO_THRESHOLD and chosen["denoising_steps"] > 1:  # one step decides every token anyway
+                chosen["confidence_threshold"] = threshold
         decoding = DecodingConfig(given["sampler"], **chosen)
-        mode = given["experts_block" if block else "experts_single"]
+        mode = given["experts_block" if decoding.drafts else "experts_single"]
         tokens = self.batch * decoding.slots
         prefill = KernelConfig().experts[_ANY_TOKENS]
         return Candidate(decoding, KernelConfig({tokens: mode, _ANY_TOKENS: prefill}, given["threads"]))
+
+    def levels(self, count: Value, draft_tokens: int) -> tuple[int, ...] | None:
+        """The proposal levels that a `levels_count` stands for; None: all of them, as also for a count beyond K.
+
+        The best ones by the recorded histogram, else evenly spaced: i (K + 1) / count, rounded down, for i < count.
+        """
+        if count == DENSE or int(count) > draft_tokens:
+            return None
+        if not self.histogram:
+            return tuple(i * (draft_tokens + 1) // int(count) for i in range(int(count)))
+        return optimal(shortened(self.histogram, draft_tokens), int(count))
 
     def encode(self, candidate: Candidate) -> dict[str, Value]:
         """The parameter values of a setting, for enqueueing. UserError when the space does not hold it."""
@@ -123,6 +153,10 @@ class Space:
             "sampler": decoding.sampler,
             "draft_tokens": decoding.draft_tokens,
             "anchor_draft": decoding.anchor_draft,
+            "levels_count": self._first("levels_count", decoding, "proposal_levels"),
+            "denoising_steps": self._first("denoising_steps", decoding, "denoising_steps"),
+            "confidence_threshold": decoding.confidence_threshold or NO_THRESHOLD,
+            "verify": decoding.verify,
             "mixing_weight": decoding.mixing_weight,
             "experts_single": mode,
             "experts_block": mode,
@@ -142,12 +176,23 @@ class Space:
         )
         return params
 
+    def _first(self, name: str, decoding: DecodingConfig, setting: str) -> Value | None:
+        """Of the values that mean the same at this K, the first, so that equal settings have equal parameters."""
+        for parameter in self.parameters:
+            if parameter.name == name:
+                for value in parameter.values():
+                    k = decoding.draft_tokens
+                    meant = self.levels(value, k) if name == "levels_count" else min(int(value), k)
+                    if meant == getattr(decoding, setting):
+                        return value
+        return None
+
     def key(self, candidate: Candidate) -> str:
         """A name that equal settings share, however they were proposed."""
         return json.dumps(self.encode(candidate), sort_keys=True)
 
     def grid(self, coarse: Mapping[str, tuple[Value, ...]] | None = None) -> list[Candidate]:
-        """Every setting; `coarse` replaces the values of a parameter by a few of them."""
+        """Every setting, once; `coarse` replaces the values of a parameter by a few of them."""
         points: list[dict[str, Value]] = [{}]
         for parameter in self.parameters:
             values = (coarse or {}).get(parameter.name, parameter.values())
@@ -158,23 +203,38 @@ class Space:
                     [{**point, parameter.name: value} for value in values] if _active(parameter, point) else [point]
                 )
             ]
-        return [self.candidate(point) for point in points]
+        found: dict[object, Candidate] = {}
+        for decoding, kernels in map(self.candidate, points):
+            known = decoding, tuple(kernels.experts.items()), kernels.threads
+            found.setdefault(known, Candidate(decoding, kernels))
+        return list(found.values())
+
+
+def shortened(histogram: Sequence[float], draft_tokens: int) -> list[float]:
+    """The histogram of K drafts from that of more, a shorter draft being the beginning of a longer one."""
+    counts = [float(c) for c in histogram]
+    kept = counts[:draft_tokens]
+    return [*kept, *[0.0] * (draft_tokens - len(kept)), sum(counts[draft_tokens:])]
 
 
 def _active(parameter: Parameter, params: Mapping[str, Value]) -> bool:
-    return parameter.when is None or params.get(parameter.when[0]) == parameter.when[1]
+    if parameter.when is None:
+        return True
+    name, *values = parameter.when
+    return str(name) in params and params[str(name)] in values
 
 
-def decoding_space(*, batch: int, cores: int, drafts: bool = True, lossless: bool = False) -> Space:
-    """What can be set on a CPU. drafts: whether the model can draft; lossless: hold the mixing weight at 1.
+def decoding_space(
+    *, batch: int, cores: int, drafts: bool = True, lossless: bool = False, histogram: Sequence[float] = ()
+) -> Space:
+    """What can be set on a CPU. drafts: whether the model can draft; lossless: only what gives the model's own tokens.
 
-    How the experts run is the CPU's counterpart of a kernel's tiling; it is set for the token count that the sampler
-    sends: batch for the autoregressive one, batch * (K + 1) for a block. Prefill keeps its default.
+    histogram: see `Space`. How the experts run is the CPU's counterpart of a kernel's tiling; it is set for the most
+    tokens that the sampler sends at once. Prefill keeps its default. Denoising is verified with w = 1, or not at all.
     """
     require(batch >= 1, f"batch >= 1 must hold, but got {batch}")
-    block = ("sampler", "two_forward")
-    samplers: tuple[str | bool, ...] = ("autoregressive", "two_forward") if drafts else ("autoregressive",)
-    modes: tuple[str | bool, ...] = EXPERT_MODES
+    samplers = SAMPLER_NAMES if drafts else SAMPLER_NAMES[:1]
+    modes: tuple[Value, ...] = EXPERT_MODES
     parameters = [
         Parameter("sampler", "choice", "how tokens are produced", samplers),
         Parameter(
@@ -182,14 +242,31 @@ def decoding_space(*, batch: int, cores: int, drafts: bool = True, lossless: boo
         ),
         Parameter("threads", "integer", "threads of a matmul", low=1, high=cores),
     ]
-    if drafts:
-        parameters += [
-            Parameter("draft_tokens", "integer", "drafts per step, K", low=1, high=MAX_DRAFT_TOKENS, when=block),
-            Parameter("anchor_draft", "choice", "first draft from the anchor's own logits", (False, True), when=block),
-            Parameter("experts_block", "choice", "how a block's experts are run", modes, when=block),
-        ]
-    if drafts and not lossless:
-        parameters.append(
+    return Space(batch, (*parameters, *(_drafting(samplers[1:], modes, lossless) if drafts else ())), tuple(histogram))
+
+
+def _drafting(samplers: tuple[str, ...], modes: tuple[Value, ...], lossless: bool) -> list[Parameter]:
+    """What is set where tokens are drafted."""
+    two, single, denoising = (("sampler", name) for name in ("two_forward", "single_forward", "denoising"))
+    block = ("sampler", *samplers)
+    steps: tuple[Value, ...] = (1, 2, 4, 8)
+    found = [
+        Parameter("draft_tokens", "integer", "drafts per step, K", low=1, high=MAX_DRAFT_TOKENS, when=block),
+        Parameter("anchor_draft", "choice", "first draft from the anchor's own logits", (False, True), when=two),
+        Parameter("levels_count", "choice", "acceptance counts drafted ahead for", (1, 2, 4, 8, DENSE), when=single),
+        Parameter("denoising_steps", "choice", "most forwards that fill a block, up to K", steps, when=denoising),
+        Parameter(
+            "confidence_threshold",
+            "choice",
+            "probability from which a token is decided early",
+            (NO_THRESHOLD, 0.9, 0.7),
+            when=("denoising_steps", *steps[1:]),
+        ),
+        Parameter("verify", "choice", "verify the block", (True,) if lossless else (False, True), when=denoising),
+        Parameter("experts_block", "choice", "how a block's experts are run", modes, when=block),
+    ]
+    if not lossless:
+        found.append(
             Parameter(
                 "mixing_weight",
                 "real",
@@ -197,10 +274,10 @@ def decoding_space(*, batch: int, cores: int, drafts: bool = True, lossless: boo
                 low=LEAST_MIXING_WEIGHT,
                 high=1.0,
                 step=0.05,
-                when=block,
+                when=("sampler", "two_forward", "single_forward"),
             )
         )
-    return Space(batch, tuple(parameters))
+    return found
 
 
 def default_candidate(space: Space, threads: int) -> Candidate:

@@ -161,8 +161,9 @@ def decision_sentence(study: StudyResult) -> str:
     if decision.kept_default:
         return f"The default stays: {decision.reason}.{evidence}"
     chosen = study.trial(decision.trial)
+    why = "It mixes the draft's logits into the target" if chosen.params.get("verify", True) else "It verifies nothing"
     lossless = "It is lossless." if chosen.lossless else (
-        "It mixes the draft's logits into the target, so it is not lossless by construction: in these prompts "
+        f"{why}, so it is not lossless by construction: in these prompts "
         f"{percent(chosen.divergence or 0.0)} of the tokens are not the model's own greedy choice after the same text."
     )  # fmt: skip
     return f"Chosen: {setting_text(chosen)}; {decision.reason}.{evidence} {lossless}"

@@ -31,6 +31,11 @@ def histogram_from_rates(rates: Sequence[float], draft_tokens: int) -> list[floa
     return [float(share) for share in reached - np.append(reached[1:], 0.0)]
 
 
+def judged(decoding: DecodingConfig) -> bool:
+    """Whether drafts are accepted or rejected, so that tokens per step depend on the model."""
+    return decoding.drafts and (decoding.sampler != "denoising" or decoding.verify)
+
+
 def tokens_per_step(
     decoding: DecodingConfig,
     *,
@@ -47,8 +52,7 @@ def tokens_per_step(
     """
     forms = {"length": length, "histogram": histogram, "rates": rates}
     given = [name for name, value in forms.items() if value is not None]
-    judged = decoding.drafts and (decoding.sampler != "denoising" or decoding.verify)
-    if not judged:
+    if not judged(decoding):
         what = "drafts nothing" if not decoding.drafts else "without verify keeps what it drafts"
         require(not given, f"{decoding.sampler} {what}, so it takes no acceptance {' or '.join(given)}")
         return float(decoding.draft_tokens if decoding.drafts else 1)

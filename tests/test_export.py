@@ -24,9 +24,9 @@ from hardware.files import UserError
 from hardware.profile import load_profile, save_profile
 from runtime import generate, load_model
 from runtime.bench import identify
-from runtime.checkpoint import save_model
-from runtime.config import DecodingConfig, KernelConfig, ModelConfig
-from runtime.deployment import load_deployment
+from runtime.checkpoint import model_hash, save_model
+from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, ModelConfig, Sampler
+from runtime.deployment import Rule, load_deployment, save_deployment
 from tests.models import TINY, noisy_model
 from tests.perfmodel_cpu import made_up_cpu
 from tests.test_autotune import MadeUp, run, subject
@@ -107,6 +107,30 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one model on one device"):
         export("native", [result, other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_every_samplers_settings_survive_the_policy(sampler: Sampler, checkpoint: Path, tmp_path: Path) -> None:
+    """Every setting of the space that its sampler knows is written, read back equal, and followed by the runtime."""
+    result = decided(tmp_path, 1)
+    space = decoding_space(batch=1, cores=1)
+    coarse = {
+        "draft_tokens": (5,),
+        "mixing_weight": (1.0, 0.5),
+        "experts_block": ("loop",),
+        "experts_single": ("loop",),
+    }
+    candidates = [c for c in space.grid(coarse) if c.decoding.sampler == sampler]
+    rules = tuple(Rule(*candidate) for candidate in candidates)
+    policy = replace(native.deployment([result]), rules=rules)
+    path = save_deployment(policy, tmp_path / "deployment.yaml")
+    assert load_deployment(path) == policy
+    model = load_model(str(checkpoint))
+    followed = replace(policy, rules=rules[-1:], model_hash=model_hash(model))
+    save_deployment(followed, path)
+    found = generate(model, [[257, 65, 66]], path, max_new_tokens=7)
+    assert found.decoding == candidates[-1].decoding
+    assert found.tokens == generate(model, [[257, 65, 66]], candidates[-1].decoding, max_new_tokens=7).tokens
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, list_profiles, load_profile
-from perfmodel.acceptance import tokens_from_histogram, tokens_from_rates, tokens_per_step
+from perfmodel.acceptance import judged, tokens_from_histogram, tokens_from_rates, tokens_per_step
 from perfmodel.decoding import Setting, predict, setting, time_forward, time_step
 from perfmodel.engine import PARAMETERS, Fit, list_engines, load_engine, save_engine
 from perfmodel.model_spec import load_spec, spec_from_config
@@ -154,11 +154,6 @@ def test_two_forward_is_a_draft_and_a_verify_of_k_plus_one_slots() -> None:
     per_row = 2.0 * BIG.hidden_size * BIG.vocab_size
     assert head["draft"].executed.cost.flops == 16 * 16 * per_row
     assert head["verify"].executed.cost.flops == 16 * 17 * per_row
-
-
-def judged(decoding: DecodingConfig) -> bool:
-    """Whether drafts are accepted or not, so that how many must be known."""
-    return decoding.drafts and (decoding.sampler != "denoising" or decoding.verify)
 
 
 def test_every_sampler_is_described() -> None:
