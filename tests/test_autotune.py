@@ -193,13 +193,20 @@ def test_levels_are_spread_evenly_or_best_for_what_was_recorded() -> None:
 
 def test_equal_settings_have_equal_parameters_however_they_were_drawn() -> None:
     space = decoding_space(batch=1, cores=1)
-    drawn = {"sampler": "denoising", "threads": 1, "draft_tokens": 2, "verify": True, "experts_block": "loop"}
+    drawn: dict[str, Value] = {
+        "sampler": "denoising",
+        "threads": 1,
+        "draft_tokens": 2,
+        "verify": True,
+        "experts_block": "loop",
+    }
     settings = [
         space.candidate({**drawn, "denoising_steps": steps, "confidence_threshold": 0.9})  # of a block of 2: 2, 2 and 2
         for steps in (2, 4, 8)
     ]
     assert len({space.key(s) for s in settings}) == 1
-    one = [space.candidate({**drawn, "denoising_steps": 1, **early}) for early in ({}, {"confidence_threshold": 0.9})]
+    early: dict[str, Value] = {"confidence_threshold": 0.9}
+    one = [space.candidate({**drawn, "denoising_steps": 1}), space.candidate({**drawn, "denoising_steps": 1, **early})]
     assert one[0] == one[1]  # one step decides every token
 
 
