@@ -48,6 +48,7 @@ class GenerationSample:
     outputs: tuple[tuple[int, ...], ...]
     full_tokens: int = 0  # committed in steps with a sequence in every slot
     full_seconds: float = 0.0  # of those steps
+    prefill_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -68,13 +69,14 @@ def sample_generation(
     kernels: KernelConfig | None = None,
     batch: int | None = None,
     batching: Batching = "closed",
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     seed: int = 0,
 ) -> GenerationSample:
     """Generate once and time it.
 
     batch: slots, by default one per prompt. Closed batching decodes the prompts in batches of so many, one after the
-    other; continuous batching refills a finished sequence's slot with the next prompt.
+    other; continuous batching refills a finished sequence's slot with the next prompt. max_new_tokens: one limit, or
+    one per prompt.
     """
     size = batch or len(prompts)
     require(size >= 1, f"batch >= 1 must hold, but got {size}")
@@ -85,8 +87,8 @@ def sample_generation(
         for begin in range(0, len(prompts), part):
             wait(device)
             chosen = prompts[begin : begin + part]
-            limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed + begin, "batch": size}
-            results.append(generate(model, chosen, decoding, **limits))
+            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[begin : begin + part]
+            results.append(generate(model, chosen, decoding, max_new_tokens=limit, seed=seed + begin, batch=size))
     # The engine reads every step's tokens on the host, so its clock has waited for the device.
     widest = [r.counters[_widest(r)] for r in results]
     experts = sum(sum(c.experts_per_layer()) * c.forwards for c in widest) / sum(c.forwards for c in widest)
@@ -100,6 +102,7 @@ def sample_generation(
         tuple(tuple(tokens) for r in results for tokens in r.tokens),
         sum(r.full_tokens for r in results),
         sum(r.full_seconds for r in results),
+        sum(r.prefill_seconds for r in results),
     )
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from hardware.files import UserError
+from benchmarks import batching
+from hardware.files import UserError, plain
 from runtime.bench import Identity, identify, interleave, measure_forward, paired_ratio, prefill, token_rows
 from runtime.bench_generation import fair_count, measure_generation, sample_generation, task_prompts
-from runtime.checkpoint import model_hash, random_model
+from runtime.checkpoint import model_hash, random_model, save_model
 from runtime.config import DecodingConfig, KernelConfig, ModelConfig, replace
 from runtime.engine import generate
-from runtime.layout import causal
+from runtime.layout import Layout, causal
 from runtime.measurement import append_jsonl, interval_name, read_jsonl
 from runtime.model.zaya import Zaya
 from runtime.policy import using
+from runtime.samplers.state import Decode
 from runtime.tokenizer import BOS, VOCABULARY
 
 TINY = ModelConfig(
@@ -67,7 +72,7 @@ def test_a_record_survives_the_file_and_says_where_it_came_from(
     assert forward.experts_per_layer is not None and 0 < forward.experts_per_layer <= TINY.num_experts
 
 
-@pytest.mark.parametrize(("kind", "slots"), [("decode", 1), ("draft", 6), ("verify", 6)])
+@pytest.mark.parametrize(("kind", "slots"), [("decode", 1), ("draft", 6), ("verify", 6), ("single", 6)])
 def test_a_timed_forward_leaves_the_cache_as_it_was(model: Zaya, identity: Identity, kind: str, slots: int) -> None:
     """So every repeat does the same work, and one prefill serves all kinds."""
     filled = prefill(model, 2, 9, 6)
@@ -114,6 +119,90 @@ def test_a_generation_is_the_engines(model: Zaya, identity: Identity) -> None:
     baseline = measure_generation(model, identity, prompts, DecodingConfig(), max_new_tokens=10, repeats=1)
     assert baseline.acceptance_length is None
     assert len(baseline.tokens) == 1
+
+
+def test_continuous_batching_gives_the_same_text_on_slots_that_are_refilled(model: Zaya, identity: Identity) -> None:
+    prompts, decoding = task_prompts(model, 6), DecodingConfig("single_forward", 3, proposal_levels=(0, 2))
+    limits = [3, 12, 5, 9, 1, 12]
+    closed, continuous = (
+        sample_generation(model, prompts, decoding, batch=2, batching=mode, max_new_tokens=limits)
+        for mode in ("closed", "continuous")
+    )
+    assert closed.outputs == continuous.outputs and [len(o) for o in closed.outputs] <= limits
+    assert continuous.forwards < closed.forwards  # closed batches of 2 wait for the longer one
+    assert continuous.full_tokens > closed.full_tokens > 0
+    assert continuous.prefill_seconds > 0
+    record = measure_generation(
+        model, identity, prompts, decoding, batch=2, batching="continuous", max_new_tokens=4, repeats=1
+    )
+    assert record.batching == "continuous" and record.full_tokens_per_second is not None
+    assert record.full_tokens_per_second > 0
+
+
+def test_a_record_of_before_says_that_its_batches_were_closed(model: Zaya, identity: Identity, tmp_path: Path) -> None:
+    record = measure_generation(model, identity, task_prompts(model, 2), DecodingConfig(), max_new_tokens=2, repeats=1)
+    old = {k: v for k, v in plain(record).items() if k not in ("batching", "full_tokens_per_second")}
+    (tmp_path / "old.jsonl").write_text(json.dumps(old) + "\n")
+    [read] = read_jsonl(tmp_path / "old.jsonl")
+    assert read == replace(record, full_tokens_per_second=None) and read.batching == "closed"
+
+
+def test_a_timed_single_forward_is_the_samplers(
+    model: Zaya, identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same slots, the same layout; as many rows of the LM head as a step projects."""
+    seen: list[tuple[int, Layout]] = []
+    projected: list[int] = []
+    forward, project = Zaya.forward, Zaya.project
+
+    def noted(self: Zaya, tokens: Tensor, layout: Layout, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((tokens.shape[1], layout))
+        return forward(self, tokens, layout, *args, **kwargs)
+
+    def counted(self: Zaya, hidden: Tensor) -> Tensor:
+        projected.append(hidden.shape[1])
+        return project(self, hidden)
+
+    monkeypatch.setattr(Zaya, "forward", noted)
+    monkeypatch.setattr(Zaya, "project", counted)
+    decoding = DecodingConfig("single_forward", 3, proposal_levels=(0, 2))
+    generate(model, [[1, 2]], decoding, max_new_tokens=1)
+    step, rows = seen[-1], sum(projected)
+    projected.clear()
+    record = measure_forward(
+        model, identity, kind="single", batch=1, slots=12, levels=(0, 2), context=1, repeats=1, warmup=0
+    )
+    assert seen[-1] == step and projected == [rows, rows]
+    assert record.decoding == decoding and record.forward == "single"
+
+
+BATCHING = ["--requests", "6", "--batch", "2", "--rounds", "1", "--new-tokens", "8"]
+
+
+def test_the_batching_program_finds_a_difference(
+    model: Zaya, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(model, tmp_path)
+    arguments = ["--model", str(tmp_path), *BATCHING]
+    assert batching.main([*arguments, "--out", str(tmp_path / "batching.json")]) == 0
+    assert capsys.readouterr().out.count("| 0 |") == len(batching.WAYS)
+    found = json.loads((tmp_path / "batching.json").read_text())
+    for way in found["ways"].values():
+        assert way["continuous"]["full_share_of_seconds"] > 0.5
+        assert way["different"] == {"closed": [], "continuous": []}
+    put = Decode.put
+
+    def wrong(decode: Decode, rows: list[int], source: Decode) -> None:  # the anchor of who was there before
+        anchors = decode.anchors
+        put(decode, rows, source)
+        decode.anchors = anchors
+
+    monkeypatch.setattr(Decode, "put", wrong)
+    monkeypatch.setattr(batching, "WAYS", {"autoregressive": DecodingConfig()})
+    assert batching.main([*arguments, "--json"]) == 1
+    way = json.loads(capsys.readouterr().out)["ways"]["autoregressive"]
+    assert way["different"]["closed"] == []
+    assert all(d["margin"] > 0 for d in way["different"]["continuous"] if d["position"] is not None)
 
 
 def test_kernel_settings_hold_for_the_run_only(model: Zaya, identity: Identity) -> None:
@@ -170,7 +259,7 @@ def test_interleaved_sleeps_have_their_ratio() -> None:
         time.sleep(seconds)
         return time.perf_counter() - began
 
-    found = interleave({"long": lambda: sleep(0.02), "short": lambda: sleep(0.005)}, 5)
+    found = interleave({"long": lambda: sleep(0.05), "short": lambda: sleep(0.005)}, 5)
     ratio, low, high = paired_ratio(found["long"], found["short"])
     assert low <= ratio <= high
     assert ratio > 1.5
@@ -201,6 +290,9 @@ def test_every_family_is_asked_equally_often_and_every_batch_is_full(model: Zaya
         ({"kind": "guess"}, "unknown kind of forward 'guess'; known: decode, draft, single, verify"),
         ({"kind": "decode", "slots": 2}, "a decode forward has 1 slot"),
         ({"kind": "draft", "slots": 1}, "at least 2 slots"),
+        ({"kind": "single", "slots": 5}, "\\(K \\+ 1\\) \\* \\(1 \\+ 1\\) slots for the levels \\(0,\\), but got 5"),
+        ({"kind": "single", "slots": 4, "levels": (0, 3)}, "slots for the levels \\(0, 3\\), but got 4"),
+        ({"kind": "single", "slots": 6, "levels": (0, 3)}, "proposal_levels must ascend"),
         ({"batch": 0}, "batch >= 1"),
         ({"repeats": 0}, "repeats >= 1"),
         ({"context": 1099}, "must fit the model's 1100 positions, but got 1099 \\+ 4"),
