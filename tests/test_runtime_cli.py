@@ -6,18 +6,14 @@ import ast
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import ridgepoint
-from hardware.files import read_json
 from hardware.fingerprint import fingerprint
 from runtime.checkpoint import load_model, model_hash, random_model, save_model
 from runtime.config import DecodingConfig, KernelConfig, ModelConfig
-from runtime.conversion.evaluate import RUNS, SOURCE
-from runtime.conversion.tasks import FAMILIES
 from runtime.deployment import Deployment, Rule, save_deployment
 from runtime.engine import generate
 from runtime.measurement import read_jsonl
@@ -181,55 +177,6 @@ def test_generate_follows_a_deployment(checkpoint: Path, tmp_path: Path, capsys:
     assert "not both" in capsys.readouterr().err
 
 
-RECIPE: dict[str, Any] = {
-    "name": "tiny",
-    "seed": 1,
-    "model": {k: v for k, v in TINY.__dict__.items() if k not in ("layer_types", "rope_parameters")},
-    "stages": [
-        {
-            "name": name,
-            "objective": objective,
-            "steps": 2,
-            "batch": 2,
-            "length": 24,
-            "learning_rate": 0.001,
-            "final_learning_rate": 0.001,
-            "max_block": 5,
-        }
-        for name, objective in (("pretrain_ar", "next_token"), ("convert", "conversion"))
-    ],
-}
-
-
-def test_convert_then_eval_writes_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A whole recipe, in small: the card's figures are those of the JSON, and every run is there."""
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(json.dumps(RECIPE))
-    trained = json.loads(run(capsys, "convert", "--recipe", recipe, "--out", tmp_path / "run", "--json"))
-    folder = Path(trained["checkpoint"])
-    assert folder == tmp_path / "run" / "convert"
-    assert [entry["stage"] for entry in trained["losses"]] == ["pretrain_ar", "convert"]
-    options = ["--model", folder, "--before", tmp_path / "run" / "pretrain_ar", "--problems", 1, "--max-new-tokens", 4]
-    options += ["--recipe", recipe, "--losses", tmp_path / "run" / "losses.json"]
-    options += ["--out", tmp_path / "evaluation.json", "--card", tmp_path / "README.md"]
-    table = run(capsys, "eval", *options)
-    found = read_json(tmp_path / "evaluation.json")
-    card = (tmp_path / "README.md").read_text()
-    assert table.strip() in card
-    assert set(found["families"]) == {*FAMILIES, SOURCE}
-    for name, family in found["families"].items():
-        assert set(family["runs"]) == set(RUNS)
-        before, after = (f"{family[key]:.3f}" for key in ("loss_before", "loss_after"))
-        assert f"| {name} | {before} | {after} |" in card
-        assert family["runs"]["K=16"]["equal_to_autoregressive"] == 1
-        assert family["runs"]["K=16"]["disagreement"] == 0
-        assert (family["runs"]["K=16"]["exact_match"] is None) == (name == SOURCE)
-    tokens = sum(sum(f["runs"]["K=4"]["tokens"]) for n, f in found["families"].items() if n != SOURCE)
-    steps = sum(sum(f["runs"]["K=4"]["steps"]) for n, f in found["families"].items() if n != SOURCE)
-    assert found["verifiable"]["K=4"]["value"] == pytest.approx(tokens / steps)
-    assert card.count("| pretrain_ar |") == card.count("| convert |") == 1
-
-
 @pytest.mark.parametrize(
     ("command", "options", "parts"),
     [
@@ -254,7 +201,6 @@ def test_convert_then_eval_writes_a_card(tmp_path: Path, capsys: pytest.CaptureF
         ("bench", ["--slots", "0"], ["slots >= 1"]),
         ("bench", ["--context", "5000"], ["320 positions", "5000 + 1"]),
         ("bench", ["--repeats", "0"], ["repeats >= 1"]),
-        ("eval", ["--problems", "0"], ["problems >= 1"]),
         ("convert", ["--recipe", "nonesuch", "--out", "never"], ["unknown recipe 'nonesuch'", "zaya-nano"]),
     ],
     ids=lambda v: "-".join(v[:2])[:30] if isinstance(v, list) else v,

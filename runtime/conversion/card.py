@@ -8,70 +8,56 @@ from pathlib import Path
 from typing import Any
 
 from hardware.files import UserError
-from runtime.conversion.evaluate import LOSSLESS, RUNS, SAMPLED, SOURCE, SOURCE_BYTES, Evaluation, Run
+from runtime.config import ModelConfig
+from runtime.conversion.comparison import BASELINE, SPARSE, Comparison
+from runtime.conversion.evaluate import Evaluation
+from runtime.conversion.families import LOSSLESS, RUNS, SOURCE, SOURCE_BYTES
 from runtime.conversion.recipe import Recipe
+from runtime.conversion.tables import aup_table, curve_table, family_tables, interval, sampler_tables
 from runtime.conversion.tasks import FAMILIES
-from runtime.statistics import Estimate
 
 
-def table(evaluation: Evaluation) -> str:
-    """The card's Markdown tables: acceptance by draft length and mixing, then losses and right answers."""
-    blocks = [key for key in RUNS if key.startswith("K=")]
-    mixed = [key for key in RUNS if key.startswith("w=")]
-    shown = [*blocks, *mixed, f"T={SAMPLED}"]
-    lines = _rows(
-        ["family", *(k if k in blocks else f"K=16, {k}" for k in shown)],
-        [
-            *([name, *(_length(family.runs[k]) for k in shown)] for name, family in evaluation.families.items()),
-            ["**tasks together**", *(_interval(evaluation.verifiable[k]) for k in shown)],
-        ],
-    )
-    answers = ["autoregressive", LOSSLESS, *mixed, f"T={SAMPLED}"]
-    rows = []
-    for name, family in evaluation.families.items():
-        before = "" if family.loss_before is None else f"{family.loss_before:.3f}"
-        found = [family.runs[k].exact_match for k in answers]
-        rows.append([name, before, f"{family.loss_after:.3f}", *("" if e is None else _percent(e) for e in found)])
-    rows.append(["**tasks together**", "", "", *(_percent(evaluation.correct[k]) for k in answers)])
-    heads = ["family", "loss before", "loss after", *(_answer_head(k) for k in answers)]
-    return "\n".join([*lines, "", *_rows(heads, rows)])
-
-
-def card(evaluation: Evaluation, recipe: Recipe, losses: Sequence[Mapping[str, Any]], parameters: int) -> str:
+def card(
+    evaluation: Evaluation, config: ModelConfig, recipe: Recipe, losses: Sequence[Mapping[str, Any]], parameters: int
+) -> str:
     """The checkpoint's README. losses: the entries of the run's losses.json."""
-    model, lossless = recipe.model, evaluation.verifiable[LOSSLESS]
-    mixed = {k: v for k, v in evaluation.verifiable.items() if k.startswith("w=")}
-    best = max(mixed, key=lambda k: mixed[k].value)
+    lossless, mixed = evaluation.verifiable[LOSSLESS], [key for key in RUNS if key.startswith("w=")]
+    best = max(mixed, key=lambda key: evaluation.verifiable[key].value)
     count = lossless.count
     source = evaluation.families[SOURCE].runs
     return f"""# {evaluation.model}
 
-A model of the ZAYA architecture small enough to ship: {parameters / 1e6:.2f} M parameters, {model.num_hidden_layers} \
-layers of width {model.hidden_size}, {model.num_experts} experts and a skip expert (top-1), CCA attention with \
-{model.num_attention_heads} query and {model.num_key_value_heads} KV heads. Its vocabulary is the 256 bytes and a few \
-specials. It was pretrained autoregressively and then converted to block diffusion with the TiDAR recipe; it exists to \
-give *real* acceptance rates to a runtime and to a performance model, and is no assistant.
+A model of the ZAYA architecture small enough to ship: {parameters / 1e6:.2f} M parameters, \
+{config.num_hidden_layers} layers of width {config.hidden_size}, {config.num_experts} experts and a skip expert \
+(top-1), CCA attention with {config.num_attention_heads} query and {config.num_key_value_heads} KV heads, a context of \
+{config.max_position_embeddings}. Its vocabulary is the 256 bytes and a few specials. It was pretrained \
+autoregressively and then converted to block diffusion with the TiDAR recipe; it exists to give *real* acceptance \
+rates to a runtime and to a performance model, and is no assistant.
 
 * Recipe: `{recipe.name}` (`runtime/conversion/recipes/{recipe.name}.yaml`), seed {recipe.seed}; repeat it with \
 `ridgepoint convert --recipe {recipe.name} --out DIR`.
 * Data: generated, verifiable tasks (`runtime/conversion/tasks.py`; one prompt in ten is held out by its hash) and the \
 Python {evaluation.python} standard library's source (one file in twenty is held out by its name).
 * Evaluated: {evaluation.date}, commit `{evaluation.commit[:12]}`, model hash `{evaluation.model_hash}`, seed \
-{evaluation.seed}, by `{evaluation.command}`.
+{evaluation.seed}, on {evaluation.device["device"]}, by `{evaluation.command}`.
 
 ## Training
 
-{chr(10).join(_curve(losses))}
+{curve_table(losses)}
 
-Mean losses in nats per byte over the ten steps that end there; all points are in `losses.json`.
+Mean losses in nats per byte over the steps that were logged together; all points are in `losses.json`.
 
-## What it does
+## Samplers
+
+{_samplers(evaluation.samplers)}
+
+## Acceptance by draft length and task family
 
 Acceptance length is tokens committed per draft-and-verify step (the verifier's own token included), greedy unless T \
 is given, over {count} held-out problems in all ({count // len(FAMILIES)} per family) and as many source excerpts per \
 family. Intervals are 95%, over problems. "anchor" takes the first draft from the anchor's own row.
 
-{table(evaluation)}
+{family_tables(evaluation)}
 
 Losses are nats per byte of the held-out solution (for source text: of the {SOURCE_BYTES} bytes that follow \
 {SOURCE_BYTES}), under the causal half. Lossless greedy decoding equalled autoregressive decoding token for token in \
@@ -79,16 +65,16 @@ Losses are nats per byte of the held-out solution (for source text: of the {SOUR
 prefix, over the task families: {_differing(evaluation)}.
 
 Goals on the tasks: acceptance length >= 4.6 lossless (reached: {lossless.value:.2f}) and >= 7.7 at some w < 1 \
-(reached: {mixed[best].value:.2f} at {best}, with {evaluation.correct[best].value:.0%} right answers against \
-{evaluation.correct[LOSSLESS].value:.0%} lossless).
+(reached: {evaluation.verifiable[best].value:.2f} at {best}, with {evaluation.correct[best].value:.0%} right answers \
+against {evaluation.correct[LOSSLESS].value:.0%} lossless).
 
 ## Limits
 
 * The tasks are templates: worked solutions repeat their state line by line, so drafts of many bytes can be right; \
-source text reaches only {_length(source[LOSSLESS])} at K = 16.
-* A small model under greedy decoding may loop on source text, and a loop is easy to draft: the sampled column \
-(T = {SAMPLED}) shows how much of the length is left without it.
-* One seed, one run; the intervals are over problems and say nothing about other seeds.
+source text reaches only {source[LOSSLESS].acceptance_length.value:.2f} at K = 16.
+* A small model under greedy decoding may loop on source text, and a loop is easy to draft: the sampled figures show \
+how much of the length is left without it.
+* One seed, one run; the intervals are over problems (speeds: over rounds) and say nothing about other seeds.
 """
 
 
@@ -103,41 +89,44 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _curve(losses: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = []
-    for stage in dict.fromkeys(str(entry["stage"]) for entry in losses):
-        entries = [e for e in losses if e["stage"] == stage]
-        last = len(entries) - 1
-        for index in sorted({round(share * last) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)}):
-            entry = entries[index]
-            mask = f"{entry['mask']:.3f}" if "mask" in entry else ""
-            rows.append([stage, str(entry["step"]), f"{entry['next_token']:.3f}", mask])
-    return _rows(["stage", "step", "next-token loss", "mask loss"], rows)
+def _samplers(found: Comparison) -> str:
+    """The samplers' tables and how to read them."""
+    levels = (
+        f" {SPARSE} drafts ahead for the levels {found.rows[SPARSE].decoding.levels}, the best four for what \
+two_forward accepts on other problems."
+        if SPARSE in found.rows
+        else ""
+    )
+    reference = found.reference_repetition
+    worked = f"; the worked solutions have {interval(reference, '.1%')}" if reference is not None else ""
+    dials = (
+        f"""
 
+AUP, accuracy under parallelism (d3LLM, arXiv 2601.07568), of what one dial turns, {BASELINE} being its first point: \
+the area under pass@1 in percent over speed, accuracies below the best one weighted down and those 5 points below the \
+first left out. Its intervals are of the accuracies.
 
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+{aup_table(found)}"""
+        if found.curves
+        else ""
+    )
+    return f"""Every setting on the same {found.problems * len(FAMILIES)} held-out problems, K = 16: {found.samples} \
+samples of each at T = {found.temperature} with the same seeds, and one greedy answer. Speeds are of one sequence at a \
+time at that temperature, medians of {found.rounds} interleaved rounds; tokens per forward is of the same runs. w is \
+the share of autoregressive logits, S the most forwards per block, t the confidence that decides a position \
+earlier.{levels} Intervals are 95%.
 
+{sampler_tables(found)}
 
-def _length(run: Run) -> str:
-    return f"{run.acceptance_length.value:.2f}"
-
-
-def _interval(found: Estimate) -> str:
-    return f"**{found.value:.2f}** ({found.low:.2f}-{found.high:.2f})"
-
-
-def _percent(found: Estimate) -> str:
-    return f"{found.value:.0%} ({found.low:.0%}-{found.high:.0%})"
-
-
-def _answer_head(label: str) -> str:
-    return "right, AR" if label == "autoregressive" else "right, lossless" if label == LOSSLESS else f"right, {label}"
+The last column of the first table counts the samples that only one of the two got right, with the p of the exact \
+McNemar test (of one comparison, not adjusted for their number). The second table is of the first sample of each \
+problem, per token. TV and KL are between what a token was drawn from and the autoregressive distribution at its \
+position, both at T = {found.temperature}; likelihood (NLL) and entropy are at temperature 1. A lower NLL without more \
+repetition is sharper sampling, and with it a loop{worked}.{dials}"""
 
 
 def _differing(evaluation: Evaluation) -> str:
-    shown = [LOSSLESS, *(key for key in RUNS if key.startswith("w=")), f"T={SAMPLED}"]
+    shown = [LOSSLESS, *(key for key in RUNS if "K=" not in key and key != BASELINE)]
     shares = {
         key: sum(family.runs[key].disagreement for name, family in evaluation.families.items() if name != SOURCE)
         for key in shown

@@ -17,6 +17,7 @@ from runtime.options import (
     Threads,
     check_device,
     command_line,
+    integers,
     load,
     print_json,
     progress_bar,
@@ -102,9 +103,20 @@ def _dry_run(recipe: Recipe, start: str | None, device: str, as_json: bool) -> N
 def evaluate(
     model: Model = "zaya-nano",
     before: Annotated[str | None, typer.Option(help="The checkpoint ahead of the conversion, for its losses.")] = None,
-    problems: Annotated[int, typer.Option(help="Held-out problems per family.")] = 40,
+    problems: Annotated[int, typer.Option(help="Held-out problems per family, decoded greedily.")] = 40,
+    sampled_problems: Annotated[int, typer.Option(help="Problems per family in the samplers' table.")] = 5,
+    samples: Annotated[int, typer.Option(help="Samples of each of those problems.")] = 16,
+    pass_at: Annotated[str, typer.Option(help="The k of pass@k, none above the samples.")] = "1,16",
+    settings: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of the samplers' table, as two_forward,denoising/S=4 "
+            "(default: all); autoregressive is always there."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds in which the rows are timed.")] = 6,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer to a task.")] = 150,
-    batch: Annotated[int, typer.Option(help="Problems decoded together.")] = 16,
+    batch: Annotated[int, typer.Option(help="Problems decoded together; speeds are of one at a time.")] = 64,
     seed: Annotated[int, typer.Option(help="Of problems and sampling.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file for the whole evaluation.")] = None,
     write_card: Annotated[Path | None, typer.Option("--card", help="Markdown file for the model card.")] = None,
@@ -116,15 +128,17 @@ def evaluate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure losses, acceptance lengths and right answers per task family, and write the model card."""
+    """Compare the samplers' speed and quality, measure losses and acceptance per task family, write the model card."""
     require(batch >= 1, f"batch >= 1 must hold, but got {batch}")
+    ks = integers("pass-at", pass_at)
     loaded = load(model, device, "float32", threads)
     earlier = load(before, device, "float32", threads) if before else None
     from runtime.checkpoint import find_checkpoint
-    from runtime.conversion.card import card, read_losses, table
+    from runtime.conversion.card import card, read_losses
     from runtime.conversion.evaluate import evaluate as run
     from runtime.conversion.evaluate import write_evaluation
     from runtime.conversion.recipe import load_recipe
+    from runtime.conversion.tables import tables
 
     chosen = load_recipe(recipe)
     curve = read_losses(losses or find_checkpoint(model) / "losses.json") if write_card else []
@@ -135,8 +149,13 @@ def evaluate(
             command=command_line(),
             before=earlier,
             problems=problems,
+            sampled_problems=sampled_problems,
+            samples=samples,
+            ks=ks,
+            settings=settings.split(",") if settings is not None else None,
             max_new_tokens=max_new_tokens,
             batch=batch,
+            rounds=rounds,
             seed=seed,
             progress=progress,
         )
@@ -145,7 +164,8 @@ def evaluate(
     if write_card is not None:
         from hardware.files import write_atomic
 
-        write_atomic(write_card, card(found, chosen, curve, sum(p.numel() for p in loaded.parameters())))
+        parameters = sum(p.numel() for p in loaded.parameters())
+        write_atomic(write_card, card(found, loaded.config, chosen, curve, parameters))
     if as_json:
         return print_json(plain(found))
-    print(table(found))
+    print(tables(found))

@@ -1,88 +1,41 @@
-"""The model card's figures: losses around the conversion, acceptance lengths and right answers, per task family."""
+"""The whole evaluation of a checkpoint: task families, samplers, and where the figures came from."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from hardware.files import plain, write_atomic
-from hardware.fingerprint import git_commit
-from runtime.checkpoint import model_hash
-from runtime.config import DecodingConfig, require
-from runtime.conversion.data import evaluation_problems, source_prompts
-from runtime.conversion.tasks import FAMILIES, Problem
-from runtime.engine import generate
+from runtime.bench import identify
+from runtime.config import require
+from runtime.conversion.comparison import Comparison, choose, compare
+from runtime.conversion.families import Family, evaluate_families, pooled
 from runtime.model.zaya import Zaya
-from runtime.quality import disagreement, exact_match, negative_log_likelihood
-from runtime.statistics import Estimate, ratio, wilson
-from runtime.tokenizer import BOS, EOS, ByteTokenizer
-
-SOURCE = "source text"
-SOURCE_BYTES = 128  # of the prompt, and of what follows it
-SAMPLED = 0.8
-
-
-def _two_forward(draft_tokens: int = 16, **settings: Any) -> DecodingConfig:
-    return DecodingConfig("two_forward", draft_tokens=draft_tokens, **settings)
-
-
-RUNS: dict[str, DecodingConfig] = {
-    "autoregressive": DecodingConfig(),
-    "K=4": _two_forward(4),
-    "K=8": _two_forward(8),
-    "K=16": _two_forward(),
-    "K=24": _two_forward(24),
-    "K=16 anchor": _two_forward(anchor_draft=True),
-    "w=0.75": _two_forward(mixing_weight=0.75),
-    "w=0.5": _two_forward(mixing_weight=0.5),
-    "w=0.25": _two_forward(mixing_weight=0.25),
-    f"T={SAMPLED}": _two_forward(temperature=SAMPLED),
-}
-LOSSLESS = "K=16"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One family decoded in one way. `acceptance_length` is tokens per step, with an interval over the problems."""
-
-    decoding: DecodingConfig
-    tokens: tuple[int, ...]  # per problem
-    steps: tuple[int, ...]  # per problem
-    acceptance_length: Estimate
-    exact_match: Estimate | None  # None for source text, which has no answer
-    disagreement: float  # share of tokens that are not the model's own greedy choice
-    equal_to_autoregressive: float  # share of outputs that are the greedy autoregressive one, token for token
-    example: str  # the first problem's prompt and output: loops would show here
-
-
-@dataclass(frozen=True)
-class Family:
-    """Held-out losses in nats per token (before: None without the earlier checkpoint), and the runs by label."""
-
-    loss_before: float | None
-    loss_after: float
-    runs: dict[str, Run]
+from runtime.statistics import Estimate
+from runtime.tokenizer import VOCABULARY
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything the card's table says, and where it came from."""
+    """Everything the card's tables say, and where it came from."""
 
     model: str
     model_hash: str
     command: str
     commit: str
     date: str
+    device: dict[str, Any]  # that the speeds are of
     python: str  # whose standard library is the source text
     seed: int
     families: dict[str, Family]
     verifiable: dict[str, Estimate]  # acceptance length over all task families together, by run
     correct: dict[str, Estimate]  # exact match over all task families together, by run
+    samplers: Comparison
 
 
 def evaluate(
@@ -92,97 +45,65 @@ def evaluate(
     command: str,
     before: Zaya | None = None,
     problems: int = 40,
+    sampled_problems: int = 5,
+    samples: int = 16,
+    ks: Sequence[int] = (1, 16),
+    settings: Sequence[str] | None = None,
     max_new_tokens: int = 150,
-    batch: int = 16,
+    batch: int = 64,
+    rounds: int = 6,
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
 ) -> Evaluation:
-    """Decode `problems` held-out problems of each family, and as many source excerpts, in every way of RUNS.
+    """Decode `problems` held-out problems of each family greedily, then `sampled_problems` in every setting.
 
-    before: the checkpoint ahead of the conversion, for its loss. progress: what comes next, and the share done.
+    before: the checkpoint ahead of the conversion, for its losses. The other arguments are those of
+    `evaluate_families` and `compare`. progress: what is done, and the share done, of the samplers' table first.
     Raises UserError for a model without masks or without the byte vocabulary.
     """
     require(model.config.mask_token_id is not None, "this model's config has no mask_token_id: it cannot draft")
-    require(model.config.vocab_size > EOS, "the tasks are bytes: the model must have zaya-nano's vocabulary")
+    require(model.config.vocab_size == VOCABULARY, "the tasks are bytes: the model must have zaya-nano's vocabulary")
     require(problems >= 1, f"problems >= 1 must hold, but got {problems}")
-    families: dict[str, Family] = {}
-    names = [*FAMILIES, SOURCE]
-    texts = ByteTokenizer()
-    for place, family in enumerate(names):
-        tasks: list[Problem] | None = None
-        if family == SOURCE:
-            pairs = source_prompts(problems, SOURCE_BYTES, seed, SOURCE_BYTES)
-            prompts = [[BOS, *prompt] for prompt, _ in pairs]
-            truths = [list(text) for _, text in pairs]
-            room = SOURCE_BYTES
-        else:
-            tasks = evaluation_problems(family, problems, seed)
-            prompts = [[BOS, *p.prompt.encode()] for p in tasks]
-            truths = [[*p.solution.encode(), EOS] for p in tasks]
-            room = max_new_tokens
-        runs: dict[str, Run] = {}
-        greedy: list[list[int]] = []
-        for index, (label, decoding) in enumerate(RUNS.items()):
-            if progress:
-                progress(f"{family}, {label}", (place + index / len(RUNS)) / len(names))
-            outputs, steps = _decode(model, prompts, decoding, room, batch, seed)
-            greedy = greedy or outputs
-            tokens = [len(o) for o in outputs]
-            written = [texts.decode(o) for o in outputs]
-            runs[label] = Run(
-                decoding,
-                tuple(tokens),
-                tuple(steps),
-                _per_step(tokens, steps),
-                exact_match(tasks, written) if tasks is not None else None,
-                disagreement(model, prompts, outputs),
-                sum(a == b for a, b in zip(outputs, greedy, strict=True)) / len(outputs),
-                texts.decode(prompts[0]) + written[0],
-            )
-        families[family] = Family(
-            negative_log_likelihood(before, prompts, truths) if before is not None else None,
-            negative_log_likelihood(model, prompts, truths),
-            runs,
-        )
+    choose(settings)
+
+    def part(begin: float, end: float) -> Callable[[str, float], None]:
+        return lambda label, done: progress(label, begin + (end - begin) * done) if progress else None
+
+    samplers = compare(
+        model,
+        settings=settings,
+        problems=sampled_problems,
+        samples=samples,
+        ks=ks,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        rounds=rounds,
+        seed=seed,
+        progress=part(0.0, 0.75),
+    )
+    families = evaluate_families(
+        model,
+        before=before,
+        problems=problems,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        seed=seed,
+        progress=part(0.75, 1.0),
+    )
+    origin = identify(model, name, command)
     return Evaluation(
         name,
-        model_hash(model),
+        origin.model_hash,
         command,
-        git_commit(Path(__file__)),
+        origin.commit,
         f"{datetime.now(UTC):%Y-%m-%d}",
+        origin.device,
         platform.python_version(),
         seed,
         families,
-        *_pooled(families),
+        *pooled(families),
+        samplers,
     )
-
-
-def _decode(
-    model: Zaya, prompts: list[list[int]], decoding: DecodingConfig, room: int, batch: int, seed: int
-) -> tuple[list[list[int]], list[int]]:
-    outputs: list[list[int]] = []
-    steps: list[int] = []
-    for begin in range(0, len(prompts), batch):
-        part = prompts[begin : begin + batch]
-        result = generate(model, part, decoding, max_new_tokens=room, seed=seed + begin)
-        outputs += result.tokens
-        steps += result.steps
-    return outputs, steps
-
-
-def _per_step(tokens: Sequence[int], steps: Sequence[int]) -> Estimate:
-    return ratio(tokens, steps)
-
-
-def _pooled(families: Mapping[str, Family]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """Acceptance length and exact match over all problems of all families but the source text."""
-    lengths, correct = {}, {}
-    for label in RUNS:
-        runs = [family.runs[label] for name, family in families.items() if name != SOURCE]
-        lengths[label] = _per_step([n for r in runs for n in r.tokens], [n for r in runs for n in r.steps])
-        found = [r.exact_match for r in runs if r.exact_match is not None]
-        correct[label] = wilson(sum(round(e.value * e.count) for e in found), sum(e.count for e in found))
-    return lengths, correct
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> Path:
