@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hardware.files import UserError, known
 from hardware.profile import HardwareProfile, list_profiles
-from perfmodel.acceptance import tokens_per_step
+from perfmodel.acceptance import judged, tokens_per_step
 from perfmodel.decoding import predict, setting
 from perfmodel.model_spec import known_models, load_spec, require_context
 from perfmodel.prediction import Prediction
+from perfmodel.steps import step_of
 from perfmodel.sweep import Sweep, sweep
-from runtime.config import DTYPE_BYTES, DecodingConfig, Sampler, Workload, replace, require
+from runtime.config import DTYPE_BYTES, DecodingConfig, Workload, require
 
 BATCHES = tuple(2**n for n in range(10))
 DTYPES = ("default", *DTYPE_BYTES)
-SAMPLERS: tuple[str, ...] = typing.get_args(Sampler)
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
 class Choice:
     """One operating point on some devices. dtype "default" is bfloat16 on a GPU and float32 on a CPU.
 
-    Only known names are taken, never paths: an address that somebody sends must not make the server read a file.
+    levels: "dense", or single_forward's proposal levels with commas. What a sampler does not use is kept for when
+    another is chosen. Only known names are taken, never paths: an address that somebody sends must not make the server
+    read a file.
     """
 
     devices: tuple[str, ...] = ("h100-sxm", "mi300x")
@@ -36,6 +40,9 @@ class Choice:
     context: int = 2048
     sampler: str = "two_forward"
     draft_tokens: int = 16
+    levels: str = DENSE
+    denoising_steps: int = 1
+    verify: bool = False
     acceptance_length: float = 6.8
     dtype: str = "default"
 
@@ -51,16 +58,25 @@ class Choice:
                     raise known(kind, name, options)
         require(self.context >= 1, f"context >= 1 must hold, but got {self.context}")
         Workload(batch=self.batch)
-        require_context(load_spec(self.model), self.context + self.decoding.slots)
-        if self.decoding.sampler == "autoregressive":  # kept for when drafting is chosen again
-            require(1 <= self.acceptance_length < math.inf, "the acceptance length must be a number >= 1")
-        else:
-            tokens_per_step(self.decoding, length=self.acceptance_length)
+        require_context(load_spec(self.model), self.context + int(np.max(step_of(self.decoding).reach)))
+        require(self.denoising_steps >= 1, f"denoising_steps >= 1 must hold, but got {self.denoising_steps}")
+        tokens_per_step(self.decoding, length=self.length)
+        require(1 <= self.acceptance_length < math.inf, "the acceptance length must be a number >= 1")
 
     @property
     def decoding(self) -> DecodingConfig:
         """The settings whose step is predicted."""
-        return DecodingConfig(sampler=self.sampler, draft_tokens=self.draft_tokens)  # type: ignore[arg-type]
+        levels = _levels(self.levels)
+        used: dict[str, dict[str, Any]] = {
+            "single_forward": {"proposal_levels": levels},
+            "denoising": {"denoising_steps": self.denoising_steps, "verify": self.verify},
+        }
+        return DecodingConfig(self.sampler, self.draft_tokens, **used.get(self.sampler, {}))  # type: ignore[arg-type]
+
+    @property
+    def length(self) -> float | None:
+        """The acceptance length, where the sampler has one."""
+        return self.acceptance_length if judged(self.decoding) else None
 
     def query(self) -> dict[str, list[str]]:
         """The parameters of the address that shows this choice."""
@@ -78,11 +94,21 @@ def choice_from_query(parameters: Mapping[str, Sequence[str]]) -> Choice:
             values[key] = tuple(texts)
             continue
         require(len(texts) == 1, f"{key} must be given once in the address, but is given {len(texts)} times")
+        kind = type(defaults[key])
         try:
-            values[key] = type(defaults[key])(texts[0])
-        except ValueError as error:
-            raise UserError(f"{key} must be a {type(defaults[key]).__name__}, but is {texts[0]!r}") from error
+            values[key] = {"True": True, "False": False}[texts[0]] if kind is bool else kind(texts[0])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{key} must be a {kind.__name__}, but is {texts[0]!r}") from error
     return Choice(**values)
+
+
+def _levels(text: str) -> tuple[int, ...] | None:
+    if text == DENSE:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"levels must be {DENSE} or numbers with commas between them, but are {text!r}") from error
 
 
 def _texts(value: Any) -> list[str]:
@@ -100,8 +126,7 @@ class Answer:
     @property
     def predictions(self) -> tuple[Prediction, ...]:
         """The autoregressive step first, then the chosen one where it is another."""
-        drafting = self.chosen.decoding.sampler != "autoregressive"
-        return (self.autoregressive, self.chosen) if drafting else (self.autoregressive,)
+        return (self.autoregressive, self.chosen) if self.chosen.decoding.drafts else (self.autoregressive,)
 
 
 def answer(choice: Choice, hardware: HardwareProfile) -> Answer:
@@ -111,18 +136,16 @@ def answer(choice: Choice, hardware: HardwareProfile) -> Answer:
     if dtype == "default":
         dtype = "float32" if hardware.kind == "cpu" else "bfloat16"
     workload = Workload(batch=choice.batch, prompt_tokens=choice.context, dtype=dtype)
-    plain = replace(choice.decoding, sampler="autoregressive")
-    single = predict(spec, hardware, workload, plain, context=choice.context)
-    if choice.sampler == "autoregressive":
+    single = predict(spec, hardware, workload, choice.decoding.autoregressive, context=choice.context)
+    if not choice.decoding.drafts:
         return Answer(single, single, None)
-    length = choice.acceptance_length
-    chosen = predict(spec, hardware, workload, choice.decoding, context=choice.context, acceptance_length=length)
+    chosen = predict(spec, hardware, workload, choice.decoding, context=choice.context, acceptance_length=choice.length)
     speedups = sweep(
         setting(spec, hardware, dtype),
         choice.decoding,
         batch=sorted({*BATCHES, choice.batch}),
         context=[choice.context],
         draft_tokens=[choice.draft_tokens],
-        acceptance_length=length,
+        acceptance_length=chosen.acceptance_length,
     )
     return Answer(chosen, single, speedups)

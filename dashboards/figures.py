@@ -13,6 +13,7 @@ from dashboards.words import quantity, rate
 from hardware.files import known
 from hardware.profile import HardwareProfile
 from perfmodel.prediction import Bound, Prediction
+from perfmodel.steps import title
 from perfmodel.sweep import Sweep
 
 
@@ -70,13 +71,15 @@ def roofline_info(profiles: Sequence[HardwareProfile], predictions: Sequence[Pre
     """Where the steps of `predictions`, and their operators that compute, lie under the roofs of their devices.
 
     Operators without FLOPs (norms, the sampler) count in their step and have no point of their own on logarithmic axes.
+    The FLOPs are a plain kernel's, masked scores included, which a bound leaves out: it is cut at the device's peak.
     """
     by_name = {profile.name: profile for profile in profiles}
     points, operators, roofs = [], [], {}
     for p in predictions:
         if p.hardware not in by_name:
             raise known("hardware of a prediction", p.hardware, by_name)
-        roofs[p.hardware, p.workload.dtype] = roof(by_name[p.hardware], p.workload.dtype)
+        above = roofs[p.hardware, p.workload.dtype] = roof(by_name[p.hardware], p.workload.dtype)
+        peak = above.peak_flops_per_second
         flops, moved = sum(op.flops for op in p.operators), sum(op.bytes for op in p.operators)
         label = f"{p.model}, {_step_name(p)}"
         points.append(
@@ -86,14 +89,14 @@ def roofline_info(profiles: Sequence[HardwareProfile], predictions: Sequence[Pre
                 p.decoding.sampler,
                 flops / moved,
                 flops / p.step_seconds,
-                flops / p.bound_step_seconds,
+                min(flops / p.bound_step_seconds, peak),
                 p.bound,
             )
         )
         operators += [
             RooflinePoint(
                 f"{op.name} ({label})", p.hardware, p.decoding.sampler, op.arithmetic_intensity, op.flops / op.seconds,
-                op.flops / op.bound_seconds, op.bound,
+                min(op.flops / op.bound_seconds, peak), op.bound,
             )
             for op in p.operators
             if op.flops > 0 and op.bytes > 0 and op.bound_seconds > 0
@@ -323,5 +326,5 @@ def step_time_plot(info: StepTimeInfo) -> go.Figure:
 
 
 def _step_name(p: Prediction) -> str:
-    drafts = "" if p.decoding.sampler == "autoregressive" else f" K={p.decoding.draft_tokens}"
-    return f"{p.decoding.sampler}{drafts}, batch {p.workload.batch}"
+    drafts = f" K={p.decoding.draft_tokens}" if p.decoding.drafts else ""
+    return f"{title(p.decoding)}{drafts}, batch {p.workload.batch}"

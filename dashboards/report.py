@@ -21,7 +21,7 @@ from dashboards.figures import (
     step_time_info,
     step_time_plot,
 )
-from dashboards.words import break_even_length, percent, quantity, rate, verdict
+from dashboards.words import break_even_length, forwards, percent, quantity, rate, verdict
 from hardware.files import plain
 from hardware.profile import HardwareProfile
 from perfmodel.engine import EngineProfile
@@ -115,7 +115,7 @@ def speedup_sentence(found: Speedup) -> str:
     return (
         f"Batch {found.batch}: measured {found.ratio:.2f}x [{found.low:.2f}, {found.high:.2f}], so {answer}; predicted "
         f"{chosen.speedup_over_autoregressive:.2f}x. A step commits {length:.2f} tokens and is predicted to cost "
-        f"{cost:.2f} autoregressive steps: two forwards of {chosen.decoding.slots} slots, each of which reads "
+        f"{cost:.2f} autoregressive steps: {forwards(chosen)}, each of which reads "
         f"{chosen.experts_per_layer:.1f} experts a layer; most of the time is {chosen.bound}."
     )
 

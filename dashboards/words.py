@@ -42,10 +42,19 @@ def break_even_length(prediction: Prediction) -> float:
     return prediction.step_seconds / prediction.autoregressive_step_seconds
 
 
+def forwards(prediction: Prediction) -> str:
+    """How many forwards a step makes, and of how many slots: "two forwards of 17 slots"."""
+    times: dict[int, float] = {}
+    for forward in prediction.forwards:
+        times[forward.slots] = times.get(forward.slots, 0.0) + forward.times
+    counts = {1.0: "one forward", 2.0: "two forwards"}
+    return " and ".join(f"{counts.get(n, f'{n:.3g} forwards')} of {slots} slots" for slots, n in times.items())
+
+
 def verdict(prediction: Prediction) -> str:
     """Does drafting pay at this operating point, in one sentence with the numbers it follows from."""
     where = f"On {prediction.hardware} at batch {prediction.workload.batch} and context {prediction.context}"
-    if prediction.decoding.sampler == "autoregressive":
+    if not prediction.decoding.drafts:
         return (
             f"{where}, autoregressive decoding takes {quantity(prediction.step_seconds, 's')} a step and gives "
             f"{rate(prediction.tokens_per_second)}."

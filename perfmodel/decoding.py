@@ -200,7 +200,7 @@ def predict(
         expert_coverage=str(at.coverage),
         acceptance_length=committed,
         tokens_per_forward=committed / float(step.forwards_per_step),
-        forwards=tuple(_forward(f) for f in step.forwards),
+        forwards=tuple(_forward(f) for f in step.forwards if f.times > 0),
         operators=_by_name(step.operators),
         sampler_seconds=float(step.sampler_seconds),
         step_seconds=seconds,

@@ -38,14 +38,15 @@ from dashboards.figures import (
     step_time_info,
     step_time_plot,
 )
-from dashboards.words import break_even_length, percent, quantity, rate, verdict
+from dashboards.words import break_even_length, forwards, percent, quantity, rate, verdict
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, MemoryLevel, load_profile, save_profile
+from perfmodel.acceptance import judged
 from perfmodel.decoding import predict
 from perfmodel.model_spec import load_spec
 from perfmodel.prediction import Prediction
 from perfmodel.validation import Row
-from runtime.config import DecodingConfig, Workload
+from runtime.config import SAMPLER_NAMES, DecodingConfig, Workload
 
 ROOT = Path(__file__).parents[1]
 APP = ROOT / "dashboards" / "app.py"
@@ -78,7 +79,7 @@ def one_level(name: str = "plain", capacity_bytes: float = 100e9) -> HardwarePro
 
 def step(hardware: HardwareProfile, sampler: str = "two_forward", batch: int = 1, context: int = 2048) -> Prediction:
     decoding = DecodingConfig(sampler=sampler, draft_tokens=16)  # type: ignore[arg-type]
-    length = None if sampler == "autoregressive" else 6.8
+    length = 6.8 if judged(decoding) else None
     workload = Workload(batch=batch, dtype="bfloat16")
     return predict(load_spec("zaya1-8b"), hardware, workload, decoding, context=context, acceptance_length=length)
 
@@ -86,15 +87,15 @@ def step(hardware: HardwareProfile, sampler: str = "two_forward", batch: int = 1
 @pytest.mark.parametrize("batch", [1, 8, 64, 512])
 def test_points_lie_at_or_below_the_roof(batch: int) -> None:
     hardware = one_level()
-    predictions = [step(hardware, sampler, batch, 512) for sampler in ("autoregressive", "two_forward")]
+    predictions = [step(hardware, sampler, batch, 512) for sampler in SAMPLER_NAMES]
     info = roofline_info([hardware], predictions)
     assert len(info.roofs) == 1
-    assert len(info.points) == 2
-    assert {p.sampler for p in info.operators} == {"autoregressive", "two_forward"}
+    assert len(info.points) == len(SAMPLER_NAMES)
+    assert {p.sampler for p in info.operators} == set(SAMPLER_NAMES)
     for point in (*info.points, *info.operators):
         assert point.flops_per_second <= point.bound_flops_per_second * (1 + 1e-9), point
         assert point.bound_flops_per_second <= info.roofs[0].at(point.intensity) * (1 + 1e-9), point
-    single, drafting = info.points
+    single, drafting, *_ = info.points
     assert drafting.intensity > single.intensity  # more slots share each weight
 
 
@@ -291,8 +292,11 @@ choices = st.builds(
     devices=st.lists(st.sampled_from(["h100-sxm", "mi300x"]), min_size=1, max_size=2, unique=True).map(tuple),
     batch=st.integers(1, 10_000),
     context=st.integers(1, 100_000),
-    sampler=st.sampled_from(["autoregressive", "two_forward"]),
+    sampler=st.sampled_from(SAMPLER_NAMES),
     draft_tokens=st.integers(7, 64),
+    levels=st.sampled_from(["dense", "0", "0,4,7"]),
+    denoising_steps=st.integers(1, 7),
+    verify=st.booleans(),
     acceptance_length=st.floats(1, 8),
     dtype=st.sampled_from(["default", "bfloat16", "float32"]),
 )
@@ -317,6 +321,12 @@ def test_an_address_shows_the_choice_again(choice: Choice) -> None:
         ({"acceptance_length": ["nan"]}, "acceptance_length <= draft_tokens"),
         ({"acceptance_length": ["inf"], "sampler": ["autoregressive"]}, "must be a number >= 1"),
         ({"sampler": ["magic"]}, "unknown sampler 'magic'; known: "),
+        ({"sampler": ["single_forward"], "levels": ["1,2"]}, "must ascend from 0"),
+        ({"sampler": ["single_forward"], "levels": ["all"]}, "levels must be dense or numbers"),
+        ({"levels": ["<b>"]}, "levels must be dense or numbers"),
+        ({"sampler": ["denoising"], "denoising_steps": ["17"]}, "denoising_steps <= draft_tokens = 16"),
+        ({"denoising_steps": ["0"]}, "denoising_steps >= 1"),
+        ({"verify": ["yes"]}, "verify must be a bool, but is 'yes'"),
         ({"dtype": ["int3"]}, "unknown dtype 'int3'; known: "),
         ({"model": ["gpt"]}, "unknown model 'gpt'; known: "),
         ({"devices": ["abacus"]}, "unknown hardware 'abacus'; known: h100-sxm, mi300x"),
@@ -385,6 +395,8 @@ def test_the_page_shows_the_models_numbers(page: AppTest) -> None:
         ("number_input", "draft_tokens", 8),
         ("number_input", "acceptance_length", 2.5),
         ("selectbox", "dtype", "float16"),
+        ("selectbox", "sampler", "single_forward"),
+        ("selectbox", "sampler", "denoising"),
     ],
 )
 def test_each_control_changes_the_answer_and_the_address(page: AppTest, kind: str, key: str, value: Any) -> None:
@@ -403,6 +415,45 @@ def test_each_control_changes_the_answer_and_the_address(page: AppTest, kind: st
     assert after != before or key == "dtype"  # float16 costs what bfloat16 does
     assert page.query_params[key] == choice.query()[key][-1]
     assert len(page.get("plotly_chart")) == (2 if choice.sampler == "autoregressive" else 3)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (Choice(), "two forwards of 17 slots"),
+        (Choice(sampler="single_forward", levels="0,4"), "one forward of 51 slots"),
+        (Choice(sampler="denoising"), "one forward of 32 slots"),
+        (Choice(sampler="denoising", denoising_steps=4), "one forward of 32 slots and 3 forwards of 16 slots"),
+        (Choice(sampler="denoising", denoising_steps=4, verify=True), "5 forwards of 17 slots"),
+    ],
+)
+def test_the_forwards_of_a_step_in_words(choice: Choice, words: str) -> None:
+    assert forwards(answer(choice, load_profile("h100-sxm")).chosen) == words
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kind", "key", "value"),
+    [
+        ("single_forward", "text_input", "levels", "0, 4, 7"),
+        ("denoising", "number_input", "denoising_steps", 4),
+        ("denoising", "checkbox", "verify", True),
+    ],
+)
+def test_a_samplers_own_controls(page: AppTest, sampler: str, kind: str, key: str, value: Any) -> None:
+    """They change its answer, and are off for every other sampler."""
+    page.query_params["sampler"] = sampler
+    page.query_params["batch"] = "64"  # where slots cost time
+    page.run()
+    before = metrics(page)
+    getattr(page, kind)(key=key).set_value(value).run()
+    assert shown(page) == []
+    choice = choice_from_query({"sampler": [sampler], "batch": ["64"], key: [str(value).replace(" ", "")]})
+    found = answer(choice, load_profile(choice.devices[0])).chosen
+    assert metrics(page)[f"{sampler} tokens/s"] == f"{found.tokens_per_second:,.0f}" != before[f"{sampler} tokens/s"]
+    assert page.query_params[key] == choice.query()[key][-1]
+    assert page.number_input(key="acceptance_length").disabled == (sampler == "denoising" and key != "verify")
+    page.selectbox(key="sampler").set_value("two_forward").run()
+    assert getattr(page, kind)(key=key).disabled
 
 
 def test_the_model_can_be_changed(page: AppTest) -> None:

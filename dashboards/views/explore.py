@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from dashboards.choice import DTYPES, SAMPLERS, Answer, Choice, answer, choice_from_query
+from dashboards.choice import DENSE, DTYPES, Answer, Choice, answer, choice_from_query
 from dashboards.figures import (
     roofline_info,
     roofline_plot,
@@ -17,6 +17,7 @@ from dashboards.words import verdict
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, list_profiles, load_profile
 from perfmodel.model_spec import known_models
+from runtime.config import SAMPLER_NAMES
 
 TITLE = "Explore"
 ORDER = 1
@@ -60,16 +61,26 @@ def _controls() -> Choice:
         model = st.selectbox("Model", known_models(), key="model")
         batch = st.number_input("Batch (sequences)", min_value=1, step=1, key="batch")
         context = st.number_input("Context (cached tokens per sequence)", min_value=1, step=256, key="context")
-        sampler = st.selectbox("Sampler", SAMPLERS, key="sampler")
-        drafting = sampler != "autoregressive"
+        sampler = st.selectbox("Sampler", SAMPLER_NAMES, key="sampler")
+        drafting, denoising = sampler != "autoregressive", sampler == "denoising"
         draft_tokens = st.number_input("Draft tokens K", min_value=1, step=1, key="draft_tokens", disabled=not drafting)
+        levels = st.text_input(
+            "Proposal levels",
+            key="levels",
+            disabled=sampler != "single_forward",
+            help=f"{DENSE}, or the acceptance counts to draft ahead for, from 0, with commas",
+        )
+        steps = st.number_input(
+            "Denoising steps per block", min_value=1, step=1, key="denoising_steps", disabled=not denoising
+        )
+        verify = st.checkbox("Verify the block", key="verify", disabled=not denoising)
         length = st.number_input(
             "Acceptance length (tokens a step commits)",
             min_value=1.0,
             step=0.1,
             format="%.2f",
             key="acceptance_length",
-            disabled=not drafting,
+            disabled=not drafting or (denoising and not verify),
         )
         dtype = st.selectbox("Weights", DTYPES, key="dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     return Choice(
@@ -79,6 +90,9 @@ def _controls() -> Choice:
         context=context,
         sampler=sampler,
         draft_tokens=draft_tokens,
+        levels=levels.replace(" ", ""),
+        denoising_steps=steps,
+        verify=verify,
         acceptance_length=length,
         dtype=dtype,
     )
