@@ -52,7 +52,8 @@ class Cache:
             self.columns = [torch.zeros(ring, dtype=dtype, device=device) for _ in layers]
         except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
             raise UserError(
-                f"out of memory on {device}: a cache of batch {batch} and {capacity} positions takes {size:,} bytes"
+                f"out of memory on {device}: a cache of batch {batch} and {capacity} positions takes {size:,} bytes "
+                f"({str(error) or f'there are {memory_bytes():,}'})"
             ) from error
 
     @property

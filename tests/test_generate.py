@@ -196,6 +196,7 @@ def test_a_model_can_be_trained_after_it_has_generated() -> None:
 
 def test_the_package_offers_the_public_names() -> None:
     assert runtime.generate is generate and runtime.GenerationResult is GenerationResult
+    assert runtime.Batcher is batching.Batcher and runtime.Request is batching.Request
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         runtime.nothing  # noqa: B018
 
