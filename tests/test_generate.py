@@ -24,6 +24,17 @@ torch.set_num_threads(1)
 AUTOREGRESSIVE = DecodingConfig()
 TWO_FORWARD = DecodingConfig("two_forward", 4)
 SAMPLERS = pytest.mark.parametrize("decoding", [AUTOREGRESSIVE, TWO_FORWARD], ids=lambda d: d.sampler)
+ALL = pytest.mark.parametrize(
+    "decoding",
+    [
+        AUTOREGRESSIVE,
+        TWO_FORWARD,
+        DecodingConfig("single_forward", 4, proposal_levels=(0, 3)),
+        DecodingConfig("denoising", 4, denoising_steps=2),
+        DecodingConfig("denoising", 4, denoising_steps=2, verify=True),
+    ],
+    ids=["autoregressive", "two_forward", "single_forward", "denoising", "denoising-verified"],
+)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
 
 
@@ -56,7 +67,7 @@ def run(model: Zaya, decoding: Any, prompts: Any = PROMPTS, **kwargs: Any) -> Ge
         ([[1]], {"seed": -1}, "seed >= 0 must hold, but got -1"),
     ],
 )
-@SAMPLERS
+@ALL
 def test_bad_requests(model: Zaya, decoding: DecodingConfig, prompts: Any, changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(model, decoding, prompts, **changes)
@@ -78,7 +89,7 @@ def test_impossible_decoding(settings: Any, message: str) -> None:
         DecodingConfig(**settings)
 
 
-@SAMPLERS
+@ALL
 def test_the_whole_context_can_be_used(model: Zaya, decoding: DecodingConfig) -> None:
     result = run(model, decoding, [[1] * 108, [2]])
     assert [len(row) for row in result.tokens] == [20, 20]
@@ -91,7 +102,7 @@ def test_a_model_without_mask_decodes_autoregressively_only() -> None:
         run(plain, TWO_FORWARD, [[1]])
 
 
-@SAMPLERS
+@ALL
 @pytest.mark.parametrize("limit", [1, 2, 5, 17])
 def test_exactly_as_many_tokens_as_asked_for(model: Zaya, decoding: DecodingConfig, limit: int) -> None:
     whole, cut = run(model, decoding), run(model, decoding, max_new_tokens=limit)
@@ -99,7 +110,7 @@ def test_exactly_as_many_tokens_as_asked_for(model: Zaya, decoding: DecodingConf
     assert cut.finish_reasons == ["length"] * len(PROMPTS)
 
 
-@SAMPLERS
+@ALL
 def test_a_stop_token_ends_a_sequence_and_is_its_last_one(model: Zaya, decoding: DecodingConfig) -> None:
     free = run(model, decoding).tokens
     stops = {free[0][6], free[2][2]}
@@ -167,7 +178,7 @@ def test_counted_experts_are_those_that_ran(model: Zaya, monkeypatch: pytest.Mon
         assert result.counters[kind].experts_per_layer() == pytest.approx(expected)
 
 
-@SAMPLERS
+@ALL
 def test_prompts_longer_than_one_prefill_forward(
     model: Zaya, decoding: DecodingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
