@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace as changed
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks import equivalence
-from runtime.checkpoint import bundled, load_model
+from benchmarks import levels as program
+from runtime.checkpoint import bundled, load_model, save_model
 from runtime.config import DecodingConfig, ModelConfig, replace
 from runtime.engine import generate
 from runtime.layout import Layout, causal, draft, single_forward
@@ -366,6 +369,41 @@ def test_it_costs_one_forward_per_step_of_as_many_slots_as_the_settings_say() ->
     result = generate(MODELS["plain"], prompts_of(3), decoding, max_new_tokens=20, stop_tokens=())
     assert result.forwards == max(result.steps) and decoding.forwards_per_step == 1
     assert result.slots == sum(result.steps) * decoding.slots
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_slot_that_is_refilled_starts_without_drafts(temperature: float) -> None:
+    """Its neighbours keep theirs, and every request's text is the one of a closed batch."""
+    decoding = single(5, (0, 2), temperature=temperature, draft_temperature=temperature)
+    limits = [20, 3, 30, 1, 11, 25]
+    closed, refilled, alone = (
+        generate(
+            MODELS["plain"], prompts_of(6), decoding, max_new_tokens=limits, stop_tokens=(), batch=batch, seed=3
+        ).tokens
+        for batch in (None, 3, 1)
+    )
+    assert closed == refilled == alone
+
+
+def test_the_levels_program_counts_every_step_but_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, decoding = MODELS["plain"], single(4, (0, 2))
+    prompts = prompts_of(5)
+    found = program.measure(model, prompts, decoding, batch=2, new_tokens=30)
+    result = generate(model, prompts, decoding, max_new_tokens=30, stop_tokens=(), batch=2)
+    assert [len(steps) for steps in found.by_sequence] == [n - 1 for n in result.steps]
+    for steps, tokens in zip(found.by_sequence, result.tokens, strict=True):
+        assert 1 + sum(steps) + len(steps) - len(tokens) in range(4 + 1)  # the last step may go beyond the limit
+    assert sum(found.histogram(4)) == sum(result.steps) - 5
+
+    save_model(model, tmp_path)
+    arguments = ["--model", str(tmp_path), "--draft-tokens", "3", "--prompts", "4", "--new-tokens", "15"]
+    assert program.main([*arguments, "--counts", "1,2", "--levels", "0,1", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    dense, *sparse = document["choices"]
+    assert dense["predicted"] == pytest.approx(dense["measured"]["value"])
+    assert [len(c["levels"]) for c in sparse][:2] == [1, 2] and [0, 1] in [c["levels"] for c in sparse]
+    assert program.main([*arguments, "--counts", "2"]) == 0
+    assert "all " in capsys.readouterr().out
 
 
 # Sampling
