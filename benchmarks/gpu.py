@@ -29,6 +29,7 @@ from benchmarks.common import command, fail_in_one_line
 from hardware.files import UserError, write_atomic
 from hardware.probe import probe
 from hardware.profile import save_profile
+from perfmodel.steps import title
 from runtime.bench import Identity, Prefilled, identify, measure_forward, prefill
 from runtime.bench_generation import measure_generation, task_prompts
 from runtime.checkpoint import bundled, empty_model, load_model, random_model
@@ -42,6 +43,14 @@ RANDOM = "random weights: routing and acceptance are not real"
 MODES: tuple[ExpertMode, ...] = ("loop", "grouped", "gather", "dense")
 GATHERED_TOKENS = 64  # beyond, copying each token's expert weights is hopeless
 RELATIVE_ERROR = 1e-3  # of fp32 logits on two devices, over the largest logit
+LOSSLESS = (
+    DecodingConfig("two_forward", draft_tokens=4),
+    DecodingConfig("two_forward", anchor_draft=True),
+    DecodingConfig("single_forward", draft_tokens=4),
+    DecodingConfig("single_forward", proposal_levels=(0, 4, 7, 11)),
+    DecodingConfig("denoising", draft_tokens=8, denoising_steps=4, verify=True),
+    DecodingConfig("denoising", denoising_steps=2, confidence_threshold=0.9, verify=True),
+)
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -158,8 +167,7 @@ def correctness(session: Session, name: str, on_cpu: Zaya, plan: Plan) -> None:
         session.attempt(label, partial(_check_logits, session, label, on_device, ids, expected, mode))
     apply_kernels(on_device, KernelConfig())
     for batch in (1, 7):
-        for draft_tokens, anchor in ((4, False), (16, True)):
-            way = DecodingConfig("two_forward", draft_tokens=draft_tokens, anchor_draft=anchor)
+        for way in LOSSLESS:
             label = f"{name}: greedy {_title(way)} equals autoregressive, batch {batch}"
             session.attempt(
                 label, partial(_check_lossless, session, label, on_device, prompts[:batch], way, plan.checked_tokens)
@@ -184,17 +192,19 @@ def _check_lossless(
 
 
 def forwards(session: Session, model: Zaya, identity: Identity, plan: Plan) -> None:
-    """Time decode, draft and verify over batch x context, for every way of running the experts."""
-    points: list[tuple[ForwardKind, int]] = [("decode", 1)]
-    points += [(kind, k + 1) for k in plan.draft_tokens for kind in ("draft", "verify")]
-    widest = max(slots for _, slots in points)
+    """Time every kind of forward over batch x context, for every way of running the experts."""
+    points: list[tuple[ForwardKind, int, tuple[int, ...]]] = [("decode", 1, (0,))]
+    for k in plan.draft_tokens:
+        levels = four_levels(k)
+        points += [("draft", k + 1, (0,)), ("verify", k + 1, (0,)), ("single", (k + 1) * (1 + len(levels)), levels)]
+    widest = max(slots for _, slots, _ in points)
     for context, batch in itertools.product(plan.contexts, plan.batches):
         where = f"batch {batch}, context {context}"
         session.say(f"  {where}")
         filled: Prefilled | None = session.attempt(f"prefill {where}", partial(prefill, model, batch, context, widest))
         if filled is None:
             continue
-        for (kind, slots), mode in itertools.product(points, MODES):
+        for (kind, slots, levels), mode in itertools.product(points, MODES):
             if mode == "gather" and batch * slots > GATHERED_TOKENS:
                 continue
             measure = partial(
@@ -205,6 +215,7 @@ def forwards(session: Session, model: Zaya, identity: Identity, plan: Plan) -> N
                 batch=batch,
                 slots=slots,
                 context=context,
+                levels=levels,
                 kernels=KernelConfig({1_000_000: mode}),
                 repeats=plan.repeats,
                 prefilled=filled,
@@ -219,6 +230,9 @@ def generations(
     """Whole generations, with the engine's and the sampler's own time in them."""
     drafts = itertools.product(plan.draft_tokens, (False, True))
     ways = [DecodingConfig(), *(DecodingConfig("two_forward", draft_tokens=k, anchor_draft=a) for k, a in drafts)]
+    most = max(plan.draft_tokens)
+    ways += [DecodingConfig("single_forward", most, proposal_levels=levels) for levels in (four_levels(most), None)]
+    ways += [DecodingConfig("denoising", most, denoising_steps=4, verify=verified) for verified in (False, True)]
     for batch, way in itertools.product(plan.batches, ways):
         measure = partial(
             measure_generation,
@@ -233,10 +247,13 @@ def generations(
         session.measure("generations", f"{identity.model} {_title(way)}, batch {batch}", measure)
 
 
+def four_levels(draft_tokens: int) -> tuple[int, ...]:
+    """Four proposal levels, evenly spaced over 0 .. K."""
+    return tuple(sorted({i * (draft_tokens + 1) // 4 for i in range(4)}))
+
+
 def _title(way: DecodingConfig) -> str:
-    if way.sampler == "autoregressive":
-        return way.sampler
-    return f"{way.sampler} with K {way.draft_tokens}" + ", anchor draft" * way.anchor_draft
+    return f"{title(way)} with K {way.draft_tokens}" if way.drafts else way.sampler
 
 
 def fastest_modes(records: list[Measurement]) -> KernelConfig:
@@ -253,22 +270,27 @@ def fastest_modes(records: list[Measurement]) -> KernelConfig:
 
 
 def step_table(records: list[Measurement]) -> Iterator[str]:
-    """Per batch and context the fastest forwards, as Markdown; two_forward pays beyond the last column."""
+    """Per batch and context the fastest forwards, as Markdown. From so many tokens a step the samplers pay:
+    two_forward (a draft and a verify), and single_forward with four levels."""
     fastest: dict[tuple[int, int], dict[tuple[str | None, int], float]] = {}
     for record in records:
         cell = fastest.setdefault((record.context, record.workload.batch), {})
-        key = (record.forward, record.slots)
+        key = (record.forward, record.decoding.draft_tokens + 1 if record.forward == "single" else record.slots)
         cell[key] = min(cell.get(key, float("inf")), record.median_seconds)
-    yield "| context | batch | K | autoregressive step | draft | verify | tokens a step to break even |"
-    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    yield (
+        "| context | batch | K | autoregressive step | draft | verify | single | two_forward breaks even "
+        "| single_forward breaks even |"
+    )
+    yield "| ---: " * 9 + "|"
     for (context, batch), cell in sorted(fastest.items()):
         decode = cell.get(("decode", 1))
         for slots in sorted({slots for _, slots in cell if slots > 1}):
-            draft, verify = cell.get(("draft", slots)), cell.get(("verify", slots))
+            draft, verify, single = (cell.get((kind, slots)) for kind in ("draft", "verify", "single"))
             if decode and draft and verify:
+                alone, pays = (f"{single * 1e3:.2f} ms", f"{single / decode:.2f}") if single else ("-", "-")
                 yield (
                     f"| {context} | {batch} | {slots - 1} | {decode * 1e3:.2f} ms | {draft * 1e3:.2f} ms "
-                    f"| {verify * 1e3:.2f} ms | {(draft + verify) / decode:.2f} |"
+                    f"| {verify * 1e3:.2f} ms | {alone} | {(draft + verify) / decode:.2f} | {pays} |"
                 )
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import RANDOM, SHRUNK, SMALL, Session, fastest_modes, forwards, main, slug, step_table
+from benchmarks.gpu import LOSSLESS, RANDOM, SHRUNK, SMALL, Session, fastest_modes, forwards, main, slug, step_table
 from hardware.files import UserError
 from hardware.profile import load_profile
 from runtime.bench import Identity, identify
 from runtime.checkpoint import random_model
-from runtime.config import DecodingConfig, KernelConfig, Workload, replace
+from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, Workload, replace
 from runtime.measurement import ForwardKind, Measurement, read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = [str(ROOT / "benchmarks" / "gpu.sh")]
     run = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "8 checks, 0 failed" in run.stdout
+    assert f"{4 + 2 * len(LOSSLESS)} checks, 0 failed" in run.stdout
     assert "no GPU here" in run.stderr
     return folder
 
@@ -60,9 +60,11 @@ def test_it_leaves_a_profile_checks_records_and_a_table(results: Path) -> None:
     assert all(check["passed"] for check in checks.values())
     measured = read_jsonl(out / "forwards.jsonl")
     kinds = {(m.forward, m.slots, m.workload.batch, next(iter(m.kernels.experts.values()))) for m in measured}
-    assert len(kinds) == len(measured) == 3 * 2 * 4
+    assert len(kinds) == len(measured) == 4 * 2 * 4
     whole = read_jsonl(out / "generations.jsonl")
-    assert {m.decoding.sampler for m in whole} == {"autoregressive", "two_forward"}
+    assert (
+        {m.decoding.sampler for m in whole} == set(SAMPLER_NAMES) == {"autoregressive", *(w.sampler for w in LOSSLESS)}
+    )
     assert all(m.simulated == RANDOM and m.command.startswith("python -m benchmarks.gpu") for m in measured + whole)
     assert (out / "steps.md").read_text().count("\n") == 2 + 2
     assert not (out / "skipped.jsonl").exists()
@@ -101,7 +103,7 @@ def test_a_point_that_cannot_run_is_skipped_with_its_reason(
     whole = model.forward
 
     def limited(tokens: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
-        if tokens.numel() > 5:
+        if tokens.shape[0] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore lines")
         return whole(tokens, *rest, **options)
 
@@ -157,7 +159,10 @@ def test_the_table_takes_the_fastest_and_says_when_drafting_pays() -> None:
         record("decode", 8, 1, "loop", 0.010),  # no draft at batch 8: no row
     ]
     rows = list(step_table(records))[2:]
-    assert rows == ["| 100 | 1 | 4 | 4.00 ms | 6.00 ms | 6.00 ms | 3.00 |"]
+    assert rows == ["| 100 | 1 | 4 | 4.00 ms | 6.00 ms | 6.00 ms | - | 3.00 | - |"]
+    single = replace(record("single", 1, 25, "loop", 0.008), decoding=DecodingConfig("single_forward", 4))
+    rows = list(step_table([*records, single]))[2:]
+    assert rows == ["| 100 | 1 | 4 | 4.00 ms | 6.00 ms | 6.00 ms | 8.00 ms | 3.00 | 2.00 |"]
     kernels = fastest_modes(records)
     assert kernels.expert_mode(1) == "gather"
     assert kernels.expert_mode(5) == "loop"  # gather was not measured at every point of this size
