@@ -176,7 +176,7 @@ def test_counted_flops_are_those_of_a_step(name: str, halves: int) -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert RECIPE.model is not None
     needed = plan(RECIPE, RECIPE.model).needed_bytes
-    assert needed > 16 * plan(RECIPE, RECIPE.model).parameters
+    assert needed >= 24 * plan(RECIPE, RECIPE.model).parameters  # weights, moments, and the copy that is written
     monkeypatch.setattr(planning, "_free_main_bytes", lambda: needed)
     plan(RECIPE, RECIPE.model).check()
     monkeypatch.setattr(planning, "_free_main_bytes", lambda: needed - 1)

@@ -371,7 +371,9 @@ def test_batches_without_a_label_leave_everything_as_it_was(tmp_path: Path) -> N
     assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
 
 
-def test_evaluations_do_not_disturb_the_training(finished: Path, tmp_path: Path) -> None:
+def test_evaluations_do_not_disturb_the_training(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(replace(RECIPE, evaluate_every=3), tmp_path)
     assert_same_run(tmp_path, finished)
     entries = json.loads((tmp_path / "evaluations.json").read_text())
@@ -385,6 +387,9 @@ def test_evaluations_do_not_disturb_the_training(finished: Path, tmp_path: Path)
         names |= {"mask_tasks", "mask_source", "acceptance_length"} if masked else set()
         assert set(entry) - {"stage", "step"} == names
         assert 0 <= entry["exact_match"] <= 1 <= entry.get("acceptance_length", 1) <= 17
+    shown = [line for line in capsys.readouterr().err.splitlines() if "held out" in line]
+    assert len(shown) == len(entries)
+    assert f"second, step 6, held out: next_token_tasks {entries[-1]['next_token_tasks']:.3f}, mask_" in shown[-1]
     assert not (finished / "evaluations.json").exists()
 
 

@@ -45,10 +45,10 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """Of the device's memory, at least: what training holds, and on a CPU not less than what saving holds."""
-        held = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
-        working = max(stage.activation_bytes for stage in self.stages)
-        return held + (max(working, self.save_bytes) if self.device == "cpu" else working)
+        """Of the device's memory, at least: in a step, or on a CPU while saving, when there are no gradients."""
+        kept = self.weight_bytes + self.optimizer_bytes
+        step = kept + self.gradient_bytes + max(stage.activation_bytes for stage in self.stages)
+        return max(step, kept + self.save_bytes) if self.device == "cpu" else step
 
     @property
     def fits(self) -> bool:

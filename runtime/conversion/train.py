@@ -61,7 +61,7 @@ def train(
             task = progress.add_task(stage.name, total=stage.total_steps, completed=run.step)
             texts, batches = sources[index]
             found: list[_Means] = []
-            shown = held_out = ""
+            shown = ""
             while run.step < stage.total_steps:
                 found.append(_step(run, recipe, stage, next(batches)))
                 run.step += 1
@@ -71,8 +71,9 @@ def train(
                     shown = _log(run, stage, found) or shown
                     found = []
                 if recipe.evaluate_every and (run.step % recipe.evaluate_every == 0 or last):
-                    held_out = "; held out: " + _evaluate(run, stage, out, texts)
-                progress.update(task, description=f"{stage.name}: {shown}{held_out}")
+                    line = f"{stage.name}, step {run.step}, held out: {_evaluate(run, stage, out, texts)}"
+                    progress.console.print(line, highlight=False, soft_wrap=True)  # stays above the bar
+                progress.update(task, description=f"{stage.name}: {shown}")
                 if run.step % SAVE_EVERY == 0 or last:
                     save_run(run, recipe, out)
             save_stage(run, out, out / stage.name)
