@@ -151,12 +151,11 @@ class Batcher:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Fill free slots from the queue, then decode one step. Every active request has one event."""
-        events, self._ended = self._ended, []
         new = list(islice(self._queue.items(), self.batch - self.active))
         lengths = [running.length for running in self._rows if running] + [len(r.prompt) for _, r in new]
         if not lengths:
             self._leave()
-            return events
+            return self._cancellations()
         rule = rule_for(self.rules, len(lengths), max(lengths))
         if rule is not self._rule:
             apply_kernels(self.model, rule.kernels)
@@ -172,7 +171,7 @@ class Batcher:
             decode.settle()
             decode.decoding = rule.decoding
         self._rule = rule
-        rows = SAMPLERS[rule.decoding.sampler](decode)
+        rows, events = SAMPLERS[rule.decoding.sampler](decode), self._cancellations()
         for row, (running, tokens) in enumerate(zip(self._rows, rows, strict=True)):
             assert running is not None  # free rows have been filled or have left
             kept, reason = _truncate(tokens, running.room, running.stops)
@@ -188,6 +187,11 @@ class Batcher:
         if len(lengths) == self.batch:
             self.full_tokens += committed
             self.full_seconds += seconds
+        return events
+
+    def _cancellations(self) -> list[Event]:
+        """Those not yet reported."""
+        events, self._ended = self._ended, []
         return events
 
     def _admit(self, new: list[tuple[int, Request]], rule: Rule) -> None:
