@@ -44,8 +44,10 @@ class Acceptance:
 
         A shorter draft is taken to be the beginning of a longer one, and weights between the pilots' are interpolated.
         With `anchor_draft` the first draft is always accepted, and the others as often as where it was; that is too
-        high where the drafts of one step are right or wrong together. What few levels leave stale is accounted for;
-        what more denoising steps improve is not. A block that nothing verifies is kept whole.
+        high where the drafts of one step are right or wrong together. single_forward drafts before the token that comes
+        first is known: its drafts are taken to be those from the second on, accepted as often as these were, and what
+        few levels leave stale is accounted for. What more denoising steps improve is not. A block that nothing verifies
+        is kept whole.
         """
         if not judged(decoding):
             return tokens_per_step(decoding)
@@ -56,7 +58,8 @@ class Acceptance:
     @staticmethod
     def _length(histogram: Sequence[int], decoding: DecodingConfig) -> float:
         if decoding.sampler == "single_forward":
-            return _steady(tuple(shortened(histogram, decoding.draft_tokens)), decoding.levels)
+            behind_first = [sum(histogram[:2]), *histogram[2:]]
+            return _steady(tuple(shortened(behind_first, decoding.draft_tokens)), decoding.levels)
         steps = np.asarray(histogram, dtype=float)
         at_least = np.cumsum(steps[::-1])[::-1] / steps.sum()  # entry j: share of steps that accepted >= j
         accepted = at_least[1 : decoding.draft_tokens + 1]

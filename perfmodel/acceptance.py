@@ -46,9 +46,10 @@ def tokens_per_step(
     """Expected tokens that one step commits per sequence, the verifier's own token included.
 
     Autoregressive decoding commits one, denoising without a verify the whole block. A sampler whose drafts are judged
-    needs exactly one of the three forms: acceptance is never invented. Histogram and rates are those of fresh drafts
-    (of `two_forward`); with them the tokens of single_forward are less, by what its levels leave stale. A length is
-    the sampler's own. Raises UserError for none, several, or an impossible one.
+    needs exactly one of the three forms: acceptance is never invented. Histogram and rates are those of the sampler's
+    own fresh drafts, for single_forward those of all levels: fewer levels leave some stale, which is accounted for
+    (`runtime.levels.steady_tokens`). A length is that of the very setting. Raises UserError for none, several, or an
+    impossible one.
     """
     forms = {"length": length, "histogram": histogram, "rates": rates}
     given = [name for name, value in forms.items() if value is not None]

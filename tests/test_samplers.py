@@ -138,8 +138,10 @@ def test_the_equivalence_program_finds_a_difference(
         "--draft-tokens",
         "3",
     ]
-    assert equivalence.main(arguments) == 0
-    assert capsys.readouterr().out.count("3 x 12") == 2
+    assert equivalence.main([*arguments, "--prompts-of-others", "1"]) == 0
+    out = capsys.readouterr().out
+    assert (out.count("3 x 12"), out.count("1 x 12")) == (2, 2 + 3)
+    arguments += ["--samplers", "two_forward"]
 
     def wrong(logits: Tensor, *rest: Any) -> Accepted:  # the worst token instead of the best
         found = verify(logits, *rest)
