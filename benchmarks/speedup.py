@@ -1,6 +1,6 @@
-"""Lossless two_forward decoding against our own autoregressive decoding on the verifiable tasks, alternating rounds.
+"""A drafting sampler against our own autoregressive decoding on the verifiable tasks, in alternating rounds.
 
-python -m benchmarks.speedup [--deployment FILE | --draft-tokens K --anchor-draft ...] [--batch 1,8] [--out FILE.jsonl]
+python -m benchmarks.speedup [--deployment FILE | --sampler NAME --draft-tokens K ...] [--batch 1,8] [--out FILE.jsonl]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.common import command, counting, fail_in_one_line
 from hardware.files import plain
+from perfmodel.steps import title
 from runtime.bench import Identity, identify, interleave, paired_ratio
 from runtime.bench_generation import (
     GenerationSample,
@@ -26,7 +27,7 @@ from runtime.bench_generation import (
     task_prompts,
 )
 from runtime.checkpoint import load_model
-from runtime.config import DecodingConfig, KernelConfig, require
+from runtime.config import EXPERT_MODES, SAMPLER_NAMES, DecodingConfig, KernelConfig, require
 from runtime.deployment import load_deployment, rule_for
 from runtime.measurement import Measurement, append_jsonl, interval_name
 from runtime.model.zaya import Zaya
@@ -50,7 +51,7 @@ def compare(
 
     The baseline is autoregressive decoding with the default kernels or with the tuned ones, whichever was faster.
     """
-    baseline = DecodingConfig(temperature=decoding.temperature)
+    baseline = decoding.autoregressive
     ways: dict[str, tuple[DecodingConfig, KernelConfig | None]] = {
         "autoregressive": (baseline, None),
         decoding.sampler: (decoding, kernels),
@@ -89,6 +90,7 @@ def compare(
     tuned = records[list(ways).index(decoding.sampler)]
     return records, {
         "batch": batch,
+        "setting": title(decoding),
         "decoding": plain(decoding),
         "kernels": plain(tuned.kernels),
         "baseline": best,
@@ -109,20 +111,25 @@ def main(arguments: list[str] | None = None) -> int:
     identity = identify(model, chosen.model, command("benchmarks.speedup", arguments))
     deployment = load_deployment(chosen.deployment) if chosen.deployment else None
     results = []
+    asked = DecodingConfig(
+        chosen.sampler,
+        draft_tokens=chosen.draft_tokens,
+        mixing_weight=chosen.mixing_weight,
+        temperature=chosen.temperature,
+        anchor_draft=chosen.anchor_draft,
+        proposal_levels=chosen.levels,
+        denoising_steps=chosen.steps,
+        confidence_threshold=chosen.threshold,
+        verify=chosen.verify,
+    )
     for batch in chosen.batch:
         prompts = task_prompts(model, fair_count(chosen.prompts, batch), seed=chosen.seed)
-        decoding = DecodingConfig(
-            "two_forward",
-            draft_tokens=chosen.draft_tokens,
-            mixing_weight=chosen.mixing_weight,
-            temperature=chosen.temperature,
-            anchor_draft=chosen.anchor_draft,
-        )
+        decoding = asked
         kernels = KernelConfig({1_000_000: chosen.experts}) if chosen.experts else None
         if deployment is not None:
             rule = rule_for(rules_of(model, deployment), batch, max(map(len, prompts)))
             decoding, kernels = rule.decoding, rule.kernels
-            if decoding.sampler == "autoregressive":
+            if not decoding.drafts:
                 print(f"batch {batch}: the deployment decodes autoregressively, nothing to compare", file=sys.stderr)
                 continue
         records, result = compare(
@@ -145,12 +152,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps({"model": chosen.model, **device, "results": results}, indent=1))
         return 0
     interval = interval_name(chosen.rounds)
-    print(f"| batch | K | w | baseline tokens/s | two_forward tokens/s | tokens a step | speedup ({interval}) |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print(f"| batch | setting | K | w | baseline tokens/s | tokens/s | tokens a step | speedup ({interval}) |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for found in results:
         rates, settings = found["tokens_per_second"], found["decoding"]
         print(
-            f"| {found['batch']} | {settings['draft_tokens']} | {settings['mixing_weight']:g} "
+            f"| {found['batch']} | {found['setting']} | {settings['draft_tokens']} | {settings['mixing_weight']:g} "
             f"| {rates[found['baseline']]:.1f} | {rates[settings['sampler']]:.1f} | {found['acceptance_length']:.2f} "
             f"| {found['speedup']:.2f} ({found['speedup_low']:.2f}-{found['speedup_high']:.2f}) |"
         )
@@ -167,11 +174,20 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="zaya-nano", help="a bundled checkpoint or a folder")
     parser.add_argument("--deployment", type=Path, help="a tuned deployment.yaml, instead of the sampler's options")
     parser.add_argument("--batch", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8])
+    parser.add_argument("--sampler", choices=SAMPLER_NAMES[1:], default="two_forward")
     parser.add_argument("--draft-tokens", type=int, default=16)
+    parser.add_argument(
+        "--levels",
+        type=lambda text: tuple(int(part) for part in text.split(",")),
+        help="of single_forward, with commas between (default: all)",
+    )
+    parser.add_argument("--steps", type=int, default=1, help="most forwards that fill a denoising block")
+    parser.add_argument("--threshold", type=float, help="probability from which denoising decides a token early")
+    parser.add_argument("--verify", action="store_true", help="verify the denoised block")
     parser.add_argument("--mixing-weight", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--anchor-draft", action="store_true")
-    parser.add_argument("--experts", choices=("loop", "grouped", "gather", "dense"), help="of two_forward's forwards")
+    parser.add_argument("--experts", choices=EXPERT_MODES, help="how the sampler's forwards run the experts")
     parser.add_argument("--prompts", type=int, default=10, help="per round at least; families and batches stay even")
     parser.add_argument("--new-tokens", type=int, default=150, help="at most, per prompt")
     parser.add_argument("--rounds", type=int, default=7)
