@@ -15,7 +15,7 @@ import ridgepoint
 from autotune.export import native
 from autotune.export.targets import TARGETS, export
 from autotune.local import Plan, load, mixed_problems, tune_local
-from autotune.objective import Comparison
+from autotune.objective import Comparison, Outputs, evaluate
 from autotune.results import Decision, StudyResult
 from autotune.runner import LocalRunner
 from autotune.space import Candidate, Value, decoding_space
@@ -196,6 +196,40 @@ def test_the_runner_leaves_the_model_as_it_was(checkpoint: Path) -> None:
     assert "mask_token_id" in (unmasked.infeasible(candidate) or "")
     with pytest.raises(UserError, match="fill batches of 3"):
         LocalRunner(model, identify(model, "tiny", ""), prompts, batch=3, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_every_sampler_goes_through_a_trial(sampler: Sampler, checkpoint: Path) -> None:
+    """With a real model: lossless settings have no divergence, and one that claims to be and is not is found out."""
+    model = load_model(str(checkpoint))
+    prompts = [[257, 1, 2, 3], [257, 4]]
+    runner = LocalRunner(model, identify(model, "tiny", ""), prompts, batch=2, max_new_tokens=9, repeats=1)
+    coarse: dict[str, tuple[Value, ...]] = {
+        "draft_tokens": (4,),
+        "mixing_weight": (1.0,),
+        "experts_block": ("loop",),
+        "experts_single": ("loop",),
+        "anchor_draft": (False,),
+        "levels_count": (2,),
+        "denoising_steps": (2,),
+        "confidence_threshold": (0.9,),
+    }
+    for candidate in decoding_space(batch=2, cores=1).grid(coarse):
+        if candidate.decoding.sampler != sampler:
+            continue
+        kept: dict[str, dict[str, object]] = {}
+        found = evaluate(candidate, runner, kept.__setitem__)
+        assert found["outcome"] == "correct", found
+        assert set(kept) == {"decode", "quality", "result"} and found["tokens_per_second"] > 0
+        assert (found["divergence"] == 0) == candidate.decoding.lossless  # a random model's drafts are never right
+
+        class Wrong(LocalRunner):
+            def quality(self, outputs: Outputs) -> dict[str, float]:
+                return {"divergence": 0.5}
+
+        wrong = Wrong(model, identify(model, "tiny", ""), prompts, batch=2, max_new_tokens=9, repeats=1)
+        outcome = evaluate(candidate, wrong, lambda *_: None)["outcome"]
+        assert outcome == ("incorrect" if candidate.decoding.lossless else "correct")
 
 
 def test_a_gpu_profile_does_not_predict_this_machine(checkpoint: Path, tmp_path: Path) -> None:
