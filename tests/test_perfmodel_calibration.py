@@ -13,7 +13,7 @@ import ridgepoint
 from hardware.files import UserError
 from hardware.profile import save_profile
 from perfmodel.calibration import calibrate, split
-from perfmodel.decoding import setting, time_step
+from perfmodel.decoding import setting, time_forward, time_step
 from perfmodel.engine import EngineProfile, load_engine, save_engine
 from perfmodel.experts import ExpertCoverage
 from perfmodel.model_spec import load_spec
@@ -149,6 +149,45 @@ def test_a_generation_is_compared_by_its_mean_step(model: str) -> None:
     assert found.error == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match="forward"):
         calibrate([row], CPU, engine(), source="made up")
+
+
+@pytest.mark.parametrize(
+    ("decoding", "fillings"),
+    [
+        (DecodingConfig("single_forward", 4, proposal_levels=(0, 2)), None),
+        (DecodingConfig("denoising", 8, denoising_steps=4), None),
+        (DecodingConfig("denoising", 9, denoising_steps=5, verify=True), None),  # at most 5 forwards, each decides 2
+        (DecodingConfig("denoising", 9, denoising_steps=4), None),  # 3 forwards are enough: each decides 3
+        (DecodingConfig("denoising", 8, denoising_steps=8, confidence_threshold=0.5), 2.5),
+        (DecodingConfig("denoising", 8, denoising_steps=8, confidence_threshold=0.5, verify=True), 3.25),
+    ],
+)
+def test_a_generation_of_any_sampler_is_compared_by_its_mean_step(
+    model: str, decoding: DecodingConfig, fillings: float | None
+) -> None:
+    """Batches of two kept full for 40 steps; where a threshold ends a block, by the forwards that it took."""
+    at = setting(load_spec(model), CPU, "float32", engine=engine(**TRUTH), kernels=KernelConfig({1: "loop"}, threads=1))
+    parts = step_of(decoding, fillings=fillings)
+    row = replace(
+        measurement(model, 2, decoding.slots, 100, "loop", [40 * float(time_step(at, parts, 2, 100).seconds)]),
+        kind="generation",
+        decoding=decoding,
+        forwards=round(40 * float(parts.forwards_per_step)),
+        tokens=(60,),
+        acceptance_histogram=(50, 30),
+    )
+    (found,) = validate([row], CPU, engine=engine(**TRUTH))
+    assert found.error == pytest.approx(0, abs=1e-9)
+
+
+def test_a_measured_single_forward_is_predicted_with_its_own_rows(model: str) -> None:
+    """Of 15 slots 9 go through the LM head, once: another layout of as many slots takes another time."""
+    at = setting(load_spec(model), CPU, "float32", engine=engine(**TRUTH), kernels=KernelConfig({1: "loop"}, threads=1))
+    decoding = DecodingConfig("single_forward", 4, proposal_levels=(0, 2))
+    seconds = float(time_forward(at, 2, 15, 100, 9, "single").seconds)
+    row = replace(measurement(model, 2, 15, 100, "loop", [seconds]), decoding=decoding, forward="single")
+    single, verify = validate([row, replace(row, forward="verify")], CPU, engine=engine(**TRUTH))
+    assert abs(single.error) < 1e-9 and verify.error > 1e-3
 
 
 def test_a_row_below_its_bound_is_counted() -> None:
