@@ -54,6 +54,7 @@ TORCH_FREE_RUNTIME = {
     "runtime.measurement",
     "runtime.options",
     "runtime.routing",
+    "runtime.statistics",
 }
 MAY_LOAD: dict[str, tuple[str, ...]] = {
     "torch": ("runtime.*", "autotune.local", "autotune.runner"),  # autotune's: what runs trials on this device
