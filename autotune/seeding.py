@@ -94,6 +94,9 @@ class Predictor:
         if judged(decoding) and acceptance is None:
             return None
         tokens = acceptance.length(decoding) if acceptance else tokens_per_step(decoding)
+        if decoding.sampler == "single_forward":  # a request's first step has no drafts yet and commits one token
+            generated = self._workload.generated_tokens
+            tokens = generated / (1 + (generated - 1) / tokens)
         mode = kernels.expert_mode(batch * decoding.slots)
         kind = DecodingConfig(  # the rest does not change a step
             decoding.sampler, MAX_DRAFT_TOKENS, denoising_steps=decoding.denoising_steps, verify=decoding.verify

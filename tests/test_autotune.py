@@ -333,7 +333,10 @@ def test_every_sampler_is_predicted(sampler: Sampler) -> None:
             kernels=KernelConfig({1_000_000: kernels.expert_mode(2 * decoding.slots)}, 1),
         )
         seconds = float(time_step(at, step_of(decoding), 2, 52).seconds)
-        assert found == pytest.approx(2 * acceptance.length(decoding) / seconds, rel=0.02)
+        steps = 64 / acceptance.length(decoding)
+        if sampler == "single_forward":  # the first step of a request commits one of its 64 tokens
+            steps = 1 + 63 / acceptance.length(decoding)
+        assert found == pytest.approx(2 * 64 / (steps * seconds), rel=0.02)
         assert (predictor(candidate, None) is None) == judged(decoding)
 
 
