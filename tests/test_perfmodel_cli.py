@@ -124,7 +124,7 @@ def test_every_sampler_has_its_options(sampler: str, capsys: pytest.CaptureFixtu
 
 
 def test_a_verified_block_and_dense_levels(capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = ["predict", *WHERE, "--acceptance-histogram", "1,2,3", "--json"]
+    chosen = ["predict", *WHERE, "--draft-tokens", "3", "--acceptance-histogram", "1,2,3", "--json"]
     documents = {}
     for name, options in {
         "dense": ["--sampler", "single_forward", "--levels", "dense"],
