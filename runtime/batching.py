@@ -92,6 +92,7 @@ class Batcher:
         self.full_tokens, self.full_seconds = 0, 0.0  # of the steps with a sequence in every slot
         self._steps = [0] * len(self.rules)
         self._slots = max(rule.decoding.slots for rule in self.rules)  # of the widest rule: the cache serves all
+        self._kept = max(rule.decoding.kept_slots for rule in self.rules)
         self._queue: OrderedDict[int, Request] = OrderedDict()
         self._ended: list[Event] = []  # cancellations to report
         self._submitted = 0
@@ -199,7 +200,7 @@ class Batcher:
         began, decode = time.perf_counter(), self._decode
         device = self.model.model.embed_tokens.weight.device
         capacity = self.context + self._slots if decode is None else max(len(r.prompt) for _, r in new)
-        cache = self.model.new_cache(len(new), capacity, self._slots)
+        cache = self.model.new_cache(len(new), capacity, self._kept)
         _prefill(self.model, cache, [list(r.prompt[:-1]) for _, r in new])
         randomness = Randomness(0, 0)
         randomness.generators = [np.random.default_rng(r.seed) for _, r in new]

@@ -288,6 +288,13 @@ class DecodingConfig:
         return block
 
     @property
+    def kept_slots(self) -> int:
+        """Slots of a forward that can enter the cache, per sequence; proposals and masks never do."""
+        if self.sampler == "autoregressive":
+            return 1
+        return self.draft_tokens if self.sampler == "denoising" and not self.verify else self.draft_tokens + 1
+
+    @property
     def forwards_per_step(self) -> int:
         """Model forwards in one decoding step, at most: a confidence threshold can end a block's steps earlier."""
         if self.sampler == "denoising":

@@ -87,7 +87,10 @@ class Zaya(nn.Module):
         return super().train(mode)
 
     def new_cache(self, batch: int, capacity: int, max_slots: int) -> Cache:
-        """An empty cache for `batch` sequences of up to `capacity` positions, scratch slots included."""
+        """An empty cache for `batch` sequences of up to `capacity` positions, scratch slots included.
+
+        max_slots: the most slots of one forward that may be kept.
+        """
         weight = self.model.embed_tokens.weight
         return Cache(self.config, batch, capacity, max_slots, dtype=weight.dtype, device=str(weight.device))
 
