@@ -14,17 +14,15 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import command, counting, fail_in_one_line
+from benchmarks.common import counting, fail_in_one_line, origin
 from benchmarks.equivalence import prompts_for
 from hardware.files import UserError, plain
-from hardware.fingerprint import git_commit
-from runtime.checkpoint import load_model, model_hash
+from runtime.checkpoint import load_model
 from runtime.config import DecodingConfig, require
 from runtime.engine import generate
 from runtime.logits import StoredLogits, collect, histogram_from_acceptance, save_logits
@@ -134,22 +132,16 @@ def main(arguments: list[str] | None = None) -> int:
         require(getattr(chosen, name) >= 1, f"{name} >= 1 must hold, but got {getattr(chosen, name)}")
     torch.set_num_threads(chosen.threads)
     model = load_model(chosen.model)
-    origin = {
-        "model": chosen.model,
-        "model_hash": model_hash(model),
-        "command": command("benchmarks.acceptance", arguments),
-        "commit": git_commit(Path(__file__)),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-    }
+    where = origin("benchmarks.acceptance", arguments, chosen.model, model)
     runs = []
     for name, decoding in SETTINGS.items():
         print(name, file=sys.stderr)
         stored = judge(model, decoding, chosen.positions, seed=chosen.seed, progress=counting(chosen.positions))
         if chosen.logits is not None:
-            save_logits(stored, chosen.logits / f"{name.replace(' ', '-').replace(',', '')}.safetensors", origin)
+            save_logits(stored, chosen.logits / f"{name.replace(' ', '-').replace(',', '')}.safetensors", where)
         runs.append(compare(name, stored))
     held = all(abs(run.overall.observed - run.overall.predicted) <= TOLERANCE for run in runs)
-    document = {**origin, "tolerance": TOLERANCE, "held": held, "runs": plain(runs)}
+    document = {**where, "tolerance": TOLERANCE, "held": held, "runs": plain(runs)}
     print(json.dumps(document, indent=1) if chosen.json else _table(runs))
     return 0 if held else 1
 

@@ -5,13 +5,29 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
 
 from hardware.files import UserError
+from hardware.fingerprint import git_commit
+from runtime.checkpoint import model_hash
+from runtime.model.zaya import Zaya
 
 
 def command(program: str, arguments: list[str] | None) -> str:
     """The command as it would be typed."""
     return shlex.join(["python", "-m", program, *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def origin(program: str, arguments: list[str] | None, name: str, model: Zaya) -> dict[str, str]:
+    """What every committed document begins with: the model, the command, the commit and the day."""
+    return {
+        "model": name,
+        "model_hash": model_hash(model),
+        "command": command(program, arguments),
+        "commit": git_commit(Path(__file__)),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
 
 
 def counting(total: int) -> Callable[[int], None]:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.common import counting, fail_in_one_line
+from benchmarks.common import counting, fail_in_one_line, origin
 from hardware.files import known
 from perfmodel.steps import title
 from runtime.bench_generation import task_prompts
@@ -165,9 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
             print(f"{len(found.different)} prompts differ", file=sys.stderr)  # kept, should the run be cut short
             results.append(found)
-    print(
-        json.dumps({"model": chosen.model, "results": [asdict(r) for r in results]}) if chosen.json else _table(results)
-    )
+    where = origin("benchmarks.equivalence", arguments, chosen.model, model)
+    print(json.dumps({**where, "results": [asdict(r) for r in results]}) if chosen.json else _table(results))
     return 1 if any(result.different for result in results) else 0
 
 
