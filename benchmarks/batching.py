@@ -14,16 +14,15 @@ import random
 import statistics
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import command, counting, fail_in_one_line
+from benchmarks.common import counting, fail_in_one_line, origin
 from hardware.files import plain, write_atomic
-from runtime.bench import identify, interleave, paired_ratio
+from runtime.bench import interleave, paired_ratio
 from runtime.bench_generation import GenerationSample, sample_generation, task_prompts
 from runtime.checkpoint import load_model
 from runtime.config import DecodingConfig, require
@@ -92,7 +91,6 @@ def main(arguments: list[str] | None = None) -> int:
         require(getattr(chosen, name) >= 1, f"{name} >= 1 must hold, but got {getattr(chosen, name)}")
     torch.set_num_threads(chosen.threads)
     model = load_model(chosen.model)
-    identity = identify(model, chosen.model, command("benchmarks.batching", arguments))
     prompts = task_prompts(model, chosen.requests, seed=chosen.seed)
     limits = limits_of(chosen.requests, chosen.new_tokens, chosen.seed)
     print("one request at a time, autoregressive", file=sys.stderr)
@@ -116,12 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             "continuous_over_closed": paired_ratio(speeds["continuous"], speeds["closed"]),
         }
     document = {
-        "command": identity.command,
-        "model": chosen.model,
-        "model_hash": identity.model_hash,
-        "device": identity.device,
-        "commit": identity.commit,
-        "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        **origin("benchmarks.batching", arguments, chosen.model, model),
         "requests": chosen.requests,
         "prompt_tokens": [min(map(len, prompts)), max(map(len, prompts))],
         "new_tokens": [min(map(len, expected)), max(map(len, expected))],

@@ -6,11 +6,10 @@ import shlex
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any
 
 from hardware.files import UserError
-from hardware.fingerprint import git_commit
-from runtime.checkpoint import model_hash
+from runtime.bench import identify
 from runtime.model.zaya import Zaya
 
 
@@ -19,14 +18,16 @@ def command(program: str, arguments: list[str] | None) -> str:
     return shlex.join(["python", "-m", program, *(sys.argv[1:] if arguments is None else arguments)])
 
 
-def origin(program: str, arguments: list[str] | None, name: str, model: Zaya) -> dict[str, str]:
-    """What every committed document begins with: the model, the command, the commit and the day."""
+def origin(program: str, arguments: list[str] | None, name: str, model: Zaya) -> dict[str, Any]:
+    """What every committed document begins with: the model, the command, the commit, the day and the device."""
+    found = identify(model, name, command(program, arguments))
     return {
         "model": name,
-        "model_hash": model_hash(model),
-        "command": command(program, arguments),
-        "commit": git_commit(Path(__file__)),
+        "model_hash": found.model_hash,
+        "command": found.command,
+        "commit": found.commit,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "device": found.device,
     }
 
 

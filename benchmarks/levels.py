@@ -14,15 +14,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.common import command, counting, fail_in_one_line
+from benchmarks.common import counting, fail_in_one_line, origin
 from benchmarks.equivalence import prompts_for
 from hardware.files import plain
-from hardware.fingerprint import git_commit
-from runtime.checkpoint import load_model, model_hash
+from runtime.checkpoint import load_model
 from runtime.config import DecodingConfig, require
 from runtime.engine import generate
 from runtime.levels import expected_tokens, optimal, steady_tokens
@@ -121,10 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         for levels, accepted in found.items()
     ]
     document = {
-        "model": chosen.model,
-        "model_hash": model_hash(model),
-        "command": command("benchmarks.levels", arguments),
-        "commit": git_commit(Path(__file__)),
+        **origin("benchmarks.levels", arguments, chosen.model, model),
         "batch": chosen.batch,
         "temperature": chosen.temperature,
         "histogram": histogram,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import command, counting, fail_in_one_line
+from benchmarks.common import command, counting, fail_in_one_line, origin
 from hardware.files import plain
 from perfmodel.steps import title
 from runtime.bench import Identity, identify, interleave, paired_ratio
@@ -148,8 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
             for record in records:
                 append_jsonl(chosen.out, record)
     if chosen.json:
-        device = {"device": identity.device, "commit": identity.commit, "rounds": chosen.rounds}
-        print(json.dumps({"model": chosen.model, **device, "results": results}, indent=1))
+        where = origin("benchmarks.speedup", arguments, chosen.model, model)
+        print(json.dumps({**where, "rounds": chosen.rounds, "results": results}, indent=1))
         return 0
     interval = interval_name(chosen.rounds)
     print(f"| batch | setting | K | w | baseline tokens/s | tokens/s | tokens a step | speedup ({interval}) |")

@@ -66,12 +66,12 @@ class Choice:
     @property
     def decoding(self) -> DecodingConfig:
         """The settings whose step is predicted."""
-        levels = _levels(self.levels)
-        used: dict[str, dict[str, Any]] = {
-            "single_forward": {"proposal_levels": levels},
-            "denoising": {"denoising_steps": self.denoising_steps, "verify": self.verify},
-        }
-        return DecodingConfig(self.sampler, self.draft_tokens, **used.get(self.sampler, {}))  # type: ignore[arg-type]
+        used: dict[str, Any] = {}
+        if self.sampler == "single_forward":
+            used = {"proposal_levels": _levels(self.levels)}
+        elif self.sampler == "denoising":
+            used = {"denoising_steps": self.denoising_steps, "verify": self.verify}
+        return DecodingConfig(self.sampler, self.draft_tokens, **used)  # type: ignore[arg-type]
 
     @property
     def length(self) -> float | None:

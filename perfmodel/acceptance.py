@@ -81,7 +81,10 @@ def _histogram(histogram: Sequence[float], draft_tokens: int) -> npt.NDArray[np.
         1 <= len(counts) <= draft_tokens + 1,
         f"an acceptance histogram has at most draft_tokens + 1 = {draft_tokens + 1} entries, but got {len(counts)}",
     )
-    require(bool((counts >= 0).all()) and counts.sum() > 0, "an acceptance histogram has counts >= 0, not all 0")
+    require(
+        bool((counts >= 0).all()) and 0 < counts.sum() < np.inf,
+        f"an acceptance histogram has counts >= 0, not all 0, but got {list(histogram)}",
+    )
     return counts
 
 

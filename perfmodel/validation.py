@@ -14,7 +14,7 @@ from perfmodel.engine import EngineProfile, engine_for
 from perfmodel.experts import CoveragePoint, ExpertCoverage
 from perfmodel.model_spec import ModelSpec, load_spec, require_context
 from perfmodel.operators import Array
-from perfmodel.steps import Step, most_fillings, step_of
+from perfmodel.steps import Step, most_fillings, step_of, title
 from runtime.config import require
 from runtime.measurement import Kind, Measurement
 
@@ -52,7 +52,12 @@ def point_name(m: Measurement) -> str:
     """The operating point of a row, in words: what must agree for two rows to be the same point."""
     tokens = m.workload.batch * m.slots
     threads = "default" if m.kernels.threads is None else m.kernels.threads
-    run = m.decoding.sampler if m.kind == "generation" else m.forward or "forward"
+    run = m.forward or "forward"
+    if m.kind == "generation":
+        w, warmth = m.decoding.mixing_weight, m.decoding.temperature
+        run = f"{title(m.decoding)} w={w:g} T={warmth:g} {m.batching}"
+    elif m.forward == "single":
+        run = title(m.decoding)
     return (
         f"{m.model} {m.workload.dtype} {run} batch={m.workload.batch} slots={m.slots} context={m.context} "
         f"experts={m.kernels.expert_mode(tokens)} threads={threads}"

@@ -78,7 +78,7 @@ def sample_generation(
     other; continuous batching refills a finished sequence's slot with the next prompt. max_new_tokens: one limit, or
     one per prompt.
     """
-    size = batch or len(prompts)
+    size = len(prompts) if batch is None else batch
     require(size >= 1, f"batch >= 1 must hold, but got {size}")
     device = model.model.embed_tokens.weight.device
     part = size if batching == "closed" else len(prompts)

@@ -185,7 +185,7 @@ def _generations(
     progress: Callable[[str, float], None],
 ) -> dict[str, tuple[float, float, float]]:
     """Keep the records of one batch size; the speedups over autoregressive decoding, with intervals, by batching."""
-    from functools import partial
+    from itertools import count as count_from
 
     from runtime.bench import interleave, paired_ratio
     from runtime.bench_generation import fair_count, generation_record, sample_generation, task_prompts
@@ -193,17 +193,11 @@ def _generations(
     prompts = task_prompts(model, fair_count(count, size), seed=seed)
     ways = {run.sampler: run for run in (decoding.autoregressive, decoding)}
     runs = {f"{name}, {mode}": (run, mode) for mode in modes for name, run in ways.items()}
+    seeds = {key: count_from(seed, len(prompts)) for key in runs}  # the same rounds have the same seeds
     samples = interleave(
         {
-            key: partial(
-                sample_generation,
-                model,
-                prompts,
-                run,
-                batch=size,
-                batching=mode,
-                max_new_tokens=new_tokens,
-                seed=seed,
+            key: lambda key=key, run=run, mode=mode: sample_generation(  # type: ignore[misc]
+                model, prompts, run, batch=size, batching=mode, max_new_tokens=new_tokens, seed=next(seeds[key])
             )
             for key, (run, mode) in runs.items()
         },
@@ -348,13 +342,16 @@ def _heading(index: int, texts: int) -> str:
 def _texts(prompts: list[str] | None, file: Path | None) -> list[str]:
     """The prompts given, those of the file, or standard input."""
     require(prompts is None or file is None, "the prompts come from --prompt or from --prompts, not both")
-    if file is None:
-        return prompts or [sys.stdin.read()]
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    texts = [line for line in lines if line.strip()]
+        if file is None:
+            texts = prompts or [sys.stdin.read()]
+            for text in texts:  # bytes that are no UTF-8 arrive from the shell as lone surrogates
+                text.encode()
+            return texts
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read {file or 'the prompt'}: {error}") from error
+    texts = [f"{line}\n" for line in lines if line.strip()]
     require(len(texts) > 0, f"{file} has no prompt")
     return texts
 

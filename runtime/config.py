@@ -202,7 +202,7 @@ class DecodingConfig:
     proposal_levels: the acceptance counts for which single_forward drafts ahead, ascending from 0; None: all, 0 .. K.
     denoising_steps: S, the most forwards that fill a block; each decides at least ceil(K / S) of its tokens.
     confidence_threshold: a step also decides every token whose probability reaches it; None: never more than its share.
-    verify: denoising is followed by an autoregressive verification, which makes it lossless.
+    verify: denoising is followed by an autoregressive verification, which makes it lossless at w = 1.
     """
 
     sampler: Sampler = "autoregressive"
@@ -242,6 +242,12 @@ class DecodingConfig:
             self.confidence_threshold is None or 0 <= self.confidence_threshold <= 1,
             f"0 <= confidence_threshold <= 1 must hold, but got {self.confidence_threshold}",
         )
+        if self.sampler == "autoregressive":
+            require(
+                self.mixing_weight == 1 and self.draft_temperature == 0,
+                "autoregressive decoding drafts nothing: mixing_weight must be 1 and draft_temperature 0, "
+                f"but got {self.mixing_weight} and {self.draft_temperature}",
+            )
         if self.sampler == "denoising" and not self.verify:
             require(
                 self.mixing_weight == 1 and self.draft_temperature == 0,
@@ -298,7 +304,8 @@ class DecodingConfig:
     def forwards_per_step(self) -> int:
         """Model forwards in one decoding step, at most: a confidence threshold can end a block's steps earlier."""
         if self.sampler == "denoising":
-            return self.denoising_steps + self.verify
+            share = -(-self.draft_tokens // self.denoising_steps)  # tokens that a forward decides at least
+            return -(-self.draft_tokens // share) + self.verify
         return 2 if self.sampler == "two_forward" else 1
 
 

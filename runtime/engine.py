@@ -25,8 +25,8 @@ class GenerationResult:
     served: list[Served]  # the settings that decoded and for how many steps, in the order of the deployment's rules
     batching: Literal["closed", "continuous"]
     steps: list[int]  # decoding steps each sequence took part in
-    acceptance_histogram: list[int]  # entry n: steps of a sequence that committed n drafts and one token more
-    counters: dict[str, ForwardCounter]  # by kind of forward: "decode", "draft", "verify", "settle"
+    acceptance_histogram: list[int]  # entry n: steps of a sequence that committed n + 1 tokens, cut ones too
+    counters: dict[str, ForwardCounter]  # by kind of forward: "decode", "draft", "verify", "single", "settle"
     prefill_seconds: float  # admissions of a continuous batch included
     decode_seconds: float
     full_tokens: int  # committed in steps that had a sequence in every slot
@@ -95,8 +95,9 @@ def generate(
     on_tokens: called with a prompt's index, its new tokens and why it ended (or None), as soon as they exist.
     trace: filled with every step's logits.
 
-    A sequence's output depends on the seed and its index, not on its neighbours. Raises UserError for empty prompts,
-    unknown tokens, lengths beyond the context, and a cache that does not fit in memory.
+    With fixed settings a sequence's output depends on the seed and its index, not on its neighbours; a deployment's
+    rule follows the batch, and sampled text with it. Raises UserError for empty prompts, unknown tokens, lengths
+    beyond the context, and a cache that does not fit in memory.
     """
     require(len(prompts) >= 1, "at least one prompt must be given")
     require(batch is None or batch >= 1, f"batch >= 1 must hold, but got {batch}")

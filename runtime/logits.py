@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -95,27 +96,27 @@ def collect(trace: Sequence[TraceStep], decoding: DecodingConfig, lengths: Seque
                 count = min(kept, length)  # the last committed token judged a draft too, unless it is the bonus
                 index = torch.arange(count)
                 judged.append(
-                    (draft.logits[b, :count], draft.temperatures[:count], draft.tokens[b, :count],
+                    (draft.logits[b, :count].cpu(), draft.temperatures[:count].cpu(), draft.tokens[b, :count].cpu(),
                      rows + index, index < committed - 1)
                 )  # fmt: skip
             rows += kept
     stacked = torch.cat(target).float().cpu()
     empty = torch.zeros(0, dtype=torch.int64)
     none = (stacked[:0], stacked[:0, 0], empty, empty, empty.bool())
-    draft_logits, temperatures, tokens, at, accepted = (torch.cat(p).cpu() for p in zip(none, *judged, strict=True))
+    draft_logits, temperatures, tokens, at, accepted = (torch.cat(p) for p in zip(none, *judged, strict=True))
     return StoredLogits(
         decoding, stacked, torch.tensor(requests), torch.cat(places), draft_logits, temperatures, tokens, at, accepted
     )
 
 
-def save_logits(stored: StoredLogits, path: Path, origin: dict[str, str] | None = None) -> None:
+def save_logits(stored: StoredLogits, path: Path, origin: dict[str, Any] | None = None) -> None:
     """One safetensors file, renamed into place. origin: where it came from (model hash, command), kept beside it."""
     tensors = {name: getattr(stored, name).contiguous() for name in _TENSORS}
     settings = json.dumps(plain(stored.decoding))
     save_tensors(tensors, path, {"stored": FORMAT, "decoding": settings, "origin": json.dumps(origin or {})})
 
 
-def load_logits(path: Path) -> tuple[StoredLogits, dict[str, str]]:
+def load_logits(path: Path) -> tuple[StoredLogits, dict[str, Any]]:
     """What `save_logits` wrote, and its origin. UserError for a file that is something else."""
     tensors = load_tensors(path)
     try:
@@ -125,8 +126,11 @@ def load_logits(path: Path) -> tuple[StoredLogits, dict[str, str]]:
         raise UserError(f"cannot read {path}: {error}") from error
     if metadata.get("stored") != FORMAT or sorted(tensors) != sorted(_TENSORS):
         raise UserError(f"{path} holds no stored logits ({FORMAT}), but {', '.join(sorted(tensors)[:5]) or 'nothing'}")
-    decoding = build(DecodingConfig, json.loads(metadata["decoding"]), f"{path}: decoding")
-    return StoredLogits(decoding=decoding, **tensors), json.loads(metadata["origin"])
+    try:
+        settings, origin = json.loads(metadata["decoding"]), json.loads(metadata["origin"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} does not say what its logits are of: {error!r}") from error
+    return StoredLogits(decoding=build(DecodingConfig, settings, f"{path}: decoding"), **tensors), origin
 
 
 _TENSORS = tuple(f.name for f in dataclasses.fields(StoredLogits) if f.name != "decoding")

@@ -48,7 +48,7 @@ class Measurement:
     seconds: tuple[float, ...]
     tokens: tuple[int, ...] = ()
     forwards: int = 0
-    acceptance_histogram: tuple[int, ...] = ()  # entry n: steps that accepted n drafts
+    acceptance_histogram: tuple[int, ...] = ()  # entry n: steps that committed n + 1 tokens, the last ones cut
     experts_per_layer: float | None = None  # distinct experts a layer ran in one forward, mean over layers
     quality: dict[str, float] = field(default_factory=dict)
     simulated: str | None = None

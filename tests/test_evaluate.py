@@ -13,7 +13,7 @@ import torch
 import ridgepoint
 from hardware.files import UserError, plain, read_json
 from runtime import engine
-from runtime.checkpoint import random_model, save_model
+from runtime.checkpoint import find_checkpoint, load_model, model_hash, random_model, save_model
 from runtime.config import ModelConfig, replace
 from runtime.conversion import card as card_module
 from runtime.conversion import comparison, families
@@ -255,3 +255,8 @@ def test_models_that_cannot_be_judged_are_refused(tmp_path: Path, capsys: pytest
         save_model(random_model(replace(TINY, **change), seed=2), tmp_path)
         assert ridgepoint.main(["eval", "--model", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_shipped_card_and_evaluation_are_of_the_shipped_weights() -> None:
+    found = model_hash(load_model("zaya-nano"))
+    assert f"model hash `{found}`" in (find_checkpoint("zaya-nano") / "README.md").read_text()

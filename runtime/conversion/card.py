@@ -15,6 +15,7 @@ from runtime.conversion.families import LOSSLESS, RUNS, SOURCE, SOURCE_BYTES
 from runtime.conversion.recipe import Recipe
 from runtime.conversion.tables import aup_table, curve_table, family_tables, interval, sampler_tables
 from runtime.conversion.tasks import FAMILIES
+from runtime.measurement import interval_name
 
 
 def card(
@@ -114,7 +115,7 @@ first left out. Its intervals are of the accuracies.
 samples of each at T = {found.temperature} with the same seeds, and one greedy answer. Speeds are of one sequence at a \
 time at that temperature, medians of {found.rounds} interleaved rounds; tokens per forward is of the same runs. w is \
 the share of autoregressive logits, S the most forwards per block, t the confidence that decides a position \
-earlier.{levels} Intervals are 95%.
+earlier.{levels} Intervals are 95%; those of the speeds are the {interval_name(found.rounds)} over rounds.
 
 {sampler_tables(found)}
 

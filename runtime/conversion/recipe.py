@@ -55,6 +55,9 @@ class Stage:
             self.batch % self.micro_batches == 0,
             f"batch must be a multiple of micro_batches, but got {self.batch} and {self.micro_batches}",
         )
+        for key in ("alpha", "warmup_steps", "weight_decay", "balance_rate"):
+            require(getattr(self, key) >= 0, f"{key} >= 0 must hold, but got {getattr(self, key)}")
+        require(self.clip > 0, f"clip > 0 must hold, but got {self.clip}")
         for key in ("task_share", "partial_share", "skip_share"):
             require(0 <= getattr(self, key) <= 1, f"0 <= {key} <= 1 must hold, but got {getattr(self, key)}")
         for family, weight in self.task_weights.items():
@@ -117,7 +120,8 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"stages must have different names (each has a folder), but got {names}")
         for name in names:
-            require(Path(name).name == name, f"a stage's name must be a folder's, but is {name!r}")
+            named = Path(name).name == name and name not in ("", "..")
+            require(named, f"a stage's name must be a folder's, but is {name!r}")
         require(self.evaluate_every >= 0, f"evaluate_every >= 0 must hold, but got {self.evaluate_every}")
         require(
             self.model is None or self.mask_token_id is None,

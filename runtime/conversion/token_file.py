@@ -74,7 +74,7 @@ class TokenFile:
     def _numpy(self) -> tuple[int, Read]:
         try:
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:  # a pickle is a ValueError: it is never run
+        except (OSError, ValueError, EOFError) as error:  # a pickle is a ValueError: it is never run
             raise UserError(f"cannot read {self.path}: {' '.join(str(error).split())}") from error
         require(isinstance(array, np.ndarray), f"{self.path} is an archive, not one array")
         self._check(array.shape, np.issubdtype(array.dtype, np.integer), str(array.dtype))
