@@ -52,7 +52,7 @@ def point_name(m: Measurement) -> str:
     """The operating point of a row, in words: what must agree for two rows to be the same point."""
     tokens = m.workload.batch * m.slots
     threads = "default" if m.kernels.threads is None else m.kernels.threads
-    run = m.forward or "forward"
+    run: str = m.forward or "forward"
     if m.kind == "generation":
         w, warmth = m.decoding.mixing_weight, m.decoding.temperature
         run = f"{title(m.decoding)} w={w:g} T={warmth:g} {m.batching}"
