@@ -323,7 +323,7 @@ def test_an_address_shows_the_choice_again(choice: Choice) -> None:
         ({"sampler": ["magic"]}, "unknown sampler 'magic'; known: "),
         ({"sampler": ["single_forward"], "levels": ["1,2"]}, "must ascend from 0"),
         ({"sampler": ["single_forward"], "levels": ["all"]}, "levels must be dense or numbers"),
-        ({"levels": ["<b>"]}, "levels must be dense or numbers"),
+        ({"sampler": ["single_forward"], "levels": ["<b>"]}, "levels must be dense or numbers"),
         ({"sampler": ["denoising"], "denoising_steps": ["17"]}, "denoising_steps <= draft_tokens = 16"),
         ({"denoising_steps": ["0"]}, "denoising_steps >= 1"),
         ({"verify": ["yes"]}, "verify must be a bool, but is 'yes'"),
@@ -341,6 +341,12 @@ def test_an_impossible_address_is_refused(
     monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
     with pytest.raises(UserError, match=re.escape(message)):
         choice_from_query(query)
+
+
+def test_levels_that_no_sampler_reads_are_kept_and_stop_nothing() -> None:
+    """Half-typed levels must not lock the page once another sampler is chosen: their field is disabled then."""
+    kept = choice_from_query({"sampler": ["two_forward"], "levels": ["0,"]})
+    assert kept.levels == "0," and kept.decoding == DecodingConfig("two_forward")
 
 
 def test_an_address_reads_no_file(tmp_path: Path) -> None:
