@@ -219,6 +219,7 @@ def test_other_files_are_refused_and_none_is_run(tmp_path: Path) -> None:
     (tmp_path / "pickle.npy").write_bytes(pickle.dumps(trap))
     np.savez(tmp_path / "archive.npz", tokens=np.arange(9))
     (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    (tmp_path / "empty.npy").write_bytes(b"")
     np.save(tmp_path / "floats.npy", np.arange(9.0))
     np.save(tmp_path / "rows.npy", np.zeros((3, 3), dtype=np.int64))
     np.save(tmp_path / "cut.npy", np.arange(9))
@@ -232,6 +233,7 @@ def test_other_files_are_refused_and_none_is_run(tmp_path: Path) -> None:
     messages = {
         "object.npy": "cannot read .*object.npy",
         "pickle.npy": "cannot read .*pickle.npy",
+        "empty.npy": "cannot read .*empty.npy",
         "archive.npy": "is an archive, not one array",
         "floats.npy": "must be one row of integers, but are float64",
         "rows.npy": r"must be one row of integers, but are int64 of shape \(3, 3\)",

@@ -81,6 +81,7 @@ def test_bad_requests(model: Zaya, decoding: DecodingConfig, prompts: Any, chang
         ({"mixing_weight": float("nan")}, "0 <= mixing_weight <= 1 must hold, but got nan"),
         ({"temperature": -0.1}, "temperature >= 0 must hold"),
         ({"draft_temperature": -1.0}, "draft_temperature >= 0 must hold"),
+        ({"mixing_weight": 0.5}, "autoregressive decoding drafts nothing"),
         ({"sampler": "three_forward"}, "unknown sampler 'three_forward'; known: autoregressive, denoising"),
     ],
 )

@@ -57,7 +57,7 @@ def test_a_histogram_is_another_form_of_the_length(capsys: pytest.CaptureFixture
         assert ridgepoint.main([*base, *form, "--json"]) == 0
         documents.append(json.loads(capsys.readouterr().out))
     assert documents[0]["tokens_per_second"] == pytest.approx(documents[1]["tokens_per_second"])
-    for wrong in ("a,b", ""):
+    for wrong in ("a,b", "", "1,inf", "1,nan"):
         assert ridgepoint.main([*base, "--acceptance-histogram", wrong, "--json"]) == 2
     assert capsys.readouterr().out == ""
 

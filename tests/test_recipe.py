@@ -126,8 +126,12 @@ def test_impossible_recipes() -> None:
         replace(RECIPE, stages=())
     with pytest.raises(UserError, match="must have different names"):
         replace(RECIPE, stages=RECIPE.stages[:1] * 2)
-    with pytest.raises(UserError, match=r"a stage's name must be a folder's, but is '\.\./first'"):
-        replace(RECIPE, stages=(replace(RECIPE.stages[0], name="../first"),))
+    for name in ("../first", "..", ""):
+        with pytest.raises(UserError, match=rf"a stage's name must be a folder's, but is '{re.escape(name)}'"):
+            replace(RECIPE, stages=(replace(RECIPE.stages[0], name=name),))
+    for key, value in (("alpha", -1.0), ("clip", 0.0), ("warmup_steps", -1)):
+        with pytest.raises(UserError, match=f"{key} >=? 0 must hold, but got {value}"):
+            replace(RECIPE.stages[0], **{key: value})
     with pytest.raises(UserError, match="must hold in stage 'second', but got 20 and 10"):
         replace(RECIPE, stages=(RECIPE.stages[0], replace(RECIPE.stages[1], max_position_embeddings=10)))
     with pytest.raises(UserError, match="stage 'second' converts, so the model must have a mask_token_id"):

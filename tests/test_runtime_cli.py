@@ -254,3 +254,10 @@ def test_threads_are_the_commands_own(checkpoint: Path, capsys: pytest.CaptureFi
         assert {r["kernels"]["threads"] for r in document["records"]} == {2}
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_prompt_that_is_no_text_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes that are no UTF-8 reach the program as lone surrogates."""
+    assert ridgepoint.main(["generate", "--model", str(checkpoint), "--prompt", "\udcff"]) == 2
+    found = capsys.readouterr()
+    assert found.out == "" and "cannot read the prompt" in found.err and found.err.count("\n") == 1
