@@ -1,12 +1,9 @@
-"""`ridgepoint predict`, `sweep`, `calibrate` and `validate`. Torch-free; tables and fitting are imported when used."""
+"""`ridgepoint predict` and `sweep`. Torch-free; tables are imported when used."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +11,12 @@ import typer
 
 from hardware.files import UserError, plain, write_atomic
 from hardware.profile import HardwareProfile, load_profile
+from perfmodel import evidence_cli
+from perfmodel.terminal import Json, ms, print_json, print_table
 from runtime.config import SAMPLER_NAMES, DecodingConfig, Workload, require
 
 if TYPE_CHECKING:
-    from perfmodel.experts import ExpertCoverage
     from perfmodel.prediction import Prediction
-    from perfmodel.validation import Summary
-    from runtime.measurement import Measurement
 
 ModelOption = Annotated[str, typer.Option(help="A known model, or a checkpoint's folder or config.json.")]
 HardwareOption = Annotated[str, typer.Option(help="A known device, or a profile's YAML file.")]
@@ -46,19 +42,13 @@ EngineOption = Annotated[
     str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the kind of device).")
 ]
 LengthOption = Annotated[float | None, typer.Option(help="Tokens committed per step, the verifier's own included.")]
-MeasurementsOption = Annotated[Path, typer.Option(help="A .jsonl file that `ridgepoint bench` wrote.")]
-MeasuredCoverageOption = Annotated[
-    str, typer.Option(help="recorded (what these rows counted), or a coverage as for predict.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to the root command."""
     app.command()(predict)
     app.command()(sweep)
-    app.command()(calibrate)
-    app.command()(validate)
+    evidence_cli.register(app)
 
 
 def predict(
@@ -107,7 +97,7 @@ def predict(
         engine=engine,
     )
     if as_json:
-        return _print_json(plain(prediction))
+        return print_json(plain(prediction))
     _print_prediction(prediction)
 
 
@@ -164,11 +154,11 @@ def sweep(
     if out is not None:
         _write_csv(out, [header | row for row in rows])
     if as_json:
-        return _print_json({**header, "out": str(out) if out else None, "rows": rows})
+        return print_json({**header, "out": str(out) if out else None, "rows": rows})
     if out is not None:
         print(f"written: {out} ({len(rows)} operating points)")
         return
-    _print_table(
+    print_table(
         f"{model} on {device.name}, {title(decoding)}, {at.device.dtype}, experts {at.coverage}, "
         f"engine {at.engine.name}",
         ("batch", "context", "K", "length", "step ms", "bound ms", "AR ms", "tokens/s", "speedup", "experts", "fits"),
@@ -178,97 +168,15 @@ def sweep(
                 str(r["context"]),
                 str(r["draft_tokens"]),
                 f"{r['acceptance_length']:.2f}",
-                _ms(r["step_seconds"]),
-                _ms(r["bound_step_seconds"]),
-                _ms(r["autoregressive_step_seconds"]),
+                ms(r["step_seconds"]),
+                ms(r["bound_step_seconds"]),
+                ms(r["autoregressive_step_seconds"]),
                 f"{r['tokens_per_second']:.0f}",
                 f"{r['speedup_over_autoregressive']:.2f}",
                 f"{r['experts_per_layer']:.1f}",
                 "yes" if r["fits"] else "no",
             )
             for r in rows
-        ],
-    )
-
-
-def calibrate(
-    measurements: MeasurementsOption,
-    hardware: HardwareOption,
-    out: Annotated[Path, typer.Option(help="The engine's YAML file to write.")],
-    engine: EngineOption = None,
-    held_out: Annotated[float, typer.Option(help="Share of the operating points not to fit to.")] = 0.0,
-    expert_coverage: MeasuredCoverageOption = "recorded",
-    as_json: Json = False,
-) -> None:
-    """Fit an engine's few scales to measured forwards of one device, and write the engine with where they came from."""
-    from perfmodel.calibration import calibrate as run
-    from perfmodel.calibration import split
-    from perfmodel.engine import engine_for, save_engine
-    from perfmodel.validation import summaries
-    from perfmodel.validation import validate as check
-
-    if out.suffix not in (".yaml", ".yml"):
-        raise UserError(f"an engine's file name must end in .yaml, but is {out.name!r}")
-    device = load_profile(hardware)
-    rows = _read(measurements)
-    kept, apart = split(rows, held_out)
-    coverage = _coverage(expert_coverage, kept)  # what the rows apart counted is not known when they are predicted
-    start = engine_for(device, engine)
-    fitted = run(kept, device, start, source=measurements.name, expert_coverage=coverage)
-    path = save_engine(fitted, out)
-    found = summaries(check([*kept, *apart], device, engine=fitted, expert_coverage=coverage))
-    if as_json:
-        return _print_json(
-            {
-                "path": str(path),
-                "engine": fitted.name,
-                "scale": fitted.scale,
-                "points": len(fitted.fit.points) if fitted.fit else 0,
-                "summary": plain(found),
-            }
-        )
-    _print_table(
-        f"{fitted.name}, fitted to {measurements}",
-        ("scale", "before", "after"),
-        [(name, f"{start.scale_of(name):.3g}", f"{value:.3g}") for name, value in fitted.scale.items()],
-    )
-    _print_summaries(found)
-    print(f"written: {path}")
-
-
-def validate(
-    measurements: MeasurementsOption,
-    hardware: HardwareOption,
-    engine: EngineOption = None,
-    expert_coverage: MeasuredCoverageOption = "uniform",
-    as_json: Json = False,
-) -> None:
-    """Compare predictions with measured forwards and generations; rows an engine was fitted to are kept apart."""
-    from perfmodel.engine import engine_for
-    from perfmodel.validation import summaries
-    from perfmodel.validation import validate as run
-
-    device = load_profile(hardware)
-    rows = _read(measurements)
-    coverage = _coverage(expert_coverage, rows)
-    used = engine_for(device, engine)
-    found = run(rows, device, engine=used, expert_coverage=coverage)
-    summary = summaries(found)
-    if as_json:
-        header = {"hardware": device.name, "engine": used.name, "expert_coverage": str(coverage)}
-        return _print_json(
-            {**header, "summary": plain(summary), "rows": [{**plain(r), "error": r.error} for r in found]}
-        )
-    _print_summaries(summary)
-    for label in sorted({r.simulated for r in found if r.simulated}):
-        print(f"simulated: {label}")
-    worst = sorted(found, key=lambda r: -abs(r.error))[:10]
-    _print_table(
-        "largest errors",
-        ("point", "measured ms", "predicted ms", "bound ms", "error"),
-        [
-            (r.name, _ms(r.measured_seconds), _ms(r.predicted_seconds), _ms(r.bound_seconds), f"{r.error:+.0%}")
-            for r in worst
         ],
     )
 
@@ -311,19 +219,6 @@ def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
         raise UserError(f"--{option} must be numbers with commas between them, but is {text!r}") from error
 
 
-def _read(path: Path) -> list[Measurement]:
-    from runtime.measurement import read_jsonl
-
-    return read_jsonl(path)
-
-
-def _coverage(text: str, rows: Sequence[Measurement]) -> ExpertCoverage:
-    from perfmodel.experts import parse_coverage
-    from perfmodel.validation import recorded_coverage
-
-    return recorded_coverage(rows) if text == "recorded" else parse_coverage(text)
-
-
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -332,50 +227,12 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomic(path, text.getvalue())
 
 
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, allow_nan=False))
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}"
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def _print_summaries(found: dict[str, Summary]) -> None:
-    _print_table(
-        "predicted against measured",
-        ("rows", "count", "median error", "mean error", "bias", "below the bound"),
-        [
-            (
-                name,
-                str(s.count),
-                f"{s.median_absolute_error:.1%}",
-                f"{s.mean_absolute_error:.1%}",
-                f"{s.bias:+.1%}",
-                str(s.bound_violations),
-            )
-            for name, s in found.items()
-        ],
-    )
-
-
 def _print_prediction(p: Prediction) -> None:
     from perfmodel.steps import title
 
     w, d = p.workload, p.decoding
     drafts = f", K = {d.draft_tokens}, {p.acceptance_length:.2f} tokens a step" if d.drafts else ""
-    _print_table(
+    print_table(
         f"{p.model} on {p.hardware}: {title(d)}{drafts}, batch {w.batch}, context {p.context}, {w.dtype}, "
         f"engine {p.engine}, experts {p.expert_coverage}",
         ("operator", "GFLOP", "MB", "launches", "ms", "bound ms", "of the step", "bound"),
@@ -385,8 +242,8 @@ def _print_prediction(p: Prediction) -> None:
                 f"{o.flops / 1e9:.3g}",
                 f"{o.bytes / 1e6:.4g}",
                 f"{o.launches:.0f}",
-                _ms(o.seconds),
-                _ms(o.bound_seconds),
+                ms(o.seconds),
+                ms(o.bound_seconds),
                 f"{o.seconds / p.step_seconds:.0%}",
                 o.bound,
             )
@@ -396,11 +253,11 @@ def _print_prediction(p: Prediction) -> None:
     for f in p.forwards:
         often = "" if f.times == 1 else f", {f.times:.3g} times"
         experts = f"{f.experts_per_layer:.1f} experts a layer"
-        print(f"{f.name:8} {f.slots} slots: {_ms(f.seconds)} ms{often}, {experts}, {f.bound}")
-    print(f"step     {_ms(p.step_seconds)} ms (roofline {_ms(p.bound_step_seconds)} ms), {p.bound}")
+        print(f"{f.name:8} {f.slots} slots: {ms(f.seconds)} ms{often}, {experts}, {f.bound}")
+    print(f"step     {ms(p.step_seconds)} ms (roofline {ms(p.bound_step_seconds)} ms), {p.bound}")
     rate = f"{p.tokens_per_second:.0f} tokens/s (roofline {p.bound_tokens_per_second:.0f})"
     print(f"rate     {rate}, {p.tokens_per_forward:.2f} tokens a forward")
     print(
         f"speedup  {p.speedup_over_autoregressive:.2f}x over autoregressive decoding "
-        f"({_ms(p.autoregressive_step_seconds)} ms a token)"
+        f"({ms(p.autoregressive_step_seconds)} ms a token)"
     )

@@ -1,0 +1,35 @@
+"""How this package's commands print: one JSON document, or tables. rich is imported when a table is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+def print_json(data: Any) -> None:
+    """One document on stdout; a NaN in it is a bug and raises."""
+    print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def ms(seconds: float) -> str:
+    """Seconds as milliseconds with three digits."""
+    return f"{seconds * 1e3:.3g}"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout: the first column to the left, the others to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140).print(table)
