@@ -15,7 +15,7 @@ import yaml
 
 from hardware.files import UserError, build, known, plain, read_yaml, write_atomic
 
-DType = Literal["float32", "bfloat16", "float16", "fp8"]
+DType = Literal["float32", "bfloat16", "float16", "fp8", "fp4", "int8"]
 
 
 def _positive(owner: Any, *names: str) -> None:
@@ -107,6 +107,40 @@ class Curves:
 
 
 @dataclass(frozen=True)
+class Interconnect:
+    """What joins the devices of one node. Bandwidths are of one device in ONE direction (half of a bidirectional one).
+
+    `peak` is all links of a device together, `pair` those to one peer where that is less (a mesh without a switch).
+    `achieved` is the bus bandwidth of a large all-reduce over all devices as nccl-tests define it (2 (n - 1) / n times
+    the size over the time); a switch that sums lets it pass the peak, but a device still sends and receives the size once,
+    so it stays below twice the peak. `latency` is the time of a small all-reduce (16 kB) on two devices.
+    """
+
+    name: str  # "nvlink4", "xgmi", "pcie4"
+    devices: int  # that one node joins
+    peak_bandwidth_bytes_per_second: float
+    achieved_bandwidth_bytes_per_second: float | None = None
+    latency_seconds: float | None = None
+    pair_bandwidth_bytes_per_second: float | None = None  # None: all links may lead to one peer
+
+    def __post_init__(self) -> None:
+        bandwidths = ("peak_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second")
+        _positive(self, *bandwidths, "pair_bandwidth_bytes_per_second", "latency_seconds")
+        if self.devices < 2:
+            raise UserError(f"devices >= 2 must hold, but got {self.devices}")
+        if (self.pair_bandwidth_bytes_per_second or 0) > self.peak_bandwidth_bytes_per_second:
+            raise UserError(
+                f"pair <= peak bandwidth must hold, but got {self.pair_bandwidth_bytes_per_second} "
+                f"and {self.peak_bandwidth_bytes_per_second}"
+            )
+        if (self.achieved_bandwidth_bytes_per_second or 0) > 2 * self.peak_bandwidth_bytes_per_second:
+            raise UserError(
+                f"achieved <= 2 * peak bandwidth must hold, but got {self.achieved_bandwidth_bytes_per_second} "
+                f"and {self.peak_bandwidth_bytes_per_second}"
+            )
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """One device. Datasheet peaks and achieved figures are apart, and every figure has a source.
 
@@ -130,12 +164,14 @@ class HardwareProfile:
     sources: dict[str, str]
     tdp_watts: float | None = None
     price_dollars_per_hour: float | None = None
+    clock_hertz: float | None = None  # the highest that the vendor names
+    interconnect: Interconnect | None = None
     measured: tuple[Curves, ...] = ()  # one per thread count; empty unless a probe wrote the profile
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the machine that a probe measured
 
     def __post_init__(self) -> None:
         _positive(self, "compute_units", "warp_size", "shared_memory_bytes", "launch_seconds", "graph_node_seconds")
-        _positive(self, "tdp_watts", "price_dollars_per_hour")
+        _positive(self, "tdp_watts", "price_dollars_per_hour", "clock_hertz")
         if not self.name or any(c.isspace() or c in "/\\" for c in self.name):
             raise UserError(f"name must be one word without slashes, but is {self.name!r}")
         for group in ("peak_flops_per_second", "achieved_flops_per_second"):
