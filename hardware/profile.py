@@ -112,8 +112,8 @@ class Interconnect:
 
     `peak` is all links of a device together, `pair` those to one peer where that is less (a mesh without a switch).
     `achieved` is the bus bandwidth of a large all-reduce over all devices as nccl-tests define it (2 (n - 1) / n times
-    the size over the time); a switch that sums lets it pass the peak, but a device still sends and receives the size once,
-    so it stays below twice the peak. `latency` is the time of a small all-reduce (16 kB) on two devices.
+    the size over the time); a switch that sums lets it pass the peak, but a device still sends and receives the size
+    once, so it stays below twice the peak. `latency` is the time of a small all-reduce (16 kB) on two devices.
     """
 
     name: str  # "nvlink4", "xgmi", "pcie4"
