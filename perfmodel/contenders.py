@@ -1,0 +1,95 @@
+"""The settings that a comparison tries, and the tokens that a step of each commits: acceptance in any of its forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perfmodel.acceptance import histogram_from_rates, judged, tokens_per_step
+from runtime.config import DecodingConfig, replace, require
+from runtime.levels import optimal
+
+MOST_LEVELS = 6  # of the level sets that are chosen from a histogram, beside all levels
+Levels = tuple[int, ...] | None  # None: all
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What is known of how many drafts are accepted: at most one form, as for `acceptance.tokens_per_step`.
+
+    A length is that of one setting, so it says nothing of another K or level set. Rates and histograms are those of
+    fresh drafts; a histogram stands for a smaller K too: what accepted more drafts accepts all of the fewer ones.
+    """
+
+    length: float | None = None
+    rates: tuple[float, ...] | None = None
+    histogram: tuple[float, ...] | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is known."""
+        return (self.length, self.rates, self.histogram) != (None, None, None)
+
+    def tokens(self, decoding: DecodingConfig) -> float:
+        """Tokens that a step commits. UserError for a sampler that needs acceptance and has none, or an impossible one."""
+        if not judged(decoding):
+            return tokens_per_step(decoding)
+        k = decoding.draft_tokens
+        rates = self.rates if self.rates is None or len(self.rates) == 1 else self.rates[:k]
+        return tokens_per_step(decoding, length=self.length, rates=rates, histogram=self._folded(k))
+
+    def shares(self, draft_tokens: int) -> list[float] | None:
+        """Steps by drafts accepted, 0 .. K: None where only a length, or nothing, is known."""
+        if self.rates is not None:
+            return histogram_from_rates(self.rates if len(self.rates) == 1 else self.rates[:draft_tokens], draft_tokens)
+        folded = self._folded(draft_tokens)
+        return None if folded is None else [*folded, *[0.0] * (draft_tokens + 1 - len(folded))]
+
+    def _folded(self, draft_tokens: int) -> tuple[float, ...] | None:
+        if self.histogram is None or len(self.histogram) <= draft_tokens + 1:
+            return self.histogram
+        return (*self.histogram[:draft_tokens], sum(self.histogram[draft_tokens:]))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A setting and the tokens that one of its steps commits per sequence."""
+
+    decoding: DecodingConfig
+    acceptance_length: float
+
+
+def contenders(
+    decoding: DecodingConfig,
+    acceptance: Acceptance,
+    draft_tokens: Sequence[int],
+    level_sets: Sequence[Levels] | None = None,
+) -> list[Contender]:
+    """Settings of `decoding`'s sampler for each K, and for single_forward for each level set that fits the K.
+
+    level_sets None: all levels and, where the shares of accepted drafts are known, the best 1 to MOST_LEVELS levels.
+    UserError for a length given for several settings, and for a K that no level set fits.
+    """
+    require(len(draft_tokens) > 0 and min(draft_tokens) >= 1, f"draft_tokens >= 1 must hold, but got {draft_tokens}")
+    found: list[DecodingConfig] = []
+    for k in dict.fromkeys(draft_tokens):
+        if decoding.sampler != "single_forward":
+            found.append(replace(decoding, draft_tokens=k))
+            continue
+        sets = [s for s in level_sets if s is None or s[-1] <= k] if level_sets else _sensible(acceptance, k)
+        require(len(sets) > 0, f"proposal levels must be at most draft_tokens = {k}, but are {list(level_sets or ())}")
+        found += [replace(decoding, draft_tokens=k, proposal_levels=s) for s in dict.fromkeys(sets)]
+    require(
+        acceptance.length is None or len(found) == 1 or not judged(decoding),
+        f"an acceptance length is that of one setting, but {decoding.sampler} has {len(found)} to compare: give rates "
+        "or a histogram, which say what each of them accepts",
+    )
+    return [Contender(d, acceptance.tokens(d)) for d in found]
+
+
+def _sensible(acceptance: Acceptance, draft_tokens: int) -> list[Levels]:
+    shares = acceptance.shares(draft_tokens)
+    if shares is None:
+        return [None]
+    chosen: list[Levels] = [optimal(shares, count) for count in range(1, min(MOST_LEVELS, draft_tokens) + 1)]
+    return [None, *(levels for levels in chosen if levels is not None and len(levels) <= draft_tokens)]
