@@ -44,7 +44,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class SamplerMap:
-    """One sampler on one device: [batch, context] arrays of its best setting in each cell. NaN where it does not fit."""
+    """One sampler on one device, by its best setting in each cell: arrays [batch, context], NaN where it does not fit."""
 
     sampler: Sampler
     batch: tuple[int, ...]
@@ -94,7 +94,7 @@ def break_even(
 
     batches, contexts = (tuple(sorted(set(map(int, values)))) for values in (batch, context))
     every, costs = speedups(np.array(batches)[:, None], np.array(contexts)[None, :])
-    fits = ~np.isnan(every).all(-1)
+    fits = np.asarray(~np.isnan(every).all(-1))
     best = np.where(fits, np.argmax(np.nan_to_num(every, nan=-1.0), -1), 0)
     speedup = np.take_along_axis(every, best[..., None], -1)[..., 0]
 

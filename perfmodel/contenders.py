@@ -31,7 +31,7 @@ class Acceptance:
         return (self.length, self.rates, self.histogram) != (None, None, None)
 
     def tokens(self, decoding: DecodingConfig) -> float:
-        """Tokens that a step commits. UserError for a sampler that needs acceptance and has none, or an impossible one."""
+        """Tokens that a step commits. UserError where a sampler needs acceptance and has none, or an impossible one."""
         if not judged(decoding):
             return tokens_per_step(decoding)
         k = decoding.draft_tokens
