@@ -44,7 +44,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class SamplerMap:
-    """One sampler on one device, by its best setting in each cell: arrays [batch, context], NaN where it does not fit."""
+    """One sampler on one device by its best setting in each cell: [batch, context] arrays, NaN where none fits."""
 
     sampler: Sampler
     batch: tuple[int, ...]
