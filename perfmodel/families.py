@@ -47,7 +47,8 @@ class Keys:
             isinstance(value, int) and not isinstance(value, bool) and value >= least,
             f"{self.where}: {name} must be a whole number >= {least}, but is {value!r}",
         )
-        return int(value)
+        assert isinstance(value, int)  # as was just required
+        return value
 
     def flag(self, name: str, default: bool = False) -> bool:
         """true or false."""
