@@ -36,7 +36,8 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"intermediate_size": 96, "head_dim": 24, "attention_bias": True},
     "qwen3_moe": {
-        "intermediate_size": 96, "head_dim": 24, "moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2,
+        "intermediate_size": 96, "head_dim": 24, "moe_intermediate_size": 40, "num_experts": 6,
+        "num_experts_per_tok": 2,
         "decoder_sparse_step": 2, "mlp_only_layers": [1],
     },
     "mixtral": {"intermediate_size": 72, "num_local_experts": 5, "num_experts_per_tok": 2},
