@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hardware.profile import HardwareProfile
+from runtime.config import require
 
 Array = npt.NDArray[np.float64]
 
@@ -33,7 +34,11 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Gemm:
-    """A linear layer: [m, k] x [k, n]. `cold`: its weights come from main memory, as in a model larger than caches."""
+    """A linear layer: [m, k] x [k, n].
+
+    `cold`: its weights come from main memory, as in a model larger than caches. `quantise`: activations below 16 bits
+    arrive wider, so that a kernel before the matmul narrows them; it is part of the layer's time.
+    """
 
     m: npt.ArrayLike
     n: npt.ArrayLike
@@ -41,6 +46,7 @@ class Gemm:
     weights: str = "bfloat16"
     activations: str = "bfloat16"
     cold: bool = True
+    quantise: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,10 @@ class FusedMoe:
 
 @dataclass(frozen=True)
 class Attention:
-    """`slots` query rows of each of `batch` sequences over `context` cached tokens, whose KV is read once for all."""
+    """`slots` query rows of each of `batch` sequences over `context` cached tokens, whose KV is read once for all.
+
+    `cold`: the cache comes from main memory, as in a model, whose weights pass through the caches between two layers.
+    """
 
     batch: npt.ArrayLike
     slots: npt.ArrayLike
@@ -72,15 +81,21 @@ class Attention:
     kv_heads: npt.ArrayLike
     head_dim: npt.ArrayLike
     cache: str = "bfloat16"
+    cold: bool = True
 
 
 @dataclass(frozen=True)
 class Collective:
-    """`size_bytes` per device summed (all_reduce) or exchanged (all_to_all) over `devices` of one node."""
+    """`size_bytes` per device summed (all_reduce) or exchanged (all_to_all) over `devices` of one node.
+
+    `custom`: the engine may use a kernel of its own where that is faster, as engines do for small sums within a
+    captured graph; else the vendor's library (NCCL, RCCL) does it.
+    """
 
     size_bytes: npt.ArrayLike
     devices: npt.ArrayLike
     kind: str = "all_reduce"
+    custom: bool = True
 
 
 def roofline(hardware: HardwareProfile, dtype: str, flops: npt.ArrayLike, size_bytes: npt.ArrayLike) -> Array:
@@ -92,3 +107,42 @@ def roofline(hardware: HardwareProfile, dtype: str, flops: npt.ArrayLike, size_b
     bandwidth = hardware.main_memory.peak_bandwidth_bytes_per_second
     assert bandwidth is not None  # a profile without it is refused when it is read
     return np.maximum(np.asarray(flops, dtype=float) / peak, np.asarray(size_bytes, dtype=float) / bandwidth)
+
+
+def floats(*sizes: npt.ArrayLike) -> list[Array]:
+    """Sizes as arrays of floats, to calculate with."""
+    return [np.asarray(size, dtype=float) for size in sizes]
+
+
+def main_bandwidth(hardware: HardwareProfile) -> float:
+    """Bytes per second that a stream from main memory achieved; the peak where no figure of it is known."""
+    memory = hardware.main_memory
+    found = memory.achieved_bandwidth_bytes_per_second or memory.peak_bandwidth_bytes_per_second
+    assert found is not None  # a profile without a peak is refused when it is read
+    return found
+
+
+def matmul_rate(hardware: HardwareProfile, dtype: str) -> float:
+    """FLOPs per second that a large matmul achieved; the peak where no figure of it is known."""
+    rates = hardware.peak_flops_per_second | hardware.achieved_flops_per_second
+    return {str(name): rate for name, rate in rates.items()}[dtype]
+
+
+def overlapped(memory: npt.ArrayLike, compute: npt.ArrayLike, sharpness: float = 4.0) -> tuple[Array, Array]:
+    """Seconds of two streams of work that run at the same time, each one's part of the whole.
+
+    The whole is (memory^s + compute^s)^(1/s): the longer one, and somewhat more where both are about as long, since
+    neither fills the other's gaps perfectly. Never less than the longer one, nor more than their sum.
+    """
+    one, other = np.broadcast_arrays(np.asarray(memory, dtype=float), np.asarray(compute, dtype=float))
+    longest = np.maximum(np.maximum(one, other), 1e-30)
+    shares = (one / longest) ** sharpness, (other / longest) ** sharpness
+    total = shares[0] + shares[1]
+    whole = longest * total ** (1 / sharpness)
+    return whole * shares[0] / total, whole * shares[1] / total
+
+
+def require_positive(kernels: object) -> None:
+    """UserError unless every number of a family is > 0 and finite."""
+    for name, value in vars(kernels).items():
+        require(0 < value < np.inf, f"{name} > 0 must hold, but got {value}")

@@ -1,0 +1,112 @@
+"""Decode attention over a KV cache: what is cached is read once for all slots of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hardware.profile import HardwareProfile
+from perfmodel.kernels.call import (
+    Array,
+    Attention,
+    Parts,
+    floats,
+    main_bandwidth,
+    matmul_rate,
+    overlapped,
+    require_positive,
+    roofline,
+)
+from perfmodel.precision import arithmetic_dtype, stored_bytes
+
+_ROWS = 16  # query rows of one tensor-core tile: fewer cost as much
+_ELEMENT_BYTES = 2.0  # of queries and outputs
+
+
+def kv_bytes(call: Attention) -> Array:
+    """Bytes of the keys and values that the call reads, each once."""
+    batch, context, heads, width = floats(call.batch, call.context, call.kv_heads, call.head_dim)
+    return 2 * batch * context * heads * width * stored_bytes(call.cache)
+
+
+def _query_bytes(call: Attention) -> Array:
+    batch, slots, heads, width = floats(call.batch, call.slots, call.query_heads, call.head_dim)
+    return 2 * _ELEMENT_BYTES * batch * slots * heads * width
+
+
+def _flops(call: Attention, rows: Array) -> Array:
+    """Of the products with keys and values, for so many query rows per KV head."""
+    batch, context, heads, width = floats(call.batch, call.context, call.kv_heads, call.head_dim)
+    return 4 * batch * heads * rows * context * width
+
+
+def _rows(call: Attention) -> Array:
+    """Query rows that share the keys of one KV head: those of all slots."""
+    slots, queries, heads = floats(call.slots, call.query_heads, call.kv_heads)
+    return slots * queries / heads
+
+
+def bound(call: Attention, hardware: HardwareProfile) -> Array:
+    """Seconds at datasheet peaks: KV, queries and outputs once; 4 FLOPs per query, key and channel.
+
+    A KV that is not `cold` and fits the last cache comes from there, whose peak may be unknown: then only FLOPs bind.
+    """
+    flops = _flops(call, _rows(call))
+    moved = kv_bytes(call) + _query_bytes(call)
+    from_memory = roofline(hardware, _dtype(call, hardware), flops, moved)
+    if call.cold or len(hardware.memory) < 2:
+        return from_memory
+    cache = hardware.memory[-2]
+    peak = cache.peak_bandwidth_bytes_per_second or np.inf
+    from_cache = np.maximum(roofline(hardware, _dtype(call, hardware), flops, 0.0), moved / peak)
+    return np.where(moved <= cache.capacity_bytes, from_cache, from_memory)
+
+
+def _dtype(call: Attention, hardware: HardwareProfile) -> str:
+    """The dtype whose peak the products have: fp8 queries meet an fp8 cache where the device multiplies fp8."""
+    return arithmetic_dtype(hardware, call.cache, "fp8" if call.cache == "fp8" else "bfloat16")
+
+
+@dataclass(frozen=True)
+class AttentionKernels:
+    """fixed + the longer of reading and multiplying, which overlap imperfectly.
+
+    launches: kernels of a call (cache write, attention, joining of splits) in the profile's seconds per graph node.
+    bandwidth_share: of the main memory's achieved bandwidth; narrow_share: what of that an fp8 cache keeps.
+    cache_share: bandwidth of a KV that stayed in the last cache, over that of main memory.
+    split_bytes: what every call reads in vain, in bytes per compute unit: ramp and tail of the split over units.
+    compute_share: of the achieved FLOPs.
+    """
+
+    launches: float
+    bandwidth_share: float
+    narrow_share: float
+    cache_share: float
+    split_bytes: float
+    compute_share: float
+
+    def __post_init__(self) -> None:
+        require_positive(self)
+
+    def time(self, call: Attention, hardware: HardwareProfile) -> Parts:
+        """Seconds of the call. Arrays broadcast."""
+        narrow = stored_bytes(call.cache) < _ELEMENT_BYTES
+        share = self.bandwidth_share * (self.narrow_share if narrow else 1.0)
+        peak = hardware.main_memory.peak_bandwidth_bytes_per_second
+        assert peak is not None  # a profile without it is refused when it is read
+        read = kv_bytes(call)
+        moved = read + np.minimum(read, self.split_bytes * hardware.compute_units) + _query_bytes(call)
+        memory = moved / min(main_bandwidth(hardware) * share, peak)
+        if not call.cold and len(hardware.memory) > 1:
+            cache = hardware.memory[-2]
+            rate = min(
+                main_bandwidth(hardware) * share * max(self.cache_share, 1.0),
+                cache.peak_bandwidth_bytes_per_second or np.inf,
+            )
+            kept = np.clip(2 - 2 * read / cache.capacity_bytes, 0, 1)  # all of it up to half the cache, then less
+            memory = memory * (1 - kept) + kept * moved / rate
+        flops = _flops(call, np.ceil(_rows(call) / _ROWS) * _ROWS)
+        compute = flops / (matmul_rate(hardware, _dtype(call, hardware)) * min(self.compute_share, 1.0))
+        waits = overlapped(memory, compute)
+        return Parts(*waits, np.full_like(waits[0], self.launches * hardware.graph_node_seconds))

@@ -1,0 +1,129 @@
+"""Fused mixture-of-experts layer: routing, gate and up, activation, down, and the sum over a token's experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from hardware.files import UserError, known
+from hardware.profile import HardwareProfile
+from perfmodel.kernels.call import (
+    Array,
+    FusedMoe,
+    Parts,
+    floats,
+    main_bandwidth,
+    matmul_rate,
+    overlapped,
+    require_positive,
+    roofline,
+)
+from perfmodel.precision import arithmetic_dtype, stored_bytes
+from runtime.config import require
+
+_TILE = 16  # tokens of one expert that cost as much as one
+_DRAWS = 64  # of a random routing, for its mean
+
+
+def expert_elements(call: FusedMoe) -> Array:
+    """Weights of one expert: gate, up and down."""
+    hidden, width = floats(call.hidden, call.expert_size)
+    return hidden * width * (call.gate_up + 1)
+
+
+def weight_bytes(call: FusedMoe) -> Array:
+    """Bytes of the distinct experts' weights, each read once."""
+    return expert_elements(call) * np.asarray(call.distinct, dtype=float) * stored_bytes(call.weights)
+
+
+def bound(call: FusedMoe, hardware: HardwareProfile) -> Array:
+    """Seconds at datasheet peaks: distinct experts and the layer's input and output once; FLOPs without padding."""
+    tokens, hidden, top_k = floats(call.tokens, call.hidden, call.top_k)
+    flops = 2 * tokens * top_k * expert_elements(call)
+    moved = weight_bytes(call) + 2 * tokens * hidden * stored_bytes(call.activations)
+    return roofline(hardware, arithmetic_dtype(hardware, call.weights, call.activations), flops, moved)
+
+
+@dataclass(frozen=True)
+class MoeKernels:
+    """fixed + the longer of moving and multiplying, which overlap imperfectly.
+
+    launches: kernels of a layer (top-k, sorting, quantisation, two matmuls, activation, sum) in the profile's seconds
+    per graph node. bandwidth_share, compute_share: of the achieved figures. narrow_share: what of the bandwidth share
+    weights of 8 bits and less keep; widened_share: what of the compute share weights narrower than activations keep.
+    """
+
+    launches: float
+    bandwidth_share: float
+    narrow_share: float
+    compute_share: float
+    widened_share: float
+
+    def __post_init__(self) -> None:
+        require_positive(self)
+
+    def time(self, call: FusedMoe, hardware: HardwareProfile) -> Parts:
+        """Seconds of the layer. Arrays broadcast."""
+        width = stored_bytes(call.weights)
+        share = self.bandwidth_share * (self.narrow_share if width < 2 else 1.0)
+        peak = hardware.main_memory.peak_bandwidth_bytes_per_second
+        assert peak is not None  # a profile without it is refused when it is read
+        memory = (weight_bytes(call) + _activation_bytes(call)) / min(main_bandwidth(hardware) * share, peak)
+        tokens, top_k, distinct = floats(call.tokens, call.top_k, call.distinct)
+        padded = distinct * np.maximum(
+            tokens * top_k / distinct + _TILE / 2, _TILE
+        )  # the last tile is half full on average
+        fraction = self.compute_share * (self.widened_share if width < stored_bytes(call.activations) else 1.0)
+        dtype = arithmetic_dtype(hardware, call.weights, call.activations)
+        compute = 2 * padded * expert_elements(call) / (matmul_rate(hardware, dtype) * min(fraction, 1.0))
+        waits = overlapped(memory, compute)
+        return Parts(*waits, np.full_like(waits[0], self.launches * hardware.graph_node_seconds))
+
+
+def _activation_bytes(call: FusedMoe) -> Array:
+    """Between the kernels: inputs gathered, gate and up out, activated, in again, one output per expert, their sum."""
+    tokens, top_k, hidden, width = floats(call.tokens, call.top_k, call.hidden, call.expert_size)
+    wide = 2.0 * (call.gate_up + 1) * width + 4.0 * hidden
+    return tokens * top_k * (wide + (hidden + width) * stored_bytes(call.activations))
+
+
+def distinct_of(routing: str, tokens: int, experts: int, top_k: int) -> float:
+    """Distinct experts that a benchmark's routing of so many tokens touches, on average.
+
+    uniform: every token picks at random: E (1 - (1 - k / E)^T). balanced: as many as tokens can pick, min(E, k T).
+    power_law_ALPHA: aiconfigurator's (its collector/helper.py at 095f58a): loads drawn from a density x^-ALPHA between
+    1 and 0.8 T (0.01 and 2 where k T <= E), scaled to k T in all and rounded; what rounding misses goes to idle experts
+    one by one, what it adds too much leaves the busiest, and no expert has more than T.
+    """
+    require(1 <= top_k <= experts, f"1 <= top_k <= experts must hold, but got {top_k} and {experts}")
+    require(tokens >= 1, f"tokens >= 1 must hold, but got {tokens}")
+    if routing == "uniform":
+        return float(experts * (1 - (1 - top_k / experts) ** tokens))
+    if routing == "balanced":
+        return float(min(experts, top_k * tokens))
+    kind, _, number = routing.rpartition("_")
+    if kind != "power_law":
+        raise known("routing", routing, ("uniform", "balanced", "power_law_ALPHA"))
+    try:
+        alpha = float(number)
+    except ValueError:
+        raise UserError(f"power_law_ALPHA must end in a number, but is {routing!r}") from None
+    require(alpha > 1, f"ALPHA > 1 must hold, but got {alpha}")
+    return _power_law_distinct(alpha, tokens, experts, top_k)
+
+
+@lru_cache(maxsize=1024)
+def _power_law_distinct(alpha: float, tokens: int, experts: int, top_k: int) -> float:
+    total = tokens * top_k
+    low, high = (1.0, max(0.8 * tokens, 1.0)) if total > experts else (0.01, 2.0)
+    draws = np.random.default_rng(0).random((_DRAWS, experts))
+    power = 1 - alpha
+    loads = ((high**power - low**power) * draws + low**power) ** (1 / power)
+    counts = np.minimum(np.rint(loads / loads.sum(1, keepdims=True) * total), tokens)
+    missing = total - counts.sum(1)
+    idle = (counts == 0).sum(1)
+    found = experts - idle + np.clip(missing, 0, idle)
+    return float(math.fsum(found) / _DRAWS)
