@@ -2,76 +2,54 @@
 
 from __future__ import annotations
 
-import csv
-import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hardware.files import UserError, plain, write_atomic
-from hardware.profile import HardwareProfile, load_profile
-from perfmodel import evidence_cli
+from hardware.files import plain
+from hardware.profile import load_profile
+from perfmodel import analysis_cli, evidence_cli
+from perfmodel import cli_options as options
 from perfmodel.terminal import Json, ms, print_json, print_table
-from runtime.config import SAMPLER_NAMES, DecodingConfig, Workload, require
+from runtime.config import Workload
 
 if TYPE_CHECKING:
     from perfmodel.prediction import Prediction
 
-ModelOption = Annotated[str, typer.Option(help="A known model, or a checkpoint's folder or config.json.")]
-HardwareOption = Annotated[str, typer.Option(help="A known device, or a profile's YAML file.")]
-SamplerOption = Annotated[str, typer.Option(help=f"{', '.join(SAMPLER_NAMES[:-1])} or {SAMPLER_NAMES[-1]}.")]
-LevelsOption = Annotated[
-    str | None, typer.Option(help="dense, or single_forward's levels as ascending numbers with commas, 0 first.")
-]
-StepsOption = Annotated[int | None, typer.Option(help="Most forwards that fill a denoising block (default 1).")]
-ThresholdOption = Annotated[
-    float | None, typer.Option(help="Probability from which denoising decides a token early; see --steps-per-block.")
-]
-FillingsOption = Annotated[
-    float | None, typer.Option(help="Mean forwards that fill a denoising block, as measured (default: the most).")
-]
-VerifyOption = Annotated[bool, typer.Option("--verify", help="A verification follows denoising.")]
-DTypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).")
-]
-CoverageOption = Annotated[
-    str, typer.Option(help="uniform, uniform(SKIP_SHARE), correlated(RHO), all, min or measured:FILE.json.")
-]
-EngineOption = Annotated[
-    str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the kind of device).")
-]
-LengthOption = Annotated[float | None, typer.Option(help="Tokens committed per step, the verifier's own included.")]
+LONG_GRID_POINTS = 300_000  # from which a sweep shows its progress
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to the root command."""
     app.command()(predict)
     app.command()(sweep)
+    analysis_cli.register(app)
     evidence_cli.register(app)
 
 
 def predict(
-    model: ModelOption,
-    hardware: HardwareOption,
-    batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 1,
-    context: Annotated[int, typer.Option(help="Cached tokens per sequence.")] = 2048,
-    sampler: SamplerOption = "autoregressive",
-    draft_tokens: Annotated[int, typer.Option(help="Drafts per step, K.")] = 16,
-    acceptance_length: LengthOption = None,
-    acceptance_histogram: Annotated[
-        str | None, typer.Option(help="Steps that accepted 0, 1, 2... drafts, as numbers with commas.")
-    ] = None,
-    levels: LevelsOption = None,
-    steps: StepsOption = None,
-    threshold: ThresholdOption = None,
-    steps_per_block: FillingsOption = None,
-    verify: VerifyOption = False,
+    model: options.Model,
+    hardware: options.Hardware,
+    batch: options.Batch = 1,
+    context: options.Context = 2048,
+    sampler: options.Sampler = "autoregressive",
+    draft_tokens: options.DraftTokens = 16,
+    acceptance_length: options.Length = None,
+    acceptance_rate: options.Rate = None,
+    acceptance_histogram: options.Histogram = None,
+    levels: options.Levels = None,
+    steps: options.Steps = None,
+    threshold: options.Threshold = None,
+    steps_per_block: options.Fillings = None,
+    verify: options.Verify = False,
     mixing_weight: Annotated[float, typer.Option(help="Share of the autoregressive logits; 1 is lossless.")] = 1.0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    dtype: DTypeOption = None,
-    expert_coverage: CoverageOption = "uniform",
-    engine: EngineOption = None,
+    temperature: options.Temperature = 0.0,
+    dtype: options.DType = None,
+    expert_coverage: options.Coverage = "uniform",
+    engine: options.Engine = None,
     as_json: Json = False,
 ) -> None:
     """Predict one decoding step: its time, what binds it, tokens per second and the speedup over autoregression."""
@@ -79,19 +57,21 @@ def predict(
     from perfmodel.model_spec import load_spec
 
     device = load_profile(hardware)
-    decoding = _decoding(
-        sampler, draft_tokens, levels, steps, threshold, steps_per_block, verify,
+    decoding = options.decoding_of(
+        sampler, draft_tokens, None if levels is None else [levels], steps, threshold, steps_per_block, verify,
         mixing_weight=mixing_weight, temperature=temperature,
     )  # fmt: skip
-    workload = Workload(batch=batch, prompt_tokens=max(1, context), dtype=_dtype(dtype, device))  # type: ignore[arg-type]
+    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram)
+    element: Any = options.dtype_of(dtype, device)
     prediction = run(
         load_spec(model),
         device,
-        workload,
+        Workload(batch=batch, prompt_tokens=max(1, context), dtype=element),
         decoding,
         context=context,
-        acceptance_length=acceptance_length,
-        histogram=_numbers("acceptance-histogram", acceptance_histogram, float) if acceptance_histogram else None,
+        acceptance_length=acceptance.length,
+        histogram=acceptance.histogram,
+        acceptance_rates=acceptance.rates,
         fillings=steps_per_block,
         expert_coverage=expert_coverage,
         engine=engine,
@@ -102,129 +82,148 @@ def predict(
 
 
 def sweep(
-    model: ModelOption,
-    hardware: HardwareOption,
-    batch: Annotated[str, typer.Option(help="Numbers with commas.")] = "1,2,4,8,16,32,64,128",
-    context: Annotated[str, typer.Option(help="Numbers with commas.")] = "1024,4096,16384,65536",
-    draft_tokens: Annotated[str, typer.Option(help="Numbers with commas.")] = "16",
-    sampler: SamplerOption = "two_forward",
-    acceptance_length: LengthOption = None,
-    acceptance_rate: Annotated[
-        float | None, typer.Option(help="Probability that a draft is accepted, the same at every position.")
-    ] = None,
-    levels: LevelsOption = None,
-    steps: StepsOption = None,
-    threshold: ThresholdOption = None,
-    steps_per_block: FillingsOption = None,
-    verify: VerifyOption = False,
-    dtype: DTypeOption = None,
-    expert_coverage: CoverageOption = "uniform",
-    engine: EngineOption = None,
-    out: Annotated[Path | None, typer.Option(help="Write a .csv instead of printing a table.")] = None,
+    model: options.Model,
+    hardware: options.Devices,
+    batch: options.Batches = "1,2,4,8,16,32,64,128",
+    context: options.Contexts = "1024,4096,16384,65536",
+    draft_tokens: options.DraftTokensAxis = "16",
+    sampler: options.Samplers = "two_forward",
+    acceptance_length: options.Length = None,
+    acceptance_rate: options.Rate = None,
+    acceptance_histogram: options.Histogram = None,
+    levels: options.LevelSets = None,
+    steps: options.Steps = None,
+    threshold: options.Threshold = None,
+    steps_per_block: options.Fillings = None,
+    verify: options.Verify = False,
+    dtype: options.DType = None,
+    expert_coverage: options.Coverage = "uniform",
+    engine: options.Engine = None,
+    out: Annotated[Path | None, typer.Option(help="Write a .csv or .parquet instead of printing a table.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict every combination of batch, context and draft tokens at once."""
-    from perfmodel.decoding import setting
-    from perfmodel.model_spec import load_spec
+    """Predict every combination of device, sampler, level set, batch, context and draft tokens at once."""
+    import numpy as np
+
+    from perfmodel.economics import BASIS
     from perfmodel.steps import title
-    from perfmodel.sweep import acceptance_by_draft_tokens
     from perfmodel.sweep import sweep as run
+    from perfmodel.tables import check_table_path, write_table
 
-    device = load_profile(hardware)
-    axes = {
-        name: _numbers(name, text, int)
+    if out is not None:
+        check_table_path(out)
+    batches, contexts, drafts = (
+        options.numbers(name, text, int)
         for name, text in (("batch", batch), ("context", context), ("draft-tokens", draft_tokens))
-    }
-    widest = max(axes["draft-tokens"])
-    decoding = _decoding(sampler, widest, levels, steps, threshold, steps_per_block, verify)
-    lengths = acceptance_by_draft_tokens(decoding, axes["draft-tokens"], length=acceptance_length, rate=acceptance_rate)
-    at = setting(load_spec(model), device, _dtype(dtype, device), expert_coverage=expert_coverage, engine=engine)
-    grid = run(
-        at,
-        decoding,
-        batch=axes["batch"],
-        context=axes["context"],
-        draft_tokens=axes["draft-tokens"],
-        acceptance_length=lengths,
-        fillings=steps_per_block,
     )
-    rows = list(grid.rows())
-    header = {"model": model, "hardware": device.name, "engine": at.engine.name, "sampler": sampler,
-              "setting": title(decoding), "dtype": at.device.dtype, "expert_coverage": str(at.coverage)}  # fmt: skip
+    samplers = options.names("sampler", sampler)
+    chosen = options.decodings_of(samplers, max(drafts), levels, steps, threshold, steps_per_block, verify)
+    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram)
+    jobs = options.settings_of(chosen, levels, drafts, acceptance)
+    devices = [load_profile(name) for name in options.names("hardware", hardware)]
+    places = [options.setting_of(model, device, dtype, expert_coverage, engine) for device in devices]
+    tables = []
+    per_draft = len(places) * len(batches) * len(contexts)
+    with _progress(sum(per_draft * len(job.draft_tokens) for job in jobs)) as progress:
+        for at in places:
+            for job in jobs:
+                grid = run(
+                    at, job.decoding, batch=batches, context=contexts, draft_tokens=job.draft_tokens,
+                    acceptance_length=job.acceptance_lengths, progress=progress,
+                    fillings=steps_per_block if job.decoding.sampler == "denoising" else None,
+                ).columns()  # fmt: skip
+                if not job.decoding.drafts:
+                    grid["draft_tokens"] = np.zeros_like(grid["draft_tokens"])
+                header = {"model": at.spec.name, "hardware": at.device.hardware.name, "engine": at.engine.name,
+                          "sampler": job.decoding.sampler, "setting": title(job.decoding), "dtype": at.device.dtype,
+                          "expert_coverage": str(at.coverage)}  # fmt: skip
+                points = len(grid["batch"])
+                tables.append({name: np.full(points, text) for name, text in header.items()} | grid)
+    columns = _joined(tables)
+    count = len(columns["batch"])
     if out is not None:
-        _write_csv(out, [header | row for row in rows])
-    if as_json:
-        return print_json({**header, "out": str(out) if out else None, "rows": rows})
-    if out is not None:
-        print(f"written: {out} ({len(rows)} operating points)")
+        write_table(out, columns)
+    if out is not None and not as_json:
+        print(f"written: {out} ({count} operating points)")
         return
-    print_table(
-        f"{model} on {device.name}, {title(decoding)}, {at.device.dtype}, experts {at.coverage}, "
-        f"engine {at.engine.name}",
-        ("batch", "context", "K", "length", "step ms", "bound ms", "AR ms", "tokens/s", "speedup", "experts", "fits"),
-        [
-            (
-                str(r["batch"]),
-                str(r["context"]),
-                str(r["draft_tokens"]),
-                f"{r['acceptance_length']:.2f}",
-                ms(r["step_seconds"]),
-                ms(r["bound_step_seconds"]),
-                ms(r["autoregressive_step_seconds"]),
-                f"{r['tokens_per_second']:.0f}",
-                f"{r['speedup_over_autoregressive']:.2f}",
-                f"{r['experts_per_layer']:.1f}",
-                "yes" if r["fits"] else "no",
-            )
-            for r in rows
-        ],
-    )
+    rows = _records(columns)
+    if as_json:
+        return print_json({"model": model, "out": str(out) if out else None, "economics": BASIS, "rows": rows})
+    _print_points(rows)
 
 
-def _dtype(dtype: str | None, device: HardwareProfile) -> str:
-    return dtype or ("bfloat16" if device.kind == "gpu" else "float32")
+def _joined(tables: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tables under each other; a column that one of them lacks is NaN there."""
+    import numpy as np
 
-
-def _decoding(
-    sampler: str,
-    draft_tokens: int,
-    levels: str | None,
-    steps: int | None,
-    threshold: float | None,
-    steps_per_block: float | None,
-    verify: bool,
-    **others: float,
-) -> DecodingConfig:
-    """The settings that the options stand for. UserError for what does not go together."""
-    require(
-        steps_per_block is None or threshold is not None,
-        "--steps-per-block is what a confidence threshold leaves of the steps: give --threshold too",
-    )
-    given: dict[str, Any] = {
-        "proposal_levels": None if levels in (None, "dense") else tuple(_numbers("levels", levels or "", int)),
-        "denoising_steps": steps,
-        "confidence_threshold": threshold,
-        "verify": verify or None,
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {
+        name: np.concatenate([table.get(name, np.full(len(table["batch"]), np.nan)) for table in tables])
+        for name in names
     }
-    chosen = {name: value for name, value in given.items() if value is not None}
-    decoding = DecodingConfig(sampler, draft_tokens, **chosen, **others)  # type: ignore[arg-type]  # it checks names
-    require(levels is None or sampler == "single_forward", f"--levels are single_forward's, but --sampler is {sampler}")
-    return decoding
 
 
-def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--{option} must be numbers with commas between them, but is {text!r}") from error
+def _records(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """One record a row, None for NaN."""
+    listed = [[None if v != v else v for v in column.tolist()] for column in columns.values()]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*listed, strict=True)]
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
+@contextmanager
+def _progress(points: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr for a long grid; nothing for a short one."""
+    if points < LONG_GRID_POINTS:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("operating points", total=points)
+        yield lambda done: bar.advance(task, done)
+
+
+def _print_points(rows: list[dict[str, Any]]) -> None:
+    """A table for each device and setting."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("model", "hardware", "setting", "dtype", "expert_coverage", "engine"))
+        groups.setdefault(key, []).append(row)
+    for (model, hardware, setting, dtype, coverage, engine), members in groups.items():
+        print_table(
+            f"{model} on {hardware}, {setting}, {dtype}, experts {coverage}, engine {engine}",
+            (
+                "batch",
+                "context",
+                "K",
+                "length",
+                "step ms",
+                "bound ms",
+                "AR ms",
+                "tokens/s",
+                "speedup",
+                "experts",
+                "$/Mtoken",
+                "fits",
+            ),
+            [
+                (
+                    str(r["batch"]),
+                    str(r["context"]),
+                    str(r["draft_tokens"]),
+                    f"{r['acceptance_length']:.2f}",
+                    ms(r["step_seconds"]),
+                    ms(r["bound_step_seconds"]),
+                    ms(r["autoregressive_step_seconds"]),
+                    f"{r['tokens_per_second']:.0f}",
+                    f"{r['speedup_over_autoregressive']:.2f}",
+                    f"{r['experts_per_layer']:.1f}",
+                    "" if r.get("dollars_per_million_tokens") is None else f"{r['dollars_per_million_tokens']:.3g}",
+                    "yes" if r["fits"] else "no",
+                )
+                for r in members
+            ],
+        )
 
 
 def _print_prediction(p: Prediction) -> None:

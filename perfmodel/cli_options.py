@@ -1,0 +1,190 @@
+"""The options that this package's commands share, and what they stand for. Torch-free, like the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hardware.files import UserError
+from hardware.profile import HardwareProfile
+from runtime.config import SAMPLER_NAMES, DecodingConfig, replace, require
+
+if TYPE_CHECKING:
+    from perfmodel.contenders import Acceptance
+    from perfmodel.decoding import Setting
+
+SAMPLERS = f"{', '.join(SAMPLER_NAMES[:-1])} or {SAMPLER_NAMES[-1]}"
+Model = Annotated[str, typer.Option(help="A known model, or a checkpoint's folder or config.json.")]
+Hardware = Annotated[str, typer.Option(help="A known device, or a profile's YAML file.")]
+Devices = Annotated[str, typer.Option("--hardware", help="Known devices or YAML files, with commas.")]
+Batch = Annotated[int, typer.Option(help="Sequences decoded at once.")]
+Context = Annotated[int, typer.Option(help="Cached tokens per sequence.")]
+Batches = Annotated[str, typer.Option(help="Sequences decoded at once: numbers with commas.")]
+Contexts = Annotated[str, typer.Option(help="Cached tokens per sequence: numbers with commas.")]
+Sampler = Annotated[str, typer.Option(help=f"{SAMPLERS}.")]
+Samplers = Annotated[str, typer.Option("--sampler", help=f"One or several with commas: {SAMPLERS}.")]
+DraftTokens = Annotated[int, typer.Option(help="Drafts per step, K.")]
+DraftTokensAxis = Annotated[str, typer.Option(help="Drafts per step, K: numbers with commas.")]
+Levels = Annotated[
+    str | None, typer.Option(help="dense, or single_forward's levels as ascending numbers with commas, 0 first.")
+]
+LevelSets = Annotated[
+    list[str] | None, typer.Option("--levels", help="As for predict; give it several times to compare level sets.")
+]
+Steps = Annotated[int | None, typer.Option(help="Most forwards that fill a denoising block (default 1).")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Probability from which denoising decides a token early; see --steps-per-block.")
+]
+Fillings = Annotated[
+    float | None, typer.Option(help="Mean forwards that fill a denoising block, as measured (default: the most).")
+]
+Verify = Annotated[bool, typer.Option("--verify", help="A verification follows denoising.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Length = Annotated[float | None, typer.Option(help="Tokens committed per step, the verifier's own included.")]
+Rate = Annotated[
+    str | None, typer.Option(help="Probability that a draft is accepted if all before it were: one, or one per draft.")
+]
+Histogram = Annotated[str | None, typer.Option(help="Steps that accepted 0, 1, 2... drafts, as numbers with commas.")]
+DType = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).")
+]
+Coverage = Annotated[
+    str, typer.Option(help="uniform, uniform(SKIP_SHARE), correlated(RHO), all, min or measured:FILE.json.")
+]
+Engine = Annotated[
+    str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the kind of device).")
+]
+
+
+def numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
+    """The values of an axis or a histogram. UserError for what is no list of numbers."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{option} must be numbers with commas between them, but is {text!r}") from error
+
+
+def names(option: str, text: str) -> list[str]:
+    """Names with commas between them, each once."""
+    found = [part.strip() for part in text.split(",")]
+    require(all(found), f"--{option} must be names with commas between them, but is {text!r}")
+    return list(dict.fromkeys(found))
+
+
+def levels_of(text: str | None) -> tuple[int, ...] | None:
+    """Proposal levels; None: all of them."""
+    return None if text in (None, "dense") else tuple(numbers("levels", text or "", int))
+
+
+def acceptance_of(length: float | None, rate: str | None, histogram: str | None) -> Acceptance:
+    """Whatever form acceptance was given in."""
+    from perfmodel.contenders import Acceptance
+
+    return Acceptance(
+        length,
+        None if rate is None else tuple(numbers("acceptance-rate", rate, float)),
+        None if histogram is None else tuple(numbers("acceptance-histogram", histogram, float)),
+    )
+
+
+def decoding_of(
+    sampler: str,
+    draft_tokens: int,
+    levels: Sequence[str] | None,
+    steps: int | None,
+    threshold: float | None,
+    steps_per_block: float | None,
+    verify: bool,
+    **others: float,
+) -> DecodingConfig:
+    """The settings that the options stand for, with the first of the level sets. UserError for an unfit combination."""
+    require(
+        steps_per_block is None or threshold is not None,
+        "--steps-per-block is what a confidence threshold leaves of the steps: give --threshold too",
+    )
+    given: dict[str, Any] = {
+        "proposal_levels": levels_of(levels[0]) if levels else None,
+        "denoising_steps": steps,
+        "confidence_threshold": threshold,
+        "verify": verify or None,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    decoding = DecodingConfig(sampler, draft_tokens, **chosen, **others)  # type: ignore[arg-type]  # it checks names
+    require(not levels or sampler == "single_forward", f"--levels are single_forward's, but --sampler is {sampler}")
+    return decoding
+
+
+def decodings_of(
+    samplers: Sequence[str],
+    draft_tokens: int,
+    levels: Sequence[str] | None,
+    steps: int | None,
+    threshold: float | None,
+    steps_per_block: float | None,
+    verify: bool,
+) -> list[DecodingConfig]:
+    """One setting a sampler, each with its own options. UserError for an option that none of them takes."""
+    if len(samplers) == 1:
+        return [decoding_of(samplers[0], draft_tokens, levels, steps, threshold, steps_per_block, verify)]
+    for given, option, owner in (
+        (levels, "--levels", "single_forward"),
+        (steps, "--steps", "denoising"),
+        (threshold, "--threshold", "denoising"),
+        (verify, "--verify", "denoising"),
+    ):
+        require(not given or owner in samplers, f"{option} is an option of {owner}, but --sampler is {samplers}")
+    found = []
+    for sampler in samplers:
+        own = sampler == "denoising"
+        blocks = (steps, threshold, steps_per_block, verify) if own else (None, None, None, False)
+        found.append(decoding_of(sampler, draft_tokens, levels if sampler == "single_forward" else None, *blocks))
+    return found
+
+
+def dtype_of(dtype: str | None, device: HardwareProfile) -> str:
+    """The given one, or the usual one of the kind of device."""
+    return dtype or ("bfloat16" if device.kind == "gpu" else "float32")
+
+
+def setting_of(model: str, device: HardwareProfile, dtype: str | None, coverage: str, engine: str | None) -> Setting:
+    """Model, device and engine by their names."""
+    from perfmodel.decoding import setting
+    from perfmodel.model_spec import load_spec
+
+    return setting(load_spec(model), device, dtype_of(dtype, device), expert_coverage=coverage, engine=engine)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sampler (with one level set) over an axis of K: what one grid of a sweep holds."""
+
+    decoding: DecodingConfig
+    draft_tokens: tuple[int, ...]
+    acceptance_lengths: tuple[float, ...]  # per K
+
+
+def settings_of(
+    decodings: Sequence[DecodingConfig],
+    levels: Sequence[str] | None,
+    draft_tokens: Sequence[int],
+    acceptance: Acceptance,
+) -> list[Job]:
+    """The grids of a sweep: one for each sampler, and of single_forward one for each level set.
+
+    Autoregressive decoding drafts nothing, so that it takes part once. UserError for acceptance that no sampler takes.
+    """
+    from perfmodel.acceptance import judged, tokens_per_step
+
+    if not any(map(judged, decodings)):  # then it is refused
+        tokens_per_step(decodings[0], length=acceptance.length, histogram=acceptance.histogram, rates=acceptance.rates)
+    jobs = []
+    for decoding in decodings:
+        sets = [levels_of(text) for text in levels or ()] if decoding.sampler == "single_forward" else []
+        drafts = tuple(draft_tokens) if decoding.drafts else (draft_tokens[0],)
+        for chosen in [replace(decoding, proposal_levels=s) for s in dict.fromkeys(sets)] or [decoding]:
+            lengths = tuple(acceptance.tokens(replace(chosen, draft_tokens=k)) for k in drafts)
+            jobs.append(Job(chosen, drafts, lengths))
+    return jobs
