@@ -222,6 +222,22 @@ def _gpt_oss(keys: Keys) -> dict[str, Any]:
     return _window_of_kinds(keys, base, default if kinds is None else kinds) | own
 
 
+def _gemma3_text(keys: Keys) -> dict[str, Any]:
+    """Windows in all but every sixth layer; four norms a layer; the embedding is the LM head unless said."""
+    keys.only(hidden_activation="gelu_pytorch_tanh", use_bidirectional_attention=False)
+    base = _dense(keys, _decoder(keys))
+    layers = len(base["window_by_layer"])
+    kinds = keys.names("layer_types", ("full_attention", "sliding_attention"), layers)
+    own, published = keys.get("_sliding_window_pattern"), keys.get("sliding_window_pattern")
+    every = keys.count("sliding_window_pattern" if own is None else "_sliding_window_pattern", 6)
+    require(None in (own, published) or own == published, f"{keys.where}: sliding_window_pattern is given twice")
+    default = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    bias = keys.flag("attention_bias")
+    own_keys = {"attention_bias": bias, "output_bias": bias, "qk_norm": True, "norms_per_layer": 4}
+    tied = {"tied_embedding": keys.flag("tie_word_embeddings", True)}
+    return _window_of_kinds(keys, base, default if kinds is None else kinds) | own_keys | tied
+
+
 def _llada(keys: Keys) -> dict[str, Any]:
     """LLaDA's own key names (OLMo's); only the published kind of block is modelled."""
     heads, hidden = keys.count("n_heads"), keys.count("d_model")
@@ -283,6 +299,11 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(("Qwen3MoeForCausalLM",), _qwen3_moe, "norm_topk_prob"),
     "mixtral": Family(("MixtralForCausalLM",), _mixtral, "router_jitter_noise"),
     "gpt_oss": Family(("GptOssForCausalLM",), _gpt_oss, "initial_context_length swiglu_limit"),
+    "gemma3_text": Family(
+        ("Gemma3ForCausalLM",),
+        _gemma3_text,
+        "attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar rope_local_base_freq",
+    ),
     "llada": Family(
         ("LLaDAModelLM",),
         _llada,

@@ -5,6 +5,8 @@ from __future__ import annotations
 # Built-in model -> other published names of a model with exactly its sizes (fine-tunes, later releases), lower case.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "dream-7b": ("dream-v0-base-7b", "dream-v0-instruct-7b"),
+    "gemma-3-12b": ("gemma-3-12b-it",),  # as a language model: the vision tower runs once per image
+    "gemma-3-27b": ("gemma-3-27b-it",),
     "gpt-oss-20b": (),
     "gpt-oss-120b": (),
     "llada-8b": ("llada-8b-base", "llada-8b-instruct"),
@@ -48,7 +50,18 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "zaya1-74b-preview": (),
 }
 _BY_NAME = {alias: name for name, aliases in _ALIASES.items() for alias in (name, *aliases)}
-_OWNERS = ("meta-llama", "qwen", "mistralai", "openai", "gsai-ml", "dream-org", "inclusionai", "jetlm", "zyphra")
+_OWNERS = (
+    "meta-llama",
+    "qwen",
+    "mistralai",
+    "openai",
+    "gsai-ml",
+    "dream-org",
+    "inclusionai",
+    "jetlm",
+    "zyphra",
+    "google",
+)
 
 
 def model_for(published_name: str) -> str | None:

@@ -45,6 +45,7 @@ class ModelSpec:
     output_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False  # of dense MLPs, experts and a one-matrix router
     qk_norm: bool = False
+    norms_per_layer: int = 2
     attention_sinks: bool = False
     quantisation: str | None = None  # what the checkpoint was published in: fp8, or mxfp4 (experts alone)
 
@@ -151,7 +152,7 @@ class ModelSpec:
             norms = n * 10 * hidden + 3 * hidden
         else:
             per_head = 2 * self.head_dim * self.qk_norm + self.heads[0] * self.attention_sinks
-            norms = n * (2 * hidden + per_head) + hidden
+            norms = n * (self.norms_per_layer * hidden + per_head) + hidden
         # An MLP router has 3 biases, a norm, and but for layer 0 a scale of its state.
         router_vectors = self.moe_layers * 5 * router - router if router else self.moe_layers * self._router_bias
         return {

@@ -19,7 +19,8 @@ from perfmodel.model_spec import ModelSpec, known_models, load_spec
 BUILT_IN = Path(__file__).parents[1] / "perfmodel" / "models"
 # Totals as published, in billions: by the papers' tables or the repositories' counters of tensor sizes.
 PUBLISHED_BILLIONS = {
-    "dream-7b": 7.62, "gpt-oss-120b": 116.83, "gpt-oss-20b": 20.91, "llada-8b": 8.02, "llada2.0-flash": 102.89,
+    "dream-7b": 7.62, "gemma-3-12b": 11.77, "gemma-3-27b": 27.01,
+    "gpt-oss-120b": 116.83, "gpt-oss-20b": 20.91, "llada-8b": 8.02, "llada2.0-flash": 102.89,
     "llada2.0-mini": 16.26, "llama-2-13b": 13.02, "llama-2-70b": 68.98, "llama-2-7b": 6.74, "llama-3.1-405b": 405.85,
     "llama-3.1-70b": 70.55, "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.236, "llama-3.2-3b": 3.21, "mistral-7b-v0.3": 7.25,
     "mixtral-8x22b": 140.62, "mixtral-8x7b": 46.70, "qwen2.5-32b": 32.76, "qwen2.5-72b": 72.71, "qwen2.5-7b": 7.62,
@@ -41,6 +42,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2, "mlp_only_layers": [1],
     },
     "mixtral": {"intermediate_size": 72, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "gemma3_text": {"intermediate_size": 72, "head_dim": 20, "sliding_window": 9, "hidden_act": None},
     "gpt_oss": {"intermediate_size": 72, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16,
                 "sliding_window": 9},
 }  # fmt: skip
