@@ -1,0 +1,351 @@
+"""A published row -> a typed point that can be predicted, or the reason why it cannot be without guessing.
+
+Nothing is filled in: a row whose device, precision, batch, shape, model or engine is not stated, or not known here, has
+that as its status. What the units mean is written out where they are read.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import numpy as np
+
+from perfmodel.kernels.call import Attention, Collective, FusedMoe, Gemm
+from perfmodel.kernels.elementwise import Elementwise
+from perfmodel.kernels.moe import distinct_of
+from perfmodel.published import tidar
+from perfmodel.published.names import Catalog, Unclear, cache_dtype, matmul_dtypes, runtime, served_precision
+from perfmodel.published.points import KernelFamily, KernelPoint, Point, ServedPoint, Unit
+from perfmodel.published.rows import Row, number
+
+TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+FLOP_RATES = {"GFLOPS": 1e9, "TFLOPS": 1e12, "PFLOPS": 1e15}
+BYTE_RATES = {"MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12}
+TOKEN_RATES = ("tok/s", "tok/s/user", "tok/s/GPU")
+
+# Kind A: what a profile's figures are made of. Rows of it with other metrics are single calls of kernels.
+_INPUTS = re.compile(r"^(?!(kernel_time|latency|tflops|bus_bandwidth)$)")
+_NOT_A_TIME = {
+    "tokens_per_forward": "an acceptance is an input of a prediction",
+    "accept_length": "an acceptance is an input of a prediction",
+    "speedup_vs_AR": "a ratio does not say what it divides",
+    "hbm_bandwidth_fraction": "a share of a bandwidth does not say how long a step took",
+    "itl_intercept_a": "a coefficient of a fit is no operating point",
+    "itl_slope_b": "a coefficient of a fit is no operating point",
+    "throughput_tokens_per_s_as_printed": "which tokens the throughput counts is not stated",
+    "achieved_bandwidth": "which bytes the bandwidth counts is not stated",
+}
+_SERVED = {
+    "mean_tpot": "per_token",
+    "mean_itl": "per_token",
+    "median_itl": "between_tokens",
+    "decode_tokens_per_s": "per_token",
+    "decode_tokens_per_s_per_user": "per_token",
+    "output_tokens_per_s_total": "total",
+    "output_tokens_per_s_per_gpu": "total",
+    "decode_tokens_per_gpu_per_s": "total",
+}
+_SPECULATIVE = re.compile(r"\bE(AGLE)[-\d.]*|MTP|DFlash|speculative|\bdraft\b|P-EAGLE", re.IGNORECASE)
+
+
+def interpret(row: Row, catalog: Catalog | None = None) -> Point | str:
+    """The row as a point, or why it is not predicted. A catalog keeps profiles and models between rows."""
+    if row.problem is not None:
+        return row.problem
+    names = Catalog() if catalog is None else catalog
+    try:
+        return tidar.point(row, names) if row.table == "tidar" else _gpu(row, names)
+    except Unclear as reason:
+        return str(reason)
+
+
+def _gpu(row: Row, names: Catalog) -> Point:
+    kind, operator, metric = (row.cells[c] for c in ("kind", "model_or_op", "metric"))
+    if kind not in ("A", "B", "C", "D"):
+        raise Unclear(f"kind must be A, B, C or D, but is {kind!r}")
+    if metric in _NOT_A_TIME:
+        raise Unclear(f"metric {metric}: {_NOT_A_TIME[metric]}")
+    if metric in _SERVED and kind in ("C", "D"):
+        return _served(row, names)
+    if kind == "A" and (_INPUTS.match(metric) or "matmul_max" in operator):
+        raise Unclear("an input of the profile: a datasheet's or a microbenchmark's figure")
+    if re.search(r"\bMLA\b", operator):
+        raise Unclear("attention over a latent cache (MLA) is not modelled")
+    if "grouped GEMM" in operator:
+        raise Unclear("a grouped GEMM on its own is not modelled, only a whole fused MoE layer")
+    if re.search(r"\bGEM[MV]\b|^matmul", operator):
+        return _kernel(row, names, "gemm")
+    if operator.startswith("fused MoE"):
+        return _kernel(row, names, "moe")
+    if "decode attention" in operator:
+        return _kernel(row, names, "attention")
+    if re.search(r"\ball_reduce\b", operator):
+        return _kernel(row, names, "collective")
+    if operator.startswith("elementwise"):
+        return _kernel(row, names, "elementwise")
+    raise Unclear(f"operator {operator!r} with metric {metric} is not modelled")
+
+
+def _kernel(row: Row, names: Catalog, family: KernelFamily) -> KernelPoint:
+    hardware, count = names.device(row.cells["hardware"])
+    if count != 1:
+        raise Unclear(f"a kernel runs on one device, but the hardware is {row.cells['hardware']!r}")
+    call: Any
+    label = row.cells["dtype"]
+    work: dict[str, float] = {}
+    if family == "gemm":
+        call = _gemm(row)
+        label = f"{call.weights}" if call.weights == call.activations else f"{call.weights} x {call.activations}"
+        work["tflops"] = 2.0 * call.m * call.n * call.k
+    elif family == "moe":
+        call = _moe(row)
+        label = f"{call.weights}" if call.weights == call.activations else f"{call.weights} x {call.activations}"
+    elif family == "attention":
+        call = _attention(row)
+        label = f"{call.cache} cache"
+    elif family == "collective":
+        call = _collective(row)
+        label = call.kind
+        # What nccl-tests prints: the bytes each device must send in a ring, over the time.
+        work["bus_bandwidth"] = 2.0 * (call.devices - 1) / call.devices * call.size_bytes
+    else:
+        call = _elementwise(row)
+        label = ""
+    unit = _unit(row, work)
+    return KernelPoint(
+        row.id, row.source, row.series, f"{family} {label}".strip(), row.cells["engine"].split(" [")[0] or "not stated",
+        hardware, unit, _value(row), family, call,
+    )  # fmt: skip
+
+
+def _value(row: Row) -> float:
+    assert row.value is not None  # a row without one has a problem, and never comes here
+    return row.value
+
+
+def _unit(row: Row, work: dict[str, float]) -> Unit:
+    """A kernel's unit: a time, or the rate at which its metric's work is done."""
+    metric, unit = row.cells["metric"], row.unit
+    if metric in ("kernel_time", "latency"):
+        if unit not in TIMES:
+            raise Unclear(f"metric {metric} must be in {', '.join(TIMES)}, but its unit is {unit!r}")
+        return Unit(unit, TIMES[unit])
+    if metric not in work:
+        raise Unclear(f"metric {metric!r} of {row.cells['model_or_op']!r} is not modelled")
+    rates = BYTE_RATES if metric == "bus_bandwidth" else FLOP_RATES
+    if unit not in rates:
+        raise Unclear(f"metric {metric} must be in {', '.join(rates)}, but its unit is {unit!r}")
+    return Unit(unit, rates[unit], work[metric])
+
+
+def _whole(text: str, what: str) -> int:
+    """A whole number > 0 ("16" or "16.0"); Unclear names what it should have been."""
+    value = number(text)
+    if value is None or value < 1 or value != int(value):
+        raise Unclear(f"{what} must be one whole number, but is {text!r}" if text else f"{what} is not stated")
+    return int(value)
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """Sizes in a shape's text by lower-case name: "M=1,N=8,K=4" and "m,n,k=1,8,4", alone or side by side."""
+    found = {name.lower(): int(size) for name, size in re.findall(r"\b([A-Za-z]\w*)\s*=\s*(\d+)\b(?!,\d)", text)}
+    for names, sizes in re.findall(r"\b(\w(?:,\w)+)\s*=\s*(\d+(?:,\d+)+)", text):
+        letters, values = names.lower().split(","), [int(size) for size in sizes.split(",")]
+        if len(letters) == len(values):
+            found |= dict(zip(letters, values, strict=True))
+    return found
+
+
+def _gemm(row: Row) -> Gemm:
+    weights, activations = matmul_dtypes(row.cells["dtype"])
+    shape, batch = row.cells["context_or_shape"], row.cells["batch"]
+    sizes = _sizes(shape)
+    product = re.fullmatch(r"(\d+)x(\d+)x(\d+)( MxNxK)?", shape)
+    if product:
+        m, n, k = (int(size) for size in product.groups()[:3])
+        if product[4] is None and not m == n == k:
+            raise Unclear(f"shape {shape!r} does not say which size is M, N and K")
+        sizes = {"m": m, "n": n, "k": k}
+    if "n" not in sizes or "k" not in sizes:
+        raise Unclear(f"the shape is not stated: N and K are needed, but it is {shape!r}")
+    if "m" not in sizes:
+        sizes["m"] = _whole(batch, "M (the batch)")
+    elif batch and _whole(batch, "the batch") != sizes["m"]:
+        raise Unclear(f"the batch is {batch}, but M is {sizes['m']}")
+    if min(sizes["m"], sizes["n"], sizes["k"]) < 1:
+        raise Unclear(f"M, N and K must be >= 1, but the shape is {shape!r}")
+    # A loop over the same matrices keeps small ones in a cache.
+    cold = "resident" not in row.cells["notes"] and row.cells["model_or_op"] != "GEMM square"
+    quantise = "quantisation included" in row.cells["notes"] or "incl. quant" in row.cells["dtype"]
+    return Gemm(sizes["m"], sizes["n"], sizes["k"], weights, activations, cold, quantise)
+
+
+def _moe(row: Row) -> FusedMoe:
+    weights, activations = matmul_dtypes(row.cells["dtype"])
+    operator, shape = row.cells["model_or_op"], row.cells["context_or_shape"]
+    split = re.search(r"\bTP(\d+|\?)", operator)
+    if split is None or split[1] == "?":
+        raise Unclear(f"over how many devices the layer is split (TP) is not stated: {operator!r}")
+    stated = re.search(r"hidden (\d+), inter (\d+), E(\d+) top(\d+)", shape)
+    if stated is None:
+        raise Unclear(f"hidden size, expert width, experts and experts per token are not all stated: {shape!r}")
+    hidden, inter, experts, top_k = (int(size) for size in stated.groups())
+    tensor = int(split[1])
+    if tensor < 1 or inter % tensor or not 1 <= top_k <= experts:
+        raise Unclear(f"expert width {inter} over TP {tensor} with {top_k} of {experts} experts cannot be")
+    tokens = _sizes(shape).get("tokens")
+    if tokens is None:
+        tokens = _whole(row.cells["batch"], "the number of tokens")
+    elif row.cells["batch"] and _whole(row.cells["batch"], "the batch") != tokens:
+        raise Unclear(f"the batch is {row.cells['batch']}, but tokens is {tokens}")
+    routing = re.search(r"\b(power_law_[\d.]+|balanced|uniform)\b", f"{shape} {row.cells['notes']}")
+    if routing is None and tokens > 1:
+        raise Unclear("how tokens are routed to experts is not stated")
+    distinct = distinct_of(routing[1] if routing else "balanced", tokens, experts, top_k)
+    return FusedMoe(tokens, hidden, inter // tensor, experts, top_k, distinct, weights, activations)
+
+
+def _attention(row: Row) -> Attention:
+    shape = row.cells["context_or_shape"]
+    heads = re.search(r"\bq(\d+)/kv(\d+)/hd(\d+)\b", shape)
+    if heads is None:
+        raise Unclear(f"the heads are not stated (as q32/kv8/hd128): {shape!r}")
+    context = _sizes(shape).get("ctx")
+    if not context:
+        raise Unclear(f"the context is not stated (as ctx=4096): {shape!r}")
+    query, key, size = (int(number) for number in heads.groups())
+    if not (key and size) or query % key:
+        raise Unclear(f"query heads must be a multiple of KV heads: {shape!r}")
+    batch = _whole(row.cells["batch"], "the batch")
+    # Benchmarks of this kernel loop over one cache, so that a small one stays in a cache of the device.
+    return Attention(batch, 1, context, query, key, size, cache_dtype(row.cells["dtype"]), cold=False)
+
+
+def _collective(row: Row) -> Collective:
+    shape = row.cells["context_or_shape"]
+    devices = _sizes(shape).get("gpus")
+    if devices is None or devices < 2:
+        raise Unclear(f"how many devices take part is not stated: {shape!r}")
+    exact = re.search(r"= ?(\d+) B\b", shape)
+    rounded = re.search(r", (\d+(?:\.\d+)?) ?([KMG])i?B\b", shape)
+    if exact:
+        size = int(exact[1])
+    elif rounded:  # nccl-tests and rccl-tests step through powers of two, and print them rounded
+        size = 2 ** round(np.log2(float(rounded[1]) * {"K": 1024, "M": 1024**2, "G": 1024**3}[rounded[2]]))
+    else:
+        raise Unclear(f"how many bytes each device holds is not stated: {shape!r}")
+    if size < 1:
+        raise Unclear(f"each device must hold at least one byte: {shape!r}")
+    return Collective(size, devices, custom="custom" in row.cells["engine"])
+
+
+def _elementwise(row: Row) -> Elementwise:
+    sizes = _sizes(row.cells["context_or_shape"])
+    if "layernorm" not in row.cells["model_or_op"]:
+        raise Unclear("how many bytes this kernel reads and writes is not stated")
+    if not sizes.get("tokens") or not sizes.get("d"):
+        raise Unclear(f"tokens and width are not stated: {row.cells['context_or_shape']!r}")
+    matmul_dtypes(row.cells["dtype"])
+    if row.cells["dtype"] not in ("fp16", "bf16", "bfloat16", "16-bit"):
+        raise Unclear(f"a norm of {row.cells['dtype']} is not modelled")
+    return Elementwise(2.0 * 2.0 * sizes["tokens"] * sizes["d"], 1.0)  # read and written once, 2 bytes each
+
+
+_LENGTH = r"~?(\d+(?:\.\d+)?)([kK]?)"
+
+
+def _lengths(row: Row) -> tuple[float | None, float, str]:
+    """Prompt and generated tokens, and the data set; the prompt is None where the data set alone is named.
+
+    "ISL/OSL 1024/1024", "1024/1024", "10K/1K", "ISL 128, OSL 4096", "~20k in / 2k out", "5-token prompt, ~200 new".
+    """
+    shape = row.cells["context_or_shape"]
+    actual = re.search(r"mean in/out actually (\d+)/(\d+) tok", row.cells["notes"])
+    if actual:
+        return float(actual[1]), float(actual[2]), ""
+    for pattern in (
+        rf"(?:ISL/OSL )?{_LENGTH} ?/ ?{_LENGTH}",
+        rf"ISL {_LENGTH}, OSL {_LENGTH}",
+        rf"{_LENGTH} in / {_LENGTH} out",
+        rf"{_LENGTH}-token prompt, {_LENGTH} new",
+    ):
+        found = re.fullmatch(pattern, shape)
+        if found:
+            prompt, generated = (
+                float(size) * (1000 if thousands else 1) for size, thousands in (found.groups()[:2], found.groups()[2:])
+            )
+            if prompt < 1 or generated < 1:
+                raise Unclear(f"prompt and generated tokens must be >= 1: {shape!r}")
+            return prompt, generated, ""
+    named = re.fullmatch(r"([\w-]+), mean output (\d+) tok", shape)
+    if named and int(named[2]) >= 1:
+        return None, float(named[2]), named[1]
+    raise Unclear(f"prompt and generated tokens are not both stated: {shape!r}")
+
+
+def _served(row: Row, names: Catalog) -> ServedPoint:
+    cells = row.cells
+    words = cells["model_or_op"].split()
+    if (
+        _SPECULATIVE.search(f"{cells['model_or_op']} {cells['engine']} {cells['notes']}")
+        and "no spec" not in cells["model_or_op"]
+    ):
+        raise Unclear("a draft model's speculation is not modelled")
+    hardware, devices = names.device(cells["hardware"])
+    if not words:
+        raise Unclear("the model is not stated")
+    more = [w for w in words[1:] if not re.fullmatch(r"TP\d+|EP\d+|TP\d+EP\d+|ROCM_AITER_\w+|AR|autoregressive", w)]
+    if more:
+        raise Unclear(f"what {' '.join(more)!r} changes about {words[0]} is not known")
+    model = names.model(words[0])
+    split = [w for w in words[1:] if re.match(r"[TE]P\d", w)]
+    ran = runtime(" ".join([cells["engine"], *split]))
+    precision, cache_stated = served_precision(cells["dtype"], model, ran.engine)
+    tensor, expert = ran.tensor or 1, ran.expert or 1
+    if ran.tensor is None and ran.expert is None and devices > 1:
+        raise Unclear(f"how {devices} devices share the model (TP, EP) is not stated")
+    # Ranks of experts are those of tensor parallelism, or each holds the attention of its own sequences.
+    if devices not in (tensor, expert) or devices % tensor or tensor * (devices // tensor) < expert:
+        raise Unclear(f"TP {tensor} and EP {expert} do not use {devices} devices")
+    if expert > 1 and not model.num_experts:
+        raise Unclear(f"expert parallelism of a model without experts ({model.name})")
+    batch = number(cells["batch"])
+    if batch is None or batch < 1:
+        raise Unclear(
+            f"the batch must be one number, but is {cells['batch']!r}" if cells["batch"] else "the batch is not stated"
+        )
+    prompt, generated, workload = _lengths(row)
+    metric = _SERVED[cells["metric"]]
+    return ServedPoint(
+        row.id, row.source, row.series, _served_operator(metric, bool(model.num_experts)), ran.engine, hardware,
+        _served_unit(row, devices, batch), _value(row), model, precision, cache_stated, batch, prompt, generated,
+        workload, devices, tensor, expert, metric,  # type: ignore[arg-type]  # a key of _SERVED
+    )  # fmt: skip
+
+
+def _served_operator(metric: str, experts: bool) -> str:
+    return f"served {'throughput' if metric == 'total' else 'TPOT'} {'MoE' if experts else 'dense'}"
+
+
+def _served_unit(row: Row, devices: int, batch: float) -> Unit:
+    """The unit of a served row. A rate of one user is one over the time per token; of all, one over the time between
+    any two tokens; of a GPU, that over the devices.
+    """
+    metric, unit = row.cells["metric"], row.unit
+    if metric in ("mean_tpot", "mean_itl", "median_itl"):
+        if unit not in TIMES:
+            raise Unclear(f"metric {metric} must be in {', '.join(TIMES)}, but its unit is {unit!r}")
+        return Unit(unit, TIMES[unit])
+    expected: dict[str, Literal["tok/s", "tok/s/user", "tok/s/GPU"]] = {
+        "decode_tokens_per_s": "tok/s",
+        "decode_tokens_per_s_per_user": "tok/s/user",
+        "output_tokens_per_s_total": "tok/s",
+        "output_tokens_per_s_per_gpu": "tok/s/GPU",
+        "decode_tokens_per_gpu_per_s": "tok/s/GPU",
+    }
+    if unit != expected[metric]:
+        raise Unclear(f"metric {metric} must be in {expected[metric]}, but its unit is {unit!r}")
+    if metric == "decode_tokens_per_s" and batch != 1:
+        raise Unclear("whether the tokens per second are of one sequence or of the whole batch is not stated")
+    return Unit(unit, 1.0, 1.0 / devices if unit == "tok/s/GPU" else 1.0)

@@ -1,0 +1,193 @@
+"""Names in published tables -> this project's devices, models, engines and element types. What is unclear is refused.
+
+Every function raises Unclear with the reason where a name does not say which of several things it means.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from hardware.files import UserError
+from hardware.profile import HardwareProfile, list_profiles, load_profile
+from perfmodel.engine import list_engines
+from perfmodel.model_names import model_for
+from perfmodel.model_spec import ModelSpec, known_models, load_spec
+from perfmodel.precision import Precision, quantised, uniform
+
+# Other spellings of a profile's name; a profile's own name needs no entry.
+DEVICES = {
+    "h100 sxm5": "h100-sxm",
+    "h200 sxm": "h200",
+    "b200 sxm": "b200",
+    "a100 sxm 80gb": "a100-sxm-80gb",
+    "a100 80gb sxm": "a100-sxm-80gb",
+}
+# Names of several devices that differ in bandwidth, memory or clock.
+UNCLEAR = {
+    "h100": "an H100 may be SXM, PCIe or NVL",
+    "h200": "an H200 may be SXM or NVL",
+    "a100": "an A100 may be SXM or PCIe, with 40 or 80 GB",
+    "a100 sxm": "an A100 SXM may have 40 or 80 GB",
+    "a100 80gb": "an A100 80GB may be SXM or PCIe",
+    "b200": "a B200 may be an SXM module or half of a GB200",
+    "mi350": "an MI350 may be an MI350X or an MI355X",
+}
+ENGINES = {"vllm": "vllm", "trtllm": "tensorrt-llm", "tensorrt-llm": "tensorrt-llm", "trt-llm": "tensorrt-llm",
+           "sglang": "sglang", "gpt-fast": "gpt-fast"}  # fmt: skip
+# What an engine's column may say besides its name, version, TP and EP without changing what is predicted.
+_ENGINE_NOTES = re.compile(r"\(ML\.ENERGY v\d+\)|\bv?\d+(\.\w+)+\b|\bgpt-oss-dev\b|\bFA\d\b|\bROCM_AITER_\w+|\bROCm\b")
+
+
+class Unclear(Exception):
+    """Why a row cannot be predicted without guessing; becomes its status."""
+
+
+def plain_name(text: str) -> str:
+    """Lower case, with single spaces where there are spaces, dashes or underscores."""
+    return " ".join(re.split(r"[\s_-]+", text.strip().lower()))
+
+
+@dataclass
+class Catalog:
+    """Profiles and models by their published names, each read once."""
+
+    _profiles: dict[str, HardwareProfile] = field(default_factory=dict)
+    _specs: dict[str, ModelSpec] = field(default_factory=dict)
+    _names: dict[str, str] = field(default_factory=lambda: {plain_name(n): n for n in list_profiles()})
+
+    def device(self, text: str) -> tuple[HardwareProfile, int]:
+        """A device and how many of it: "2xH200 SXM", or a profile's own name."""
+        if text in self._names.values():
+            return self._profile(text), 1
+        counted = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", text)
+        assert counted is not None  # the pattern takes any text
+        count, name = int(counted[1] or 1), plain_name(counted[2])
+        if not name:
+            raise Unclear("the hardware is not stated")
+        if count < 1:
+            raise Unclear(f"{text!r} are no devices")
+        if name in UNCLEAR:
+            raise Unclear(f"hardware {text!r} is not one device: {UNCLEAR[name]}")
+        if re.search(r"presumably|not stated|not shown|class|series|any|/", name):
+            raise Unclear(f"hardware {text!r} is not stated for certain")
+        profile = DEVICES.get(name) or self._names.get(name)
+        if profile is None or profile not in self._names.values():
+            raise Unclear(f"hardware {text!r} has no profile; known: {', '.join(sorted(self._names.values()))}")
+        return self._profile(profile), count
+
+    def _profile(self, name: str) -> HardwareProfile:
+        if name not in self._profiles:
+            self._profiles[name] = load_profile(name)
+        return self._profiles[name]
+
+    def model(self, text: str) -> ModelSpec:
+        """A built-in model, another name of one, or the path of a config.json."""
+        name = model_for(text) or text
+        if name not in known_models() and not name.endswith(".json"):
+            raise Unclear(f"model {text!r} is not known")
+        if name not in self._specs:
+            try:
+                self._specs[name] = load_spec(name)
+            except UserError as error:
+                raise Unclear(str(error)) from error
+        return self._specs[name]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An engine and how it splits a model, where that is said."""
+
+    engine: str
+    tensor: int | None
+    expert: int | None
+
+
+def runtime(text: str) -> Runtime:
+    """What a column says: "vLLM 0.12.0 TP2", "SGLang 0.5.13.post1 TP4EP4", or the name of an engine."""
+    if not text:
+        raise Unclear("the engine is not stated")
+    found = {key: int(size) for key, size in re.findall(r"(TP|EP)(\d+)(?=\b|EP)", text)}
+    if 0 in found.values():
+        raise Unclear(f"engine {text!r} splits a model over no device")
+    rest = re.sub(r"\bTP\d+(EP\d+)?\b|\bEP\d+\b", " ", text)
+    if rest.strip() in list_engines():
+        return Runtime(rest.strip(), found.get("TP"), found.get("EP"))
+    words = _ENGINE_NOTES.sub(" ", rest).split()
+    engine = ENGINES.get(words[0].lower()) if words else None
+    if engine is None or engine not in list_engines():
+        raise Unclear(f"engine {text!r} has no profile; known: {', '.join(sorted(list_engines()))}")
+    if len(words) > 1:
+        raise Unclear(f"engine {text!r} is a variant that has no profile: {' '.join(words[1:])}")
+    return Runtime(engine, found.get("TP"), found.get("EP"))
+
+
+_UNSURE = re.compile(r"recipe|blank|presum|default|not stated|unknown", re.IGNORECASE)
+_MATMUL: dict[str, tuple[str, str]] = {  # label -> weights, activations
+    "fp32": ("float32", "float32"),
+    "bf16": ("bfloat16", "bfloat16"),
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "fp16": ("float16", "float16"),
+    "float16": ("float16", "float16"),
+    # Two bytes and one peak, whichever of the two it was.
+    "16-bit": ("bfloat16", "bfloat16"),
+    "bf16/fp16": ("bfloat16", "bfloat16"),
+    "w16a16": ("bfloat16", "bfloat16"),
+    "fp8": ("fp8", "fp8"),
+    "fp8_block": ("fp8", "fp8"),
+    "fp8 block": ("fp8", "fp8"),
+    "fp8_w8a8": ("fp8", "fp8"),
+    "fp8 no quant": ("fp8", "fp8"),
+    "fp8 incl. quant": ("fp8", "fp8"),
+    "fp8 1x128 act / 128x128 wt": ("fp8", "fp8"),
+    "nvfp4": ("nvfp4", "nvfp4"),
+    "int8_wo": ("int8", "bfloat16"),
+    "w8a16": ("int8", "bfloat16"),
+    "int4_wo": ("int4", "bfloat16"),
+    "w4a16": ("int4", "bfloat16"),
+    "w4a16_mxfp4": ("mxfp4", "bfloat16"),
+}
+
+
+def matmul_dtypes(label: str) -> tuple[str, str]:
+    """Weights and activations of a matmul's label."""
+    if not label:
+        raise Unclear("the precision is not stated")
+    if _UNSURE.search(label):
+        raise Unclear(f"precision {label!r} is not stated for certain")
+    if label not in _MATMUL:
+        raise Unclear(f"precision {label!r} does not say what weights and activations are stored in")
+    return _MATMUL[label]
+
+
+def cache_dtype(label: str) -> str:
+    """The element type of the KV cache that attention reads, from a kernel's label ("bf16", "fp8 KV")."""
+    known = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "fp8": "fp8"}
+    name = label.removesuffix(" KV")
+    if name not in known:
+        raise Unclear(f"precision {label!r} does not say what the KV cache is stored in")
+    return known[name]
+
+
+def served_precision(label: str, model: ModelSpec, engine: str) -> tuple[Precision, bool]:
+    """What a model is served in, and whether the cache's part of it is stated."""
+    if not label:
+        raise Unclear("the precision is not stated")
+    if _UNSURE.search(label):
+        raise Unclear(f"precision {label!r} is not stated for certain")
+    if label in ("fp8 + fp8 KV", "fp8 weights + fp8 KV"):
+        return quantised("fp8", cache="fp8"), True
+    native = model.published_precision
+    if label in ("bf16", "bfloat16"):
+        return uniform("bfloat16"), False
+    if label in ("fp16", "float16"):
+        return uniform("float16"), False
+    if label == "fp8":
+        return quantised("fp8"), False
+    if model.quantisation == "mxfp4" and label in ("mxfp4", "fp4"):  # the only 4-bit form that it is published in
+        return native, False
+    if label == "nvfp4" or (label == "fp4" and engine == "tensorrt-llm"):  # the one 4-bit float of that engine
+        return quantised("nvfp4", activations="nvfp4"), False
+    if engine == "gpt-fast" and label in ("int8", "int4", "int4-g32"):  # weights alone, as its README says
+        return quantised(label.split("-")[0]), False
+    raise Unclear(f"precision {label!r} does not say what weights, experts and activations are stored in")
