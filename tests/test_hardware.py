@@ -178,7 +178,7 @@ def test_a_source_of_nothing_or_without_text_is_an_error() -> None:
 
 def test_an_unknown_name_lists_the_known_ones(home: Path) -> None:
     write_atomic(home / "hardware" / "mine.yaml", yaml.safe_dump(data() | {"name": "mine"}))
-    with pytest.raises(UserError, match="unknown hardware 'abacus'; known: h100-sxm, mi300x, mine"):
+    with pytest.raises(UserError, match="unknown hardware 'abacus'; known: .*h100-sxm.* mine"):
         load_profile("abacus")
 
 
