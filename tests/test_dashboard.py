@@ -329,7 +329,7 @@ def test_an_address_shows_the_choice_again(choice: Choice) -> None:
         ({"verify": ["yes"]}, "verify must be a bool, but is 'yes'"),
         ({"dtype": ["int3"]}, "unknown dtype 'int3'; known: "),
         ({"model": ["gpt"]}, "unknown model 'gpt'; known: "),
-        ({"devices": ["abacus"]}, "unknown hardware 'abacus'; known: h100-sxm, mi300x"),
+        ({"devices": ["abacus"]}, "unknown hardware 'abacus'; known: "),
         ({"devices": ["../profile.yaml"]}, "unknown hardware"),
         ({"devices": []}, "at least one device"),
         ({"colour": ["red"]}, "unknown parameter of the address 'colour'; known: "),
