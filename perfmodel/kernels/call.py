@@ -54,6 +54,7 @@ class FusedMoe:
     """Gate, up and down of all experts that `tokens` tokens hit: routing is given as `distinct` experts that are read.
 
     gate_up: matrices before the activation (2 with a gate). Bytes and FLOPs of one layer on one device.
+    imbalance: tokens of the expert that the average token meets, over the mean of the experts hit; 1: all alike.
     """
 
     tokens: npt.ArrayLike
@@ -65,6 +66,7 @@ class FusedMoe:
     weights: str = "bfloat16"
     activations: str = "bfloat16"
     gate_up: int = 2
+    imbalance: npt.ArrayLike = 1.0
 
 
 @dataclass(frozen=True)

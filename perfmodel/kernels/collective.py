@@ -50,18 +50,18 @@ def bound(call: Collective, hardware: HardwareProfile) -> Array:
 class CollectiveKernels:
     """latency + transfer + pipeline * sqrt(latency * transfer): a message cut into pieces fills and drains its path.
 
-    latency = latency_share * the profile's, and more by `growth` of that for every doubling of two devices.
+    latency = latency_share * the profile's, which is of two devices, and hop_seconds for every doubling of them.
     transfer = bus bytes / (bandwidth_share * the profile's achieved figure); a sum has 2 (n - 1) / n of the size.
     custom_*: the same of an engine's own kernel, in which every device reads its peers' memory in one or two passes;
     it is used where it is faster. latency_seconds: of two devices where a profile has none.
     """
 
     latency_share: float
-    growth: float
+    hop_seconds: float
     pipeline: float
     bandwidth_share: float
     custom_latency_share: float
-    custom_growth: float
+    custom_hop_seconds: float
     custom_pipeline: float
     custom_bandwidth_share: float
     latency_seconds: float
@@ -81,11 +81,11 @@ class CollectiveKernels:
         first = link.latency_seconds or self.latency_seconds
         doublings = np.log2(several / 2)
         sums = _pipelined(
-            first * self.latency_share * (1 + self.growth * doublings), transfer / self.bandwidth_share, self.pipeline
+            first * self.latency_share + self.hop_seconds * doublings, transfer / self.bandwidth_share, self.pipeline
         )
         if call.custom:
             own = _pipelined(
-                first * self.custom_latency_share * (1 + self.custom_growth * doublings),
+                first * self.custom_latency_share + self.custom_hop_seconds * doublings,
                 transfer / self.custom_bandwidth_share,
                 self.custom_pipeline,
             )
