@@ -44,3 +44,11 @@ class ElementwiseKernels:
         moved = np.asarray(call.size_bytes, dtype=float) / (rate * self.bandwidth_share)
         fixed = np.asarray(call.launches, dtype=float) * (self.node_share * hardware.graph_node_seconds)
         return Parts(moved, np.zeros(()), fixed)
+
+
+def bound(call: Elementwise, hardware: HardwareProfile) -> npt.NDArray[np.float64]:
+    """Seconds of the bytes that the caches together cannot hold, at the main memory's datasheet peak."""
+    peak = hardware.main_memory.peak_bandwidth_bytes_per_second
+    assert peak is not None  # a profile without it is refused when it is read
+    held = sum(level.capacity_bytes for level in hardware.memory[:-1])
+    return np.maximum(0.0, np.asarray(call.size_bytes, dtype=float) - held) / peak
