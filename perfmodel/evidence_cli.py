@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hardware.files import UserError, plain
+from hardware.files import UserError, known, plain
 from hardware.profile import load_profile
-from perfmodel.terminal import Json, ms, print_json, print_table
+from perfmodel.terminal import Json, ms, print_json, print_table, progress
+from runtime.config import require
 
 if TYPE_CHECKING:
     from perfmodel.experts import ExpertCoverage
+    from perfmodel.published.evidence import Direction, Group, Result
     from perfmodel.validation import Summary
     from runtime.measurement import Measurement
 
@@ -79,20 +81,45 @@ def calibrate(
 
 
 def validate(
-    measurements: MeasurementsOption,
-    hardware: HardwareOption,
-    engine: EngineOption = None,
-    expert_coverage: MeasuredCoverageOption = "uniform",
+    measurements: Annotated[
+        Path | None, typer.Option(help="Our own measurements: a .jsonl file that `ridgepoint bench` wrote.")
+    ] = None,
+    hardware: Annotated[str | None, typer.Option(help="With --measurements: the device, or its YAML file.")] = None,
+    engine: Annotated[str | None, typer.Option(help="With --measurements: an engine, or its YAML file.")] = None,
+    expert_coverage: Annotated[
+        str | None, typer.Option(help="With --measurements: recorded, or a coverage as for predict (default: uniform).")
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="A .csv file with the columns of a table in measurements/published; nothing is fitted."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Without a file: hold the shipped rows out by point, series (default) or source.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare predictions with measured forwards and generations; rows an engine was fitted to are kept apart."""
+    """Compare predictions with measurements: ours, any file of published rows, or the shipped rows held out of the fit.
+
+    Rows that the numbers behind a prediction were fitted to are kept apart from others.
+    """
+    if measurements is not None:
+        require(rows is None and split is None, "--measurements goes with neither --rows nor --split")
+        require(hardware is not None, "--measurements needs --hardware, the device they were measured on")
+        return _validate_ours(measurements, str(hardware), engine, expert_coverage or "uniform", as_json)
+    for name, value in (("hardware", hardware), ("engine", engine), ("expert-coverage", expert_coverage)):
+        require(value is None, f"--{name} goes with --measurements: a published row names what it ran on")
+    require(rows is None or split is None, "--split refits the shipped rows, and --rows fits nothing: give one of them")
+    _validate_published(rows, split or "series", as_json)
+
+
+def _validate_ours(measurements: Path, hardware: str, engine: str | None, coverage_name: str, as_json: bool) -> None:
     from perfmodel.engine import engine_for
     from perfmodel.validation import summaries
     from perfmodel.validation import validate as run
 
     device = load_profile(hardware)
     rows = _read(measurements)
-    coverage = _coverage(expert_coverage, rows)
+    coverage = _coverage(coverage_name, rows)
     used = engine_for(device, engine)
     found = run(rows, device, engine=used, expert_coverage=coverage)
     summary = summaries(found)
@@ -113,6 +140,72 @@ def validate(
             for r in worst
         ],
     )
+
+
+def _validate_published(path: Path | None, split: str, as_json: bool) -> None:
+    from perfmodel.published import evidence
+    from perfmodel.published.fits import SPLITS
+    from perfmodel.published.rows import read_rows
+
+    if split not in SPLITS:
+        raise known("split", split, SPLITS)
+    if path is None:
+        with progress(f"refitting without each {split}"):
+            results = evidence.held_out_rows(evidence.shipped_rows(), split)
+    else:
+        results = evidence.predicted_rows(read_rows(path))
+    groups, sign = evidence.summarise(results), evidence.direction(results)
+    counts = evidence.statuses(results)
+    if as_json:
+        return print_json(
+            {
+                "source": "measurements/published" if path is None else str(path),
+                "split": split if path is None else None,
+                "summary": [plain(group) for group in groups],
+                "direction": plain(sign),
+                "statuses": counts,
+                "below_bound": [
+                    {"id": r.id, "measured": r.measured, "bound": r.bound, "unit": r.unit, "reason": r.exception}
+                    for r in results
+                    if r.below_bound
+                ],
+                "rows": [evidence.row_of(r) for r in results],
+            }
+        )
+    _print_published(groups, sign, counts, results)
+
+
+def _print_published(
+    groups: Sequence[Group], sign: Direction, counts: dict[str, int], results: Sequence[Result]
+) -> None:
+    for by in dict.fromkeys(group.by for group in groups):
+        print_table(
+            f"predicted against measured, by {by}",
+            (by, "fit", "rows", "median error", "mean error", "bias", "rank corr.", "in interval", "below bound"),
+            [
+                (
+                    g.name,
+                    g.fit,
+                    str(g.count),
+                    f"{g.median_absolute_error:.1%}",
+                    f"{g.mean_absolute_error:.1%}",
+                    f"{g.bias:+.1%}",
+                    "" if g.rank_correlation is None else f"{g.rank_correlation:.2f}",
+                    f"{g.coverage:.0%}",
+                    str(len(g.below_bound)),
+                )
+                for g in groups
+                if g.by == by
+            ],
+        )
+    if sign.comparable:
+        print(f"faster than autoregressive or not: right in {sign.right} of {sign.comparable} comparable rows")
+    for r in results:
+        if r.below_bound:
+            print(
+                f"beyond its bound: {r.id}, {r.measured:g} {r.unit}, bound {r.bound:.4g}: {r.exception or 'unexplained'}"
+            )
+    print_table("rows by status", ("status", "rows"), [(status, str(count)) for status, count in counts.items()])
 
 
 def _read(path: Path) -> list[Measurement]:

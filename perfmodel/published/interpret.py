@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hardware.files import UserError
 from perfmodel.kernels.call import Attention, Collective, FusedMoe, Gemm
 from perfmodel.kernels.elementwise import Elementwise
 from perfmodel.kernels.moe import distinct_of
@@ -99,7 +100,7 @@ def _kernel(row: Row, names: Catalog, family: KernelFamily) -> KernelPoint:
         label = f"{call.weights}" if call.weights == call.activations else f"{call.weights} x {call.activations}"
         work["tflops"] = 2.0 * call.m * call.n * call.k
     elif family == "moe":
-        call = _moe(row)
+        call = _moe(row, names)
         label = f"{call.weights}" if call.weights == call.activations else f"{call.weights} x {call.activations}"
     elif family == "attention":
         call = _attention(row)
@@ -181,16 +182,13 @@ def _gemm(row: Row) -> Gemm:
     return Gemm(sizes["m"], sizes["n"], sizes["k"], weights, activations, cold, quantise)
 
 
-def _moe(row: Row) -> FusedMoe:
+def _moe(row: Row, names: Catalog) -> FusedMoe:
     weights, activations = matmul_dtypes(row.cells["dtype"])
     operator, shape = row.cells["model_or_op"], row.cells["context_or_shape"]
     split = re.search(r"\bTP(\d+|\?)", operator)
     if split is None or split[1] == "?":
         raise Unclear(f"over how many devices the layer is split (TP) is not stated: {operator!r}")
-    stated = re.search(r"hidden (\d+), inter (\d+), E(\d+) top(\d+)", shape)
-    if stated is None:
-        raise Unclear(f"hidden size, expert width, experts and experts per token are not all stated: {shape!r}")
-    hidden, inter, experts, top_k = (int(size) for size in stated.groups())
+    hidden, inter, experts, top_k = _expert_sizes(row, names)
     tensor = int(split[1])
     if tensor < 1 or inter % tensor or not 1 <= top_k <= experts:
         raise Unclear(f"expert width {inter} over TP {tensor} with {top_k} of {experts} experts cannot be")
@@ -199,11 +197,27 @@ def _moe(row: Row) -> FusedMoe:
         tokens = _whole(row.cells["batch"], "the number of tokens")
     elif row.cells["batch"] and _whole(row.cells["batch"], "the batch") != tokens:
         raise Unclear(f"the batch is {row.cells['batch']}, but tokens is {tokens}")
-    routing = re.search(r"\b(power_law_[\d.]+|balanced|uniform)\b", f"{shape} {row.cells['notes']}")
-    if routing is None and tokens > 1:
+    routing = re.search(r"\b(power_law_\d+(?:\.\d+)?|balanced|uniform)\b", f"{shape} {row.cells['notes']}")
+    drawn = "benchmark_moe.py" in row.cells["notes"]  # vLLM's program: logits of the router are normal, so uniform
+    if routing is None and not drawn and tokens > 1:
         raise Unclear("how tokens are routed to experts is not stated")
-    distinct = distinct_of(routing[1] if routing else "balanced", tokens, experts, top_k)
+    try:
+        distinct = distinct_of(routing[1] if routing else "uniform", tokens, experts, top_k)
+    except UserError as error:
+        raise Unclear(str(error)) from error
     return FusedMoe(tokens, hidden, inter // tensor, experts, top_k, distinct, weights, activations)
+
+
+def _expert_sizes(row: Row, names: Catalog) -> tuple[int, int, int, int]:
+    """Hidden size, whole expert width, experts and experts per token: as stated, or of the model that is named."""
+    stated = re.search(r"hidden (\d+), inter (\d+), E(\d+) top(\d+)", row.cells["context_or_shape"])
+    if stated is not None:
+        hidden, inter, experts, top_k = (int(size) for size in stated.groups())
+        return hidden, inter, experts, top_k
+    model = names.model(row.cells["model_or_op"].removeprefix("fused MoE").strip().split(" TP")[0])
+    if not model.num_experts:
+        raise Unclear(f"model {model.name} has no experts")
+    return model.hidden_size, model.expert_size, model.num_experts, model.experts_per_token
 
 
 def _attention(row: Row) -> Attention:

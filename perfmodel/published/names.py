@@ -20,8 +20,7 @@ DEVICES = {
     "h100 sxm5": "h100-sxm",
     "h200 sxm": "h200",
     "b200 sxm": "b200",
-    "a100 sxm 80gb": "a100-sxm-80gb",
-    "a100 80gb sxm": "a100-sxm-80gb",
+    "a100 sxm 80gb": "a100-80gb-sxm",
 }
 # Names of several devices that differ in bandwidth, memory or clock.
 UNCLEAR = {

@@ -1,0 +1,251 @@
+"""Published rows against predictions: per row, and in summary by operator, source, device and engine."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from perfmodel.published import fits
+from perfmodel.published.interpret import interpret
+from perfmodel.published.names import Catalog
+from perfmodel.published.points import Point, TidarThroughputPoint
+from perfmodel.published.predict import Estimate, estimate
+from perfmodel.published.rows import Row, read_rows
+
+FOLDER = Path(__file__).resolve().parents[2] / "measurements" / "published"  # in a checkout; not packaged
+TABLES = ("gpu_measured.csv", "zaya_tidar_measured.csv")
+PREDICTED = "predicted"
+Dimension = Literal["operator", "source", "device", "engine"]
+DIMENSIONS: tuple[Dimension, ...] = ("operator", "source", "device", "engine")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row and what was predicted for it, in the row's unit; all None but `measured` where status is a reason.
+
+    low and high: the interval that is meant to hold 80% of rows like it. fit: whether the numbers behind the prediction
+    were fitted to this row ("fitted", "not fitted", "held out by series"...). exception: what is known to be odd.
+    """
+
+    id: str
+    status: str
+    unit: str
+    measured: float | None
+    predicted: float | None = None
+    bound: float | None = None
+    low: float | None = None
+    high: float | None = None
+    fit: str | None = None
+    exception: str | None = None
+    point: Point | None = None
+
+    @property
+    def error(self) -> float:
+        """(predicted - measured) / measured, of a predicted row."""
+        assert self.predicted is not None and self.measured is not None
+        return self.predicted / self.measured - 1
+
+    @property
+    def below_bound(self) -> bool:
+        """Whether the row claims to be faster than datasheet peaks allow: a time below the bound, a rate above it."""
+        if self.point is None or self.measured is None or self.bound is None:
+            return False
+        return self.measured > self.bound if self.point.unit.is_rate else self.measured < self.bound
+
+
+@dataclass(frozen=True)
+class Group:
+    """Errors of some rows as shares of what was measured, each in its own unit.
+
+    bias: the median signed error. rank_correlation: Spearman's, of measured and predicted seconds; None for fewer than
+    three rows. coverage: share of rows within their interval. below_bound: ids of rows beyond datasheet peaks.
+    """
+
+    by: str
+    name: str
+    fit: str
+    count: int
+    median_absolute_error: float
+    mean_absolute_error: float
+    bias: float
+    rank_correlation: float | None
+    coverage: float
+    below_bound: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Of samplers measured beside autoregressive decoding: how often the faster of the two was predicted to be."""
+
+    comparable: int
+    right: int
+    wrong: tuple[str, ...]  # ids
+
+
+def exceptions(folder: Path = FOLDER) -> dict[str, str]:
+    """Why some shipped rows cannot be what they say, by id; nothing outside of a checkout."""
+    path = folder / "exceptions.csv"
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as stream:
+        return {line["id"]: line["reason"] for line in csv.DictReader(stream)}
+
+
+def shipped_rows(folder: Path = FOLDER) -> list[Row]:
+    """The published rows of a checkout; UserError elsewhere."""
+    return [row for name in TABLES for row in read_rows(folder / name)]
+
+
+def fitted_ids(folder: Path = FOLDER) -> frozenset[str] | None:
+    """Ids of the rows that the shipped numbers were fitted to; None where the tables are not at hand."""
+    if not all((folder / name).exists() for name in TABLES):
+        return None
+    catalog, odd = Catalog(), exceptions(folder)
+    return frozenset(
+        row.id for row in shipped_rows(folder) if row.id not in odd and not isinstance(interpret(row, catalog), str)
+    )
+
+
+def predicted_rows(rows: Sequence[Row], folder: Path = FOLDER) -> list[Result]:
+    """Every row by the shipped numbers, nothing fitted."""
+    catalog, odd, known = Catalog(), exceptions(folder), fitted_ids(folder)
+    found = []
+    for row in rows:
+        point = interpret(row, catalog)
+        fit = "unknown" if known is None else "fitted" if row.id in known else "not fitted"
+        found.append(_result(row, point, point if isinstance(point, str) else estimate(point), fit, odd))
+    return found
+
+
+def held_out_rows(rows: Sequence[Row], split: fits.Split, folder: Path = FOLDER) -> list[Result]:
+    """Every row by numbers that were fitted without its group; odd rows and lone groups by the shipped numbers.
+
+    The interval keeps the shipped spread. Rows named in exceptions.csv are in no fit.
+    """
+    catalog, odd = Catalog(), exceptions(folder)
+    points = [interpret(row, catalog) for row in rows]
+    shipped = [point if isinstance(point, str) else estimate(point) for point in points]
+    used = [
+        i
+        for i, (row, found) in enumerate(zip(rows, shipped, strict=True))
+        if isinstance(found, Estimate) and row.id not in odd
+    ]
+    seconds = dict(zip(used, fits.held_out([points[i] for i in used], split), strict=True))  # type: ignore[misc]
+    results = []
+    for i, (row, point, found) in enumerate(zip(rows, points, shipped, strict=True)):
+        apart, fit = seconds.get(i), "not fitted" if row.id in odd else "fitted"
+        if apart is not None and isinstance(found, Estimate):
+            found, fit = Estimate(apart, found.bound_seconds, found.spread), f"held out by {split}"
+        results.append(_result(row, point, found, fit, odd))
+    return results
+
+
+def _result(row: Row, point: Point | str, found: Estimate | str, fit: str, odd: dict[str, str]) -> Result:
+    if isinstance(point, str) or isinstance(found, str):
+        return Result(row.id, str(found), row.unit, row.value)
+    predicted, bound, low, high = found.in_unit(point)
+    return Result(row.id, PREDICTED, row.unit, row.value, predicted, bound, low, high, fit, odd.get(row.id), point)
+
+
+def summarise(results: Iterable[Result]) -> list[Group]:
+    """Groups of predicted rows by every dimension and by what was fitted; rows without a prediction are left out."""
+    predicted = [r for r in results if r.status == PREDICTED]
+    found = []
+    for by in DIMENSIONS:
+        of = _of(by)
+        names = sorted({(of(r), r.fit or "") for r in predicted})
+        found += [
+            _group(by, name, fit, [r for r in predicted if (of(r), r.fit or "") == (name, fit)]) for name, fit in names
+        ]
+    return found
+
+
+def _of(by: Dimension) -> Callable[[Result], str]:
+    def name(result: Result) -> str:
+        point = result.point
+        assert point is not None  # of a predicted row
+        if by == "device":
+            return point.hardware.name
+        return {"operator": point.operator, "source": point.source, "engine": point.engine}[by]
+
+    return name
+
+
+def _group(by: str, name: str, fit: str, members: Sequence[Result]) -> Group:
+    errors = np.array([r.error for r in members])
+    inside = [r.low <= r.measured <= r.high for r in members if r.low and r.high and r.measured]
+    return Group(
+        by,
+        name,
+        fit,
+        len(members),
+        float(np.median(np.abs(errors))),
+        float(np.mean(np.abs(errors))),
+        float(np.median(errors)),
+        _rank_correlation(members),
+        sum(inside) / len(members),
+        tuple(r.id for r in members if r.below_bound),
+    )
+
+
+def _rank_correlation(members: Sequence[Result]) -> float | None:
+    """Spearman's, over seconds; None where there are fewer than three rows, or all are equal."""
+    if len(members) < 3:
+        return None
+    pairs = [(r.point.measured_seconds, r.point.unit.seconds(r.predicted)) for r in members if r.point and r.predicted]
+    measured, predicted = (_ranks(np.array(values)) for values in zip(*pairs, strict=True))
+    if np.ptp(measured) == 0 or np.ptp(predicted) == 0:
+        return None
+    return float(np.corrcoef(measured, predicted)[0, 1])
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Ranks with ties at their mean."""
+    ordered = np.sort(values)
+    return np.asarray((np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2)
+
+
+def direction(results: Iterable[Result]) -> Direction:
+    """Rows of one run, device and batch: whether a sampler beats autoregressive decoding as it was measured to."""
+    runs: dict[tuple[str, str, int, float], list[Result]] = {}
+    for result in results:
+        point = result.point
+        if isinstance(point, TidarThroughputPoint):
+            key = (point.prefix, point.hardware.name, point.batch, point.generated_tokens)
+            runs.setdefault(key, []).append(result)
+    comparable, wrong = 0, []
+    for members in runs.values():
+        plain = [r for r in members if _sampler(r) == "autoregressive"]
+        for result in members:
+            for other in plain if _sampler(result) != "autoregressive" else []:
+                comparable += 1
+                # Tokens per second: more is better.
+                measured = math.copysign(1, (result.measured or 0) - (other.measured or 0))
+                predicted = math.copysign(1, (result.predicted or 0) - (other.predicted or 0))
+                if measured != predicted:
+                    wrong.append(result.id)
+    return Direction(comparable, comparable - len(wrong), tuple(wrong))
+
+
+def _sampler(result: Result) -> str:
+    assert isinstance(result.point, TidarThroughputPoint)
+    return result.point.decoding.sampler
+
+
+def row_of(result: Result) -> dict[str, Any]:
+    """A result as it stands in a JSON document."""
+    names = ("id", "measured", "predicted", "bound", "low", "high", "unit", "status", "fit", "exception")
+    return {name: getattr(result, name) for name in names}
+
+
+def statuses(results: Iterable[Result]) -> dict[str, int]:
+    """How many rows have each status, the most frequent first."""
+    return dict(Counter(r.status for r in results).most_common())

@@ -1,0 +1,64 @@
+"""Published points predicted: one predictor for each type of point, in the point's own unit."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hardware.files import UserError
+from perfmodel.kernels.library import Library, load_library
+from perfmodel.published.points import KernelPoint, Point
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a point (per unit of its work), their bound, and the spread: 80% lie within exp(+-spread) of them."""
+
+    seconds: float
+    bound_seconds: float
+    spread: float
+
+    def in_unit(self, point: Point) -> tuple[float, float, float, float]:
+        """Prediction, bound, and the ends of the interval, low first, in the point's unit."""
+        unit = point.unit
+        ends = sorted(unit.value(self.seconds * math.exp(sign * self.spread)) for sign in (-1, 1))
+        return unit.value(self.seconds), unit.value(self.bound_seconds), ends[0], ends[1]
+
+
+Predictor = Callable[[Any], Estimate]
+
+
+def kernel_estimate(point: KernelPoint, library: Library | None = None) -> Estimate:
+    """One call of a kernel by the library's numbers; UserError where the device cannot run it."""
+    kernels = library or load_library()
+    call, hardware = point.call, point.hardware
+    seconds = getattr(kernels, point.family).time(call, hardware).seconds
+    return Estimate(float(seconds), float(kernel_bound(point)), kernels.evidence[point.family].spread)
+
+
+def kernel_bound(point: KernelPoint) -> float:
+    """The call's roofline at datasheet peaks."""
+    module = importlib.import_module(f"perfmodel.kernels.{point.family}")
+    return float(module.bound(point.call, point.hardware))
+
+
+PREDICTORS: dict[type[Point], Predictor] = {KernelPoint: kernel_estimate}
+
+
+def estimate(point: Point) -> Estimate | str:
+    """The point's estimate, or why it has none: what the device or the model cannot do."""
+    if type(point) not in PREDICTORS:
+        return f"no predictor of {point.operator}"
+    try:
+        found = PREDICTORS[type(point)](point)
+    except UserError as error:
+        return str(error)
+    return found
+
+
+def estimates(points: Sequence[Point]) -> list[Estimate | str]:
+    """Of every point, in order."""
+    return [estimate(point) for point in points]
