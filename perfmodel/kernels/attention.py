@@ -72,16 +72,15 @@ def _dtype(call: Attention, hardware: HardwareProfile) -> str:
 class AttentionKernels:
     """fixed + the longer of reading and multiplying, which overlap imperfectly.
 
-    launches: kernels of a call (cache write, attention, joining of splits) in the profile's seconds per graph node.
-    bandwidth_share: of the main memory's achieved bandwidth; narrow_share: what of that an fp8 cache keeps.
-    cache_share: bandwidth of a KV that stayed in the last cache, over that of main memory.
-    split_bytes: what every call reads in vain, in bytes per compute unit: ramp and tail of the split over units.
-    compute_share: of the achieved FLOPs.
+    fixed_seconds: writing the new keys and values, starting and draining the kernel, joining its splits; about the
+    same on every device that was measured, each call replayed as a graph of its own.
+    bandwidth_share: of the main memory's achieved bandwidth. cache_share: the bandwidth of a KV that stayed in the last
+    cache, over that of main memory. split_bytes: per compute unit, read in vain while the splits of a long call start
+    and end, and in proportion less by a shorter one. compute_share: of the achieved FLOPs.
     """
 
-    launches: float
+    fixed_seconds: float
     bandwidth_share: float
-    narrow_share: float
     cache_share: float
     split_bytes: float
     compute_share: float
@@ -91,22 +90,18 @@ class AttentionKernels:
 
     def time(self, call: Attention, hardware: HardwareProfile) -> Parts:
         """Seconds of the call. Arrays broadcast."""
-        narrow = stored_bytes(call.cache) < _ELEMENT_BYTES
-        share = self.bandwidth_share * (self.narrow_share if narrow else 1.0)
         peak = hardware.main_memory.peak_bandwidth_bytes_per_second
         assert peak is not None  # a profile without it is refused when it is read
-        read = kv_bytes(call)
-        moved = read + np.minimum(read, self.split_bytes * hardware.compute_units) + _query_bytes(call)
-        memory = moved / min(main_bandwidth(hardware) * share, peak)
+        rate = min(main_bandwidth(hardware) * self.bandwidth_share, peak)
+        read, split = kv_bytes(call), self.split_bytes * hardware.compute_units
+        moved = read + read * split / (read + split) + _query_bytes(call)
+        memory = moved / rate
         if not call.cold and len(hardware.memory) > 1:
             cache = hardware.memory[-2]
-            rate = min(
-                main_bandwidth(hardware) * share * max(self.cache_share, 1.0),
-                cache.peak_bandwidth_bytes_per_second or np.inf,
-            )
+            cached = min(rate * max(self.cache_share, 1.0), cache.peak_bandwidth_bytes_per_second or np.inf)
             kept = np.clip(2 - 2 * read / cache.capacity_bytes, 0, 1)  # all of it up to half the cache, then less
-            memory = memory * (1 - kept) + kept * moved / rate
+            memory = memory * (1 - kept) + kept * moved / max(cached, rate)
         flops = _flops(call, np.ceil(_rows(call) / _ROWS) * _ROWS)
         compute = flops / (matmul_rate(hardware, _dtype(call, hardware)) * min(self.compute_share, 1.0))
         waits = overlapped(memory, compute)
-        return Parts(*waits, np.full_like(waits[0], self.launches * hardware.graph_node_seconds))
+        return Parts(*waits, np.full_like(waits[0], self.fixed_seconds))

@@ -53,7 +53,7 @@ class CollectiveKernels:
     latency = latency_share * the profile's, which is of two devices, and hop_seconds for every doubling of them.
     transfer = bus bytes / (bandwidth_share * the profile's achieved figure); a sum has 2 (n - 1) / n of the size.
     custom_*: the same of an engine's own kernel, in which every device reads its peers' memory in one or two passes;
-    it is used where it is faster. latency_seconds: of two devices where a profile has none.
+    it is used where it is faster.
     """
 
     latency_share: float
@@ -64,7 +64,6 @@ class CollectiveKernels:
     custom_hop_seconds: float
     custom_pipeline: float
     custom_bandwidth_share: float
-    latency_seconds: float
 
     def __post_init__(self) -> None:
         require_positive(self)
@@ -78,7 +77,9 @@ class CollectiveKernels:
         peak = link.peak_bandwidth_bytes_per_second
         transfer = passes * (several - 1) / several * size / (link.achieved_bandwidth_bytes_per_second or peak)
         transfer = transfer / _share_of_links(link, several)
-        first = link.latency_seconds or self.latency_seconds
+        first = link.latency_seconds
+        if first is None:
+            raise UserError(f"profile {hardware.name}: interconnect.latency_seconds must be given to time a collective")
         doublings = np.log2(several / 2)
         sums = _pipelined(
             first * self.latency_share + self.hop_seconds * doublings, transfer / self.bandwidth_share, self.pipeline

@@ -50,14 +50,16 @@ def bound(call: FusedMoe, hardware: HardwareProfile) -> Array:
 class MoeKernels:
     """fixed + the longer of moving and multiplying, which overlap imperfectly.
 
-    launches: kernels of a layer (top-k, sorting, quantisation, two matmuls, activation, sum) in the profile's seconds
-    per graph node. bandwidth_share, compute_share: of the achieved figures. narrow_share: what of the bandwidth share
-    weights of 8 bits and less keep; widened_share: what of the compute share weights narrower than activations keep.
+    fixed_seconds: starting and draining the kernels (top-k, sorting, two matmuls, activation, sum), about the same on
+    every device that was measured; quantise_seconds: what activations narrower than 16 bits add.
+    bandwidth_share, compute_share: of the achieved figures. cache_share: of the first cache's achieved bandwidth, for
+    weights that pass through again (see `_repeats`). widened_share: what of the compute share is left where weights
+    narrower than the activations are widened first.
     """
 
-    launches: float
+    fixed_seconds: float
+    quantise_seconds: float
     bandwidth_share: float
-    narrow_share: float
     cache_share: float
     compute_share: float
     widened_share: float
@@ -67,21 +69,22 @@ class MoeKernels:
 
     def time(self, call: FusedMoe, hardware: HardwareProfile) -> Parts:
         """Seconds of the layer. Arrays broadcast."""
-        width = stored_bytes(call.weights)
-        share = self.bandwidth_share * (self.narrow_share if width < 2 else 1.0)
         peak = hardware.main_memory.peak_bandwidth_bytes_per_second
         assert peak is not None  # a profile without it is refused when it is read
-        memory = (weight_bytes(call) + _activation_bytes(call)) / min(main_bandwidth(hardware) * share, peak)
+        rate = min(main_bandwidth(hardware) * self.bandwidth_share, peak)
+        memory = (weight_bytes(call) + _activation_bytes(call)) / rate
         memory = memory + weight_bytes(call) * _repeats(call) / (_cache_bandwidth(hardware) * self.cache_share)
         tokens, top_k, distinct = floats(call.tokens, call.top_k, call.distinct)
         padded = distinct * np.maximum(
             tokens * top_k / distinct + _TILE / 2, _TILE
         )  # the last tile is half full on average
-        fraction = self.compute_share * (self.widened_share if width < stored_bytes(call.activations) else 1.0)
+        widened = stored_bytes(call.weights) < stored_bytes(call.activations)
+        fraction = self.compute_share * (self.widened_share if widened else 1.0)
         dtype = arithmetic_dtype(hardware, call.weights, call.activations)
         compute = 2 * padded * expert_elements(call) / (matmul_rate(hardware, dtype) * min(fraction, 1.0))
         waits = overlapped(memory, compute)
-        return Parts(*waits, np.full_like(waits[0], self.launches * hardware.graph_node_seconds))
+        narrow = stored_bytes(call.activations) < 2
+        return Parts(*waits, np.full_like(waits[0], self.fixed_seconds + narrow * self.quantise_seconds))
 
 
 def _repeats(call: FusedMoe) -> Array:
