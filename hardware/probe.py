@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from hardware.files import UserError, known
 from hardware.fingerprint import core_count, cpu_model, fingerprint, memory_bytes
-from hardware.profile import BandwidthPoint, Curves, DType, HardwareProfile, MatmulPoint, MemoryLevel
+from hardware.profile import BandwidthPoint, Curves, DType, HardwareProfile, MatmulPoint, MemoryLevel, check_name
 
 Progress = Callable[[str, float], None]  # what is measured next, and the share that is done
 
@@ -91,23 +91,52 @@ class _Task:
         return min(min(samples) for samples in self.samples.values())
 
 
+def local_name(device: str) -> str:
+    """The name of this machine's own profile: `local-amd-epyc-2-cores`, `local-nvidia-h200`.
+
+    A machine with another processor or number of cores gets another one. UserError: an unknown device, no such device.
+    """
+    _check_device(device)
+    if device == "cpu":
+        text = f"{cpu_model()} {core_count()} cores"
+    else:
+        import torch
+
+        text = torch.cuda.get_device_name()
+    return "local-" + re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _check_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise known("device", device, ("cpu", "cuda"))
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("device cuda needs a CUDA or ROCm build of torch and a GPU, but torch sees none")
+
+
 def probe(
-    device: str = "cpu", *, quick: bool = False, threads: int | None = None, progress: Progress | None = None
+    device: str = "cpu",
+    *,
+    quick: bool = False,
+    threads: int | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
 ) -> HardwareProfile:
-    """Measure `device` ("cpu" or "cuda") and return its profile, named `local-<device>`.
+    """Measure `device` ("cpu" or "cuda") and return its profile, named `name` (default: `local_name(device)`).
 
     On a CPU it measures with 1 thread and with `threads` (default: all cores). It takes about 10 s (quick) or 60 s. The
     "peaks" of the profile are the fastest samples seen, not a datasheet's. UserError: an unknown device, no such
     device here, threads < 1.
     """
-    if device not in ("cpu", "cuda"):
-        raise known("device", device, ("cpu", "cuda"))
+    _check_device(device)
     if threads is not None and threads < 1:
         raise UserError(f"threads >= 1 must hold, but got {threads}")
+    name = name or local_name(device)
+    check_name(name)
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda needs a CUDA or ROCm build of torch and a GPU, but torch sees none")
     machine = _Cuda(torch) if device == "cuda" else _Cpu(torch)
     grid = _GRIDS[machine.kind, quick]
     counts = sorted({1, threads or core_count()}) if device == "cpu" else [1]
@@ -129,7 +158,7 @@ def probe(
     finally:
         torch.set_num_threads(before)
     options = f" --device {device}" + " --quick" * quick + (f" --threads {threads}" if threads else "")
-    return _profile(machine, tasks, counts, f"ridgepoint hardware probe{options}")
+    return _profile(name, machine, tasks, counts, f"ridgepoint hardware probe{options}")
 
 
 class _Cpu:
@@ -323,7 +352,7 @@ def _visit(machine: _Cpu | _Cuda, task: _Task, tasks: list[_Task], threads: int,
     samples += [machine.time(task.run, loops) / loops / task.calls for _ in range(count)]
 
 
-def _profile(machine: _Cpu | _Cuda, tasks: list[_Task], counts: list[int], command: str) -> HardwareProfile:
+def _profile(name: str, machine: _Cpu | _Cuda, tasks: list[_Task], counts: list[int], command: str) -> HardwareProfile:
     facts = machine.facts()
     source = f"measured: {command}, {datetime.now(UTC):%Y-%m-%d}"
     sources: dict[str, str] = facts["sources"]
@@ -339,21 +368,21 @@ def _profile(machine: _Cpu | _Cuda, tasks: list[_Task], counts: list[int], comma
     sources["achieved_flops_per_second"] = f"{source}; the best matmul, threads: {most}"
 
     levels, inner = [], 0
-    for name, capacity in facts["levels"]:
+    for level, capacity in facts["levels"]:
         # A stream belongs to a level that surely holds it (a cache is never all free) if the next faster one cannot.
         streams = [t for t in tasks if t.key[0] == "stream" and 1.5 * inner < t.key[1] <= 0.75 * capacity]
         fastest = [t.work / t.fastest() for t in streams]
         typical = [t.work / t.seconds(most) for t in streams]
         levels.append(
             MemoryLevel(
-                name,
+                level,
                 float(capacity),
                 _round(max(fastest)) if streams else None,
                 _round(statistics.median(typical)) if streams else None,
             )
         )
         if streams:
-            sources[f"memory.{name}"] = f"{source}; the fastest and the median of the reads of this level"
+            sources[f"memory.{level}"] = f"{source}; the fastest and the median of the reads of this level"
         inner = capacity
 
     curves = tuple(_curves(tasks, count) for count in counts)
@@ -362,7 +391,7 @@ def _profile(machine: _Cpu | _Cuda, tasks: list[_Task], counts: list[int], comma
     sources |= dict.fromkeys(("launch_seconds", "graph_node_seconds"), source)
     sources["measured"] = f"{source}; lower quartiles"
     return HardwareProfile(
-        name=f"local-{machine.kind}",
+        name=name,
         vendor=facts["vendor"],
         kind="cpu" if machine.kind == "cpu" else "gpu",
         compile_target=facts["compile_target"],

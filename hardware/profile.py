@@ -18,6 +18,12 @@ from hardware.files import UserError, build, known, plain, read_yaml, write_atom
 DType = Literal["float32", "bfloat16", "float16", "fp8", "fp4", "int8"]
 
 
+def check_name(name: str) -> None:
+    """UserError unless a profile can be called so: it is the stem of its file."""
+    if not name or any(c.isspace() or c in "/\\" for c in name):
+        raise UserError(f"name must be one word without slashes, but is {name!r}")
+
+
 def _positive(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
@@ -172,8 +178,7 @@ class HardwareProfile:
     def __post_init__(self) -> None:
         _positive(self, "compute_units", "warp_size", "shared_memory_bytes", "launch_seconds", "graph_node_seconds")
         _positive(self, "tdp_watts", "price_dollars_per_hour", "clock_hertz")
-        if not self.name or any(c.isspace() or c in "/\\" for c in self.name):
-            raise UserError(f"name must be one word without slashes, but is {self.name!r}")
+        check_name(self.name)
         for group in ("peak_flops_per_second", "achieved_flops_per_second"):
             for dtype, rate in getattr(self, group).items():
                 if not 0 < rate < math.inf:

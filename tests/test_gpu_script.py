@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu import LOSSLESS, RANDOM, SHRUNK, SMALL, Session, fastest_modes, forwards, main, slug, step_table
 from hardware.files import UserError
+from hardware.probe import local_name
 from hardware.profile import load_profile
 from runtime.bench import Identity, identify
 from runtime.checkpoint import random_model
@@ -55,7 +56,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_leaves_a_profile_checks_records_and_a_table(results: Path) -> None:
     out = results / "out"
-    assert load_profile(str(out / "hardware.yaml")).name == "local-cpu"
+    assert load_profile(str(out / "hardware.yaml")).name == local_name("cpu")
     checks = json.loads((out / "correctness.json").read_text())
     assert all(check["passed"] for check in checks.values())
     measured = read_jsonl(out / "forwards.jsonl")

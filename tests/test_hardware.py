@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from hardware.files import UserError, build, plain, read_yaml, write_atomic
 from hardware.fingerprint import cpu_model, fingerprint, fingerprint_key, git_commit
 from hardware.profile import HardwareProfile, list_profiles, load_profile, save_profile
 
-BUNDLED = ("h100-sxm", "mi300x")
+EXAMPLES = ("h100-sxm", "mi300x")
 
 
 @pytest.fixture(autouse=True)
@@ -54,34 +53,7 @@ def place(changed: dict[str, Any], path: str) -> tuple[Any, Any]:
 
 
 def figures() -> list[tuple[str, str]]:
-    return [(name, path) for name in BUNDLED for path in load_profile(name).figures()]
-
-
-@pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_profiles_load_under_their_own_name(name: str) -> None:
-    profile = load_profile(name)
-    assert profile.name == name
-    assert profile == load_profile(list_profiles()[name])
-
-
-@pytest.mark.parametrize(("name", "path"), figures())
-def test_every_figure_has_a_source_that_can_be_followed(name: str, path: str) -> None:
-    source = load_profile(name).source(path)
-    assert "https://" in source or re.match(r"derived: .*\d", source)
-
-
-@pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_figures_are_dense_si_and_below_their_peaks(name: str) -> None:
-    profile = load_profile(name)
-    peak = profile.peak_flops_per_second
-    assert 1.9 < peak["fp8"] / peak["bfloat16"] < 2.1  # a sparse figure in one of them would be off by 2
-    assert peak["bfloat16"] == peak["float16"]
-    for dtype, rate in profile.achieved_flops_per_second.items():
-        assert 0.3 * peak[dtype] < rate < peak[dtype]
-    bandwidths = [level.peak_bandwidth_bytes_per_second or 0 for level in profile.memory]
-    assert bandwidths == sorted(bandwidths, reverse=True)
-    assert 1e12 < profile.main_memory.peak_bandwidth_bytes_per_second < 1e13  # TB/s are written out in bytes
-    assert 100 < peak["bfloat16"] / profile.main_memory.peak_bandwidth_bytes_per_second < 1000  # the ridge point
+    return [(name, path) for name in EXAMPLES for path in load_profile(name).figures()]
 
 
 @pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf")])
@@ -178,7 +150,7 @@ def test_a_source_of_nothing_or_without_text_is_an_error() -> None:
 
 def test_an_unknown_name_lists_the_known_ones(home: Path) -> None:
     write_atomic(home / "hardware" / "mine.yaml", yaml.safe_dump(data() | {"name": "mine"}))
-    with pytest.raises(UserError, match="unknown hardware 'abacus'; known: .*h100-sxm.* mine"):
+    with pytest.raises(UserError, match=r"unknown hardware 'abacus'; known: .*h100-sxm.* mine"):
         load_profile("abacus")
 
 
@@ -188,7 +160,7 @@ def test_the_users_profile_wins_over_a_bundled_one(home: Path) -> None:
     assert load_profile("h100-sxm").tdp_watts == 700
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_saved_profile_reads_back_equal(tmp_path: Path, name: str) -> None:
     profile = dataclasses.replace(load_profile(name), vendor="Zo\u00eb: 'x'\u0085\n")
     assert load_profile(save_profile(profile, tmp_path / "copy.yml")) == profile
@@ -225,7 +197,7 @@ def probed(tiny_grid: None) -> tuple[HardwareProfile, list[tuple[str, float]], t
 def test_a_probe_is_a_profile_that_is_written_and_read_back(probed: Any, tmp_path: Path) -> None:
     profile = probed[0]
     assert load_profile(save_profile(profile, tmp_path / "probe.yaml")) == profile
-    assert profile.kind == "cpu" and profile.name == "local-cpu"
+    assert profile.kind == "cpu" and profile.name == hardware.probe.local_name("cpu")
     assert profile.fingerprint == fingerprint(cpu_model())
     assert all(profile.source(path).startswith(("measured: ", "derived: ")) for path in profile.figures())
     assert "ridgepoint hardware probe --device cpu --quick --threads 1" in profile.source("launch_seconds")
@@ -364,7 +336,7 @@ def document(*arguments: str) -> Any:
 
 
 def test_commands_print_one_json_document() -> None:
-    assert document("list") == {name: str(path) for name, path in list_profiles().items()}
+    assert {name: s["path"] for name, s in document("list").items()} == {n: str(p) for n, p in list_profiles().items()}
     assert document("show", "mi300x") == plain(load_profile("mi300x"))
     assert document("validate", "h100-sxm")["valid"] is True
 
@@ -378,8 +350,29 @@ def test_commands_print_every_figure_for_people() -> None:
 
 def test_the_probe_command_writes_a_profile_that_is_then_known(tiny_grid: None, home: Path) -> None:
     found = document("probe", "--quick", "--threads", "1")
-    assert found["path"] == str(home / "hardware" / "local-cpu.yaml")
-    assert plain(load_profile("local-cpu")) == found["profile"]
+    name = hardware.probe.local_name("cpu")
+    assert found["path"] == str(home / "hardware" / f"{name}.yaml")
+    assert plain(load_profile(name)) == found["profile"]
+
+
+def test_probes_of_different_processors_have_different_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for model, cores in (("AMD EPYC 9B14", 2), ("AMD EPYC 9B14", 4), ("Intel(R) Xeon(R) @ 2.20GHz", 2)):
+        monkeypatch.setattr(hardware.probe, "cpu_model", lambda model=model: model)
+        monkeypatch.setattr(hardware.probe, "core_count", lambda cores=cores: cores)
+        names.add(hardware.probe.local_name("cpu"))
+    assert names == {
+        "local-amd-epyc-9b14-2-cores",
+        "local-amd-epyc-9b14-4-cores",
+        "local-intel-r-xeon-r-2-20ghz-2-cores",
+    }
+
+
+def test_a_probe_is_called_as_asked(tiny_grid: None, home: Path) -> None:
+    assert document("probe", "--quick", "--threads", "1", "--name", "desk")["profile"]["name"] == "desk"
+    assert load_profile("desk").name == "desk"
+    for name in ("two words", "../up"):
+        assert "one word" in str(command("probe", "--name", name).exception)
 
 
 @pytest.mark.parametrize(("out", "words"), [("probe.json", "must end in .yaml"), ("file/probe.yaml", "cannot write")])

@@ -1,0 +1,73 @@
+"""Devices side by side: what a list shows of each, and every figure of several under the same name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hardware.files import UserError
+from hardware.profile import HardwareProfile, list_profiles, load_profile, user_folder
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of `hardware list`. `ridge` is FLOPs per byte of main memory above which bfloat16 is compute bound."""
+
+    path: str
+    origin: str  # "bundled" or "user"
+    vendor: str
+    kind: str
+    memory_bytes: float
+    bandwidth_bytes_per_second: float
+    bfloat16_flops_per_second: float | None
+    ridge_flops_per_byte: float | None
+
+
+def known_profiles() -> tuple[dict[str, HardwareProfile], list[str]]:
+    """The known profiles by name, and what is wrong with each file that breaks a rule: the others still work."""
+    found, broken = {}, []
+    for name, path in sorted(list_profiles().items()):
+        try:
+            found[name] = load_profile(path)
+        except UserError as error:
+            broken.append(str(error))
+    return found, broken
+
+
+def summary(profile: HardwareProfile, path: Path) -> Summary:
+    """What a list shows, at datasheet peaks; a probed profile's peaks are the fastest samples it saw."""
+    memory = profile.main_memory
+    bandwidth = memory.peak_bandwidth_bytes_per_second
+    assert bandwidth is not None  # a profile without it is refused when it is read
+    bfloat16 = profile.peak_flops_per_second.get("bfloat16")
+    return Summary(
+        path=str(path),
+        origin="user" if path.parent == user_folder() else "bundled",
+        vendor=profile.vendor,
+        kind=profile.kind,
+        memory_bytes=memory.capacity_bytes,
+        bandwidth_bytes_per_second=bandwidth,
+        bfloat16_flops_per_second=bfloat16,
+        ridge_flops_per_byte=bfloat16 / bandwidth if bfloat16 else None,
+    )
+
+
+def compared(profiles: dict[str, HardwareProfile]) -> dict[str, dict[str, float | None]]:
+    """Each figure of any of the profiles: its value on each of them, None where one has no such figure.
+
+    Main memory goes by "main" whatever a profile calls it, so that HBM stands beside GDDR. Probed curves are left out.
+    """
+    columns = {}
+    for label, profile in profiles.items():
+        main = f"memory.{profile.main_memory.name}."
+        figures = {k: v for k, v in profile.figures().items() if not k.startswith("measured.")}
+        columns[label] = {k.replace(main, "memory.main.", 1): v for k, v in figures.items()}
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    return {name: {label: column.get(name) for label, column in columns.items()} for name in sorted(names, key=_order)}
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Figures of a group together, in the order of the file; main memory after the caches."""
+    groups = ("compute_units", "warp_size", "shared_memory", "clock", "peak", "achieved", "memory", "interconnect")
+    group = next((place for place, start in enumerate(groups) if name.startswith(start)), len(groups))
+    return group, name.replace("memory.main.", "memory.~")
