@@ -105,3 +105,6 @@ class AttentionKernels:
         compute = flops / (matmul_rate(hardware, _dtype(call, hardware)) * min(self.compute_share, 1.0))
         waits = overlapped(memory, compute)
         return Parts(*waits, np.full_like(waits[0], self.fixed_seconds))
+
+
+START = AttentionKernels(fixed_seconds=1e-5, bandwidth_share=1.0, cache_share=2.5, split_bytes=3e5, compute_share=0.4)

@@ -99,3 +99,15 @@ class CollectiveKernels:
 
 def _pipelined(latency: Array, transfer: Array, pipeline: float) -> tuple[Array, Array]:
     return latency, transfer + pipeline * np.sqrt(latency * transfer)
+
+
+START = CollectiveKernels(
+    latency_share=1.0,
+    hop_seconds=5e-6,
+    pipeline=1.0,
+    bandwidth_share=1.0,
+    custom_latency_share=0.6,
+    custom_hop_seconds=1e-6,
+    custom_pipeline=1.0,
+    custom_bandwidth_share=0.9,
+)

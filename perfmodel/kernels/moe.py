@@ -87,6 +87,16 @@ class MoeKernels:
         return Parts(*waits, np.full_like(waits[0], self.fixed_seconds + narrow * self.quantise_seconds))
 
 
+START = MoeKernels(
+    fixed_seconds=2e-5,
+    quantise_seconds=4e-6,
+    bandwidth_share=0.9,
+    cache_share=0.8,
+    compute_share=0.6,
+    widened_share=0.4,
+)
+
+
 def _repeats(call: FusedMoe) -> Array:
     """Tiles beyond the first of each expert, per expert: busy experts need more than the tile that fits the mean.
 
@@ -94,7 +104,7 @@ def _repeats(call: FusedMoe) -> Array:
     expert than the smallest tile, the tile grows with their mean m, and only imbalance makes an expert outgrow it.
     """
     tokens, top_k, distinct, imbalance = floats(call.tokens, call.top_k, call.distinct, call.imbalance)
-    filled = np.minimum(tokens * top_k / distinct / _TILE, 1.0)
+    filled = np.minimum(tokens * top_k / np.maximum(distinct, 1.0) / _TILE, 1.0)
     return filled**2 * (1 - 1 / np.maximum(imbalance, 1.0))
 
 
@@ -111,11 +121,6 @@ def _activation_bytes(call: FusedMoe) -> Array:
     tokens, top_k, hidden, width = floats(call.tokens, call.top_k, call.hidden, call.expert_size)
     wide = 2.0 * (call.gate_up + 1) * width + 4.0 * hidden
     return tokens * top_k * (wide + (hidden + width) * stored_bytes(call.activations))
-
-
-def distinct_of(routing: str, tokens: int, experts: int, top_k: int) -> float:
-    """Distinct experts that a benchmark's routing of so many tokens touches, on average: see `loads_of`."""
-    return loads_of(routing, tokens, experts, top_k)[0]
 
 
 def loads_of(routing: str, tokens: int, experts: int, top_k: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import numpy as np
 from hardware.files import UserError
 from perfmodel.kernels.call import Attention, Collective, FusedMoe, Gemm
 from perfmodel.kernels.elementwise import Elementwise
-from perfmodel.kernels.moe import distinct_of
+from perfmodel.kernels.moe import loads_of
 from perfmodel.published import tidar
 from perfmodel.published.names import Catalog, Unclear, cache_dtype, matmul_dtypes, runtime, served_precision
 from perfmodel.published.points import KernelFamily, KernelPoint, Point, ServedPoint, Unit
@@ -202,10 +202,11 @@ def _moe(row: Row, names: Catalog) -> FusedMoe:
     if routing is None and not drawn and tokens > 1:
         raise Unclear("how tokens are routed to experts is not stated")
     try:
-        distinct = distinct_of(routing[1] if routing else "uniform", tokens, experts, top_k)
+        distinct, imbalance = loads_of(routing[1] if routing else "uniform", tokens, experts, top_k)
     except UserError as error:
         raise Unclear(str(error)) from error
-    return FusedMoe(tokens, hidden, inter // tensor, experts, top_k, distinct, weights, activations)
+    sizes = (tokens, hidden, inter // tensor, experts, top_k, distinct)
+    return FusedMoe(*sizes, weights, activations, imbalance=imbalance)
 
 
 def _expert_sizes(row: Row, names: Catalog) -> tuple[int, int, int, int]:
