@@ -202,10 +202,13 @@ def _print_published(
         print(f"faster than autoregressive or not: right in {sign.right} of {sign.comparable} comparable rows")
     for r in results:
         if r.below_bound:
-            print(
-                f"beyond its bound: {r.id}, {r.measured:g} {r.unit}, bound {r.bound:.4g}: {r.exception or 'unexplained'}"
-            )
-    print_table("rows by status", ("status", "rows"), [(status, str(count)) for status, count in counts.items()])
+            why = r.exception or "unexplained"
+            print(f"beyond its bound: {r.id}, {r.measured:g} {r.unit}, bound {r.bound:.4g}: {why}")
+    print_table(
+        "rows by status",
+        ("status", "rows"),
+        [(status.split("; known:")[0], str(count)) for status, count in counts.items()],
+    )
 
 
 def _read(path: Path) -> list[Measurement]:

@@ -70,6 +70,8 @@ class Catalog:
             raise Unclear(f"hardware {text!r} is not one device: {UNCLEAR[name]}")
         if re.search(r"presumably|not stated|not shown|class|series|any|/", name):
             raise Unclear(f"hardware {text!r} is not stated for certain")
+        if "(" in name:
+            raise Unclear(f"hardware {text!r} is a variant that has no profile")
         profile = DEVICES.get(name) or self._names.get(name)
         if profile is None or profile not in self._names.values():
             raise Unclear(f"hardware {text!r} has no profile; known: {', '.join(sorted(self._names.values()))}")

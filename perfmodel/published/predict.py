@@ -52,6 +52,7 @@ def estimate(point: Point) -> Estimate | str:
     """The point's estimate, or why it has none: what the device or the model cannot do."""
     if type(point) not in PREDICTORS:
         return f"no predictor of {point.operator}"
+    load_library()  # outside of what follows: a broken file is not the row's fault
     try:
         found = PREDICTORS[type(point)](point)
     except UserError as error:
