@@ -2,81 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hardware.files import UserError
 from hardware.profile import HardwareProfile
 from perfmodel.acceptance import tokens_per_step
-from perfmodel.engine import EngineProfile, engine_for
+from perfmodel.economics import economics
+from perfmodel.engine import EngineProfile, HostCosts, engine_for
 from perfmodel.execution import execute, execute_forward
 from perfmodel.experts import ExpertCoverage, parse_coverage
 from perfmodel.model_spec import ModelSpec, require_context
 from perfmodel.operators import Array, forward_costs, sampler_cost, shape
+from perfmodel.parallel import ALONE, Parallel, divided
+from perfmodel.precision import Precision, stored_bytes, uniform
 from perfmodel.prediction import Bound, ForwardPrediction, OperatorPrediction, Prediction
-from perfmodel.roofline import BOUNDS, Device, Timing, time_operators
+from perfmodel.roofline import BOUNDS, Device, Timing, Timings, engine_timing, time_operators, total
 from perfmodel.steps import Step, step_of
-from runtime.config import DTYPE_BYTES, DecodingConfig, KernelConfig, Workload, require
+from runtime.config import DecodingConfig, KernelConfig, Workload, require
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What does not vary over a grid of operating points: model, device, engine, kernels and expert coverage."""
+    """What does not vary over a grid: model, device, engine, kernels, expert coverage, element types and division."""
 
     spec: ModelSpec
     device: Device
     engine: EngineProfile
     kernels: KernelConfig
     coverage: ExpertCoverage
+    precision: Precision
+    parallel: Parallel = ALONE
+
+    @property
+    def share(self) -> ModelSpec:
+        """What one device holds of the model, but for its number of experts."""
+        return divided(self.spec, self.parallel)
+
+    @property
+    def host_costs(self) -> HostCosts:
+        """What the engine adds on this device."""
+        return self.engine.host_costs(self.device.hardware)
 
 
 @dataclass(frozen=True)
 class ForwardTiming:
-    """One forward over a grid: arrays of the grid's shape."""
+    """One forward over a grid, in arrays that broadcast."""
 
     name: str  # as in `perfmodel.steps`; "forward" on its own
     slots: Array
     experts_per_layer: Array
-    operators: list[Timing]
+    timings: Timings
     times: Array = field(default_factory=lambda: np.ones(()))  # how often its step runs it; all else is of one
+
+    @property
+    def operators(self) -> list[Timing]:
+        """The operators, which add up to the forward."""
+        return self.timings.operators
 
     @property
     def seconds(self) -> Array:
         """Calibrated estimate."""
-        return sum((op.seconds for op in self.operators), np.zeros(()))
+        return self.timings.seconds
 
     @property
     def bound_seconds(self) -> Array:
         """Roofline at datasheet peaks."""
-        return sum((op.bound_seconds for op in self.operators), np.zeros(()))
+        return self.timings.bound_seconds
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """One decoding step over a grid: its forwards and the sampler's own work."""
+    """One decoding step over a grid: its forwards, and what is done beside them by the sampler and the engine."""
 
     forwards: tuple[ForwardTiming, ...]
-    sampler: list[Timing]
+    beside: Timings
     reach: npt.ArrayLike  # positions beyond the cached ones
+    spread: float | None  # of the engine's estimates; None: that of the kernels
+
+    @property
+    def sampler(self) -> list[Timing]:
+        """What is done beside the forwards."""
+        return self.beside.operators
 
     @property
     def seconds(self) -> Array:
         """Calibrated estimate of the whole step."""
-        return sum((f.times * f.seconds for f in self.forwards), self.sampler_seconds)
+        return total([*(f.times * f.seconds for f in self.forwards), self.beside.seconds])
 
     @property
     def bound_seconds(self) -> Array:
         """Roofline of the whole step."""
-        own = sum((op.bound_seconds for op in self.sampler), np.zeros(()))
-        return sum((f.times * f.bound_seconds for f in self.forwards), own)
+        return total([*(f.times * f.bound_seconds for f in self.forwards), self.beside.bound_seconds])
 
     @property
     def sampler_seconds(self) -> Array:
-        """Calibrated estimate of the sampler's own work."""
-        return sum((op.seconds for op in self.sampler), np.zeros(()))
+        """Calibrated estimate of what is done beside the forwards."""
+        return self.beside.seconds
 
     @property
     def forwards_per_step(self) -> Array:
@@ -85,24 +110,72 @@ class StepTiming:
 
     @property
     def operators(self) -> list[tuple[Timing, Array]]:
-        """All operators of all forwards, and the sampler's work, each with how often the step runs it."""
+        """All operators of all forwards, and what is beside them, each with how often the step runs it."""
         return [(op, f.times) for f in self.forwards for op in f.operators] + [(op, np.ones(())) for op in self.sampler]
+
+    def interval(self, device: Device) -> tuple[Array, Array] | None:
+        """Seconds between which 80% of measured steps are meant to lie; None where no spread is known.
+
+        The engine's own spread, which is that of whole steps. Else every kernel family errs by its spread in the same
+        direction at once, and what is not from the library by half of itself: wider than errors that partly cancel.
+        """
+        if self.spread is not None:
+            wide: Array | float = self.spread
+        elif device.library is None:
+            return None
+        else:
+            known = device.library.evidence
+            parts = [
+                (times * op.seconds, known[op.family].spread if op.family else UNKNOWN_SPREAD)
+                for op, times in self.operators
+            ]
+            wide = total([seconds * spread for seconds, spread in parts]) / total([seconds for seconds, _ in parts])
+        # Nothing can be faster than the bound.
+        return np.maximum(self.seconds / np.exp(wide), self.bound_seconds), self.seconds * np.exp(wide)
+
+
+UNKNOWN_SPREAD = 0.4  # of what no measurement has shown: within a factor of 1.5
 
 
 def setting(
     spec: ModelSpec,
     hardware: HardwareProfile,
-    dtype: str,
+    precision: Precision | str,
     *,
     expert_coverage: ExpertCoverage | str = "uniform",
     engine: EngineProfile | str | None = None,
     kernels: KernelConfig | None = None,
+    parallel: Parallel = ALONE,
 ) -> Setting:
-    """Resolve names and defaults: our engine for the kind of hardware, and the kernels that the engine names."""
+    """Resolve names and defaults: our engine for the kind of hardware, and the kernels that the engine names.
+
+    precision: a dtype stands for everything in it. UserError for unknown names, a dtype without a peak on the device,
+    sizes that do not divide over the devices, and more devices than the profile's interconnect joins.
+    """
     coverage = parse_coverage(expert_coverage) if isinstance(expert_coverage, str) else expert_coverage
     found = engine_for(hardware, engine)
     chosen = kernels or found.kernels
-    return Setting(spec, Device(hardware, dtype, chosen.threads), found, chosen, coverage)
+    stored = uniform(precision) if isinstance(precision, str) else precision
+    device = Device(hardware, stored.head, chosen.threads)
+    require(
+        device.library is not None or stored == uniform(stored.head),
+        f"{hardware.name} was probed in one dtype at a time, so {stored} cannot be predicted there",
+    )
+    for weights, activations in (
+        (stored.weights, stored.activations),
+        (stored.experts, stored.expert_activations),
+        (stored.cache, stored.cache),
+    ):
+        device.peak_of(weights, activations)
+    if parallel.devices > 1:
+        divided(spec, parallel)
+        link = hardware.interconnect
+        most = link.devices if link else 1
+        require(
+            parallel.devices <= most,
+            f"devices <= {most} of the interconnect of {hardware.name} must hold, but got {parallel.devices}",
+        )
+    return Setting(spec, device, found, chosen, coverage, stored, parallel)
 
 
 def time_forward(
@@ -122,12 +195,23 @@ def time_forward(
     """
     coverage = at.coverage.of(name)
     grid = shape(batch, slots, context, slots if head_rows is None else head_rows, pairs, head_passes)
-    dtype = at.device.dtype
-    costs = forward_costs(at.spec, grid, dtype, coverage)
-    executed = execute_forward(at.spec, costs, grid, dtype, coverage, at.engine, at.kernels)
-    stream = sum((cost.weight_bytes + cost.kv_bytes for cost in costs), np.zeros(()))
-    distinct = coverage.distinct(grid.batch, grid.slots, at.spec.num_experts)
-    return ForwardTiming(name, grid.slots, distinct, time_operators(executed, at.device, at.engine, stream))
+    costs = forward_costs(at.spec, grid, at.precision, coverage, at.parallel)
+    executed = execute_forward(at.share, costs, grid, coverage, at.engine, at.kernels)
+    stream = total([cost.weight_bytes + cost.kv_bytes for cost in costs])
+    timings = time_operators(executed, at.device, at.engine, stream)
+    host = at.host_costs
+    extra = host.forward_seconds + at.spec.layers * host.layer_seconds + host.token_seconds * grid.tokens
+    if np.any(extra > 0):
+        timings = timings.followed_by(engine_timing(np.asarray(extra)))
+    distinct = np.zeros(())
+    if at.spec.moe_layers:
+        distinct = coverage.distinct(grid.batch, grid.slots, at.spec.num_experts, at.spec.experts_per_token)
+    return ForwardTiming(name, grid.slots, distinct, timings)
+
+
+def time_prefill(at: Setting, batch: npt.ArrayLike, prompt: npt.ArrayLike) -> ForwardTiming:
+    """The forward that reads prompts of `prompt` tokens into an empty cache; of each the LM head projects the last."""
+    return time_forward(at, batch, prompt, 0, 1, "prefill")
 
 
 def time_step(at: Setting, step: Step, batch: npt.ArrayLike, context: npt.ArrayLike) -> StepTiming:
@@ -139,17 +223,21 @@ def time_step(at: Setting, step: Step, batch: npt.ArrayLike, context: npt.ArrayL
         )
         for f in step.forwards
     )
-    sequences = np.asarray(batch, dtype=float)
+    sequences = np.asarray(batch, dtype=float) / at.parallel.replicas
     work = [
         execute(
-            sampler_cost(at.spec, sequences * np.asarray(w.rows) * np.asarray(w.times)),
+            sampler_cost(at.share, sequences * np.asarray(w.rows) * np.asarray(w.times)),
             at.engine.work(w.entry),
             at.engine,
             w.times,
         )
         for w in step.work
     ]
-    return StepTiming(forwards, time_operators(work, at.device, at.engine, np.zeros(())), step.reach)
+    beside = time_operators(work, at.device, at.engine, np.zeros(()))
+    extra = at.host_costs.step_seconds + at.host_costs.sequence_seconds * sequences
+    if np.any(extra > 0):
+        beside = beside.followed_by(engine_timing(np.asarray(extra)))
+    return StepTiming(forwards, beside, step.reach, at.engine.known_spread)
 
 
 def predict(
@@ -166,30 +254,37 @@ def predict(
     expert_coverage: ExpertCoverage | str = "uniform",
     engine: EngineProfile | str | None = None,
     kernels: KernelConfig | None = None,
+    precision: Precision | None = None,
+    parallel: Parallel = ALONE,
 ) -> Prediction:
     """Predict one step of `decoding` with `context` cached tokens per sequence, `workload.batch` sequences kept going.
 
     A sampler whose drafts are verified needs one form of acceptance. fillings: the mean number of forwards that fill
-    a denoising block, where a confidence threshold ends them before the most. UserError: acceptance missing or
-    impossible, context beyond the model's, a dtype without a peak on the device, weights and caches that do not fit
-    its memory, unknown names.
+    a denoising block, where a confidence threshold ends them before the most. precision: what the model is served in,
+    where it is not `workload.dtype` throughout. UserError: acceptance missing or impossible, context beyond the
+    model's, weights and caches that do not fit the memory, unknown names, and what `setting` refuses.
     """
-    batch, dtype = workload.batch, workload.dtype
+    batch = workload.batch
     require(context >= 1, f"context >= 1 must hold, but got {context}")
     parts = step_of(decoding, fillings=fillings)
     require_context(spec, context + int(np.max(parts.reach)))
     committed = tokens_per_step(decoding, length=acceptance_length, histogram=histogram, rates=acceptance_rates)
-    at = setting(spec, hardware, dtype, expert_coverage=expert_coverage, engine=engine, kernels=kernels)
-    needed = float(memory_bytes(spec, dtype, batch, context + decoding.slots))
-    capacity = hardware.main_memory.capacity_bytes
-    require(
-        needed <= capacity,
-        f"weights and caches must fit the {capacity / 1e9:.1f} GB of {hardware.name}, but batch {batch} at context "
-        f"{context} needs {needed / 1e9:.1f} GB",
+    at = setting(
+        spec,
+        hardware,
+        precision or workload.dtype,
+        expert_coverage=expert_coverage,
+        engine=engine,
+        kernels=kernels,
+        parallel=parallel,
     )
+    require_memory(at, batch, context, decoding.slots)
     step = time_step(at, parts, batch, context)
     baseline = time_step(at, step_of(decoding.autoregressive), batch, context) if decoding.drafts else step
     seconds, bound, single = float(step.seconds), float(step.bound_seconds), float(baseline.seconds)
+    interval = step.interval(at.device)
+    rate = batch * committed / seconds
+    costs = economics(hardware, rate, parallel.devices)
     return Prediction(
         model=spec.name,
         hardware=hardware.name,
@@ -206,20 +301,70 @@ def predict(
         step_seconds=seconds,
         bound_step_seconds=bound,
         bound=_binding(step.operators),
-        tokens_per_second=batch * committed / seconds,
+        tokens_per_second=rate,
         bound_tokens_per_second=batch * committed / bound,
         autoregressive_step_seconds=single,
         speedup_over_autoregressive=committed * single / seconds,
         experts_per_layer=max(float(f.experts_per_layer) for f in step.forwards),
         ridge_point_flops_per_byte=at.device.ridge_point,
+        precision=str(at.precision),
+        parallel=parallel,
+        step_seconds_interval=None if interval is None else (float(interval[0]), float(interval[1])),
+        joules_per_million_tokens=_optional(costs.joules_per_million_tokens),
+        dollars_per_million_tokens=_optional(costs.dollars_per_million_tokens),
     )
 
 
-def memory_bytes(spec: ModelSpec, dtype: str, batch: npt.ArrayLike, positions: npt.ArrayLike) -> Any:
-    """Bytes that must lie in main memory: all weights, and cache and state of `batch` sequences of `positions`."""
-    per_sequence = np.asarray(positions, dtype=float) * spec.stored_kv_bytes_per_token(dtype)
-    state = spec.state_bytes_per_sequence(dtype)
-    return spec.parameters * DTYPE_BYTES[dtype] + np.asarray(batch, dtype=float) * (per_sequence + state)
+def _optional(value: Array | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def weight_bytes(at: Setting) -> float:
+    """Bytes of the weights that one device holds."""
+    of = at.precision
+    stored = {"experts": of.experts, "qkv": of.weights, "output": of.weights, "mlp": of.weights}
+    stored |= {"shared_expert": of.weights}
+    found = {
+        name: n * stored_bytes(stored.get(name, of.head)) for name, n in at.share.parameters_by_component().items()
+    }
+    found["experts"] /= at.parallel.expert
+    return sum(found.values())
+
+
+def memory_bytes(at: Setting, batch: npt.ArrayLike, positions: npt.ArrayLike) -> Array:
+    """Bytes in main memory of one device: its weights, and cache and state of `batch` sequences of `positions`."""
+    per_sequence = np.asarray(positions, dtype=float) * at.share.stored_kv_bytes_per_token(at.precision.cache)
+    state = at.share.state_bytes_per_sequence(at.precision.head)
+    sequences = np.ceil(np.asarray(batch, dtype=float) / at.parallel.replicas)
+    return np.asarray(weight_bytes(at) + sequences * (per_sequence + state))
+
+
+def require_memory(at: Setting, batch: int, context: int, slots: int) -> None:
+    """Refuse what does not fit main memory, and say what would."""
+    hardware = at.device.hardware
+    capacity, needed = hardware.main_memory.capacity_bytes, float(memory_bytes(at, batch, context + slots))
+    if needed <= capacity:
+        return
+    weights = weight_bytes(at)
+    where = f"the {capacity / 1e9:.1f} GB of {hardware.name}"
+    if float(memory_bytes(at, 1, 1 + slots)) > capacity:
+        raise UserError(f"weights and caches must fit {where}, but the weights alone take {weights / 1e9:.1f} GB")
+    most = _largest(lambda n: float(memory_bytes(at, n, context + slots)) <= capacity, batch)
+    longest = _largest(lambda n: float(memory_bytes(at, batch, n + slots)) <= capacity, context)
+    raise UserError(
+        f"weights and caches must fit {where}, but batch {batch} at context {context} needs {needed / 1e9:.1f} GB; "
+        f"{f'batch {most} fits there' if most else 'no batch fits there'}, and "
+        f"{f'context {longest}' if longest else 'no context'} at that batch"
+    )
+
+
+def _largest(fits: Callable[[int], bool], beyond: int) -> int:
+    """The largest number below `beyond`, which does not fit, that does; 0 if none."""
+    low, high = 0, beyond
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _forward(forward: ForwardTiming) -> ForwardPrediction:

@@ -12,12 +12,15 @@ import yaml
 
 from hardware.files import UserError, build, known, plain, read_yaml, write_atomic
 from hardware.profile import HardwareProfile
+from perfmodel.kernels.library import Family
 from perfmodel.operators import FORWARD_OPERATORS
 from perfmodel.steps import WORK_ENTRIES
 from runtime.config import EXPERT_MODES, KernelConfig, require
 
 Parameter = Literal["dispatch", "matmul", "attention", "cache", "activations"]
 PARAMETERS: tuple[Parameter, ...] = ("dispatch", "matmul", "attention", "cache", "activations")
+DESCRIBED = tuple(name for name in FORWARD_OPERATORS if name not in ("experts", "collective"))
+DEFAULT = "default"  # the host costs of devices that have none of their own
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class OperatorHost:
     """What an engine does for one operator (per layer, or per forward for embedding and LM head).
 
     launches: kernels; views: operators that move nothing but cost host time. passes: how often the activations of the
-    operator's fused form are moved by separate kernels, over what its matmuls themselves move. weight_passes: how
-    often a copying kernel moves a token's weights.
+    operator's fused form are moved by separate kernels, over what its matmuls (or the library's attention and expert
+    kernels) themselves move. weight_passes: how often a copying kernel moves a token's weights.
     """
 
     launches: float
@@ -54,6 +57,34 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class HostCosts:
+    """What an engine adds on one device to the kernels' own time. Nothing of it overlaps with them.
+
+    forward_seconds: every forward, whatever its size. layer_seconds: every layer of a forward (small kernels that are
+    not described). step_seconds: every decoding step beyond its forwards. sequence_seconds: every sequence of a step.
+    token_seconds: every slot of a forward. families: factors on the kernel library's time, by family; 1 if not named.
+    """
+
+    forward_seconds: float = 0.0
+    layer_seconds: float = 0.0
+    step_seconds: float = 0.0
+    sequence_seconds: float = 0.0
+    token_seconds: float = 0.0
+    families: dict[Family, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("forward_seconds", "layer_seconds", "step_seconds", "sequence_seconds", "token_seconds"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} >= 0 must hold, but got {value}")
+        for family, value in self.families.items():
+            require(0 < value < math.inf, f"families.{family} > 0 must hold, but got {value}")
+
+    def factor(self, family: Family) -> float:
+        """Over the library's time of a family."""
+        return self.families.get(family, 1.0)
+
+
+@dataclass(frozen=True)
 class EngineProfile:
     """A runtime on a kind of hardware. `sources` says of each group of figures: counted, fitted or assumed.
 
@@ -63,6 +94,9 @@ class EngineProfile:
     scale: what calibration changes, 1 = the profile's own figure. dispatch multiplies the host's seconds per launch;
     matmul, attention, cache and activations multiply the achieved rates of matmuls, of attention's arithmetic, of
     reading the KV cache and of moving activations.
+    hosts: by device, vendor or "default", the most specific one alone counts. intervals: 90% intervals of fitted host
+    costs, as "h100-sxm.forward_seconds". spread: 80% of measured steps that no fit had seen lie within the estimate
+    times or over exp(spread); None: that of the kernels.
     """
 
     name: str
@@ -77,13 +111,14 @@ class EngineProfile:
     sources: dict[str, str]
     scale: dict[Parameter, float] = field(default_factory=dict)
     fit: Fit | None = None
+    hosts: dict[str, HostCosts] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    spread: float | None = None
 
     def __post_init__(self) -> None:
-        wanted = set(FORWARD_OPERATORS) - {"experts"}
-        require(
-            set(self.operators) == wanted,
-            f"operators must be exactly {', '.join(sorted(wanted))}, but are {', '.join(sorted(self.operators))}",
-        )
+        for name in self.operators:
+            if name not in DESCRIBED:
+                raise known("entry of operators", name, DESCRIBED)
         for name in self.sampler:
             if name not in WORK_ENTRIES:
                 raise known("entry of sampler", name, WORK_ENTRIES)
@@ -96,7 +131,10 @@ class EngineProfile:
         require(0 <= self.view_share <= 1, f"0 <= view_share <= 1 must hold, but got {self.view_share}")
         for name, value in self.scale.items():
             require(0 < value < math.inf, f"scale.{name} > 0 must hold, but got {value}")
-        groups = {"operators", "experts", "sampler", "view_share", "scale"}
+        require(self.spread is None or self.spread >= 0, f"spread >= 0 must hold, but got {self.spread}")
+        for name, (low, high) in self.intervals.items():
+            require(low <= high, f"intervals.{name} must be [low, high], but is [{low}, {high}]")
+        groups = {"operators", "experts", "sampler", "view_share", "scale"} | ({"hosts"} if self.hosts else set())
         require(
             set(self.sources) == groups,
             f"sources must be for exactly {', '.join(sorted(groups))}, but are for {', '.join(sorted(self.sources))}",
@@ -109,6 +147,31 @@ class EngineProfile:
                 f"engine {self.name} does not describe {entry}: its sampler has {', '.join(sorted(self.sampler))}"
             )
         return self.sampler[entry]
+
+    def operator(self, name: str) -> OperatorHost:
+        """What the engine does for an operator of a forward. UserError where it runs no model that has it."""
+        if name not in self.operators:
+            raise UserError(
+                f"engine {self.name} does not describe {name}: its operators are {', '.join(sorted(self.operators))}"
+            )
+        return self.operators[name]
+
+    def host_costs(self, hardware: HardwareProfile) -> HostCosts:
+        """What the engine adds on a device: its own figures, else its vendor's, else the default, else nothing."""
+        for name in (hardware.name, hardware.vendor, DEFAULT):
+            if name in self.hosts:
+                return self.hosts[name]
+        return HostCosts()
+
+    @property
+    def known_spread(self) -> float | None:
+        """The spread of whole steps; of an engine calibrated on one device, that which its median error means.
+
+        The 0.8 quantile of normal errors is 1.9 times their median.
+        """
+        if self.spread is None and self.fit is not None:
+            return 1.9 * self.fit.median_absolute_error
+        return self.spread
 
     def scale_of(self, parameter: Parameter) -> float:
         """The calibrated factor, 1 where none was fitted."""
@@ -125,16 +188,49 @@ def list_engines() -> dict[str, Path]:
 
 
 def load_engine(name_or_path: str | Path) -> EngineProfile:
-    """An engine by name, or from a path that ends in .yaml or .yml. UserError for unknown names and broken rules."""
-    text = str(name_or_path)
+    """An engine by name, or from a path that ends in .yaml or .yml. UserError for unknown names and broken rules.
+
+    A file may say `like: NAME` of a bundled engine: what it does not give is that engine's, entry by entry.
+    """
+    path = _path(str(name_or_path))
+    return build(EngineProfile, _resolved(path, ()), str(path))
+
+
+def _path(text: str) -> Path:
     if text.endswith((".yaml", ".yml")):
-        path = Path(text)
-    else:
-        engines = list_engines()
-        if text not in engines:
-            raise known("engine", text, engines)
-        path = engines[text]
-    return build(EngineProfile, read_yaml(path), str(path))
+        return Path(text)
+    engines = list_engines()
+    if text not in engines:
+        raise known("engine", text, engines)
+    return engines[text]
+
+
+def _resolved(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's data over those of the engine that it is like."""
+    data = read_yaml(path)
+    base = data.pop("like", None)
+    if base is None:
+        return data
+    require(
+        isinstance(base, str) and base in list_engines(), f"{path}: like must name a bundled engine, but is {base!r}"
+    )
+    above = list_engines()[base]
+    require(above not in (*seen, path), f"{path}: an engine cannot be like itself")
+    return _over(_resolved(above, (*seen, path)), data)
+
+
+def _over(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """`data` over `base`: mappings of mappings (and of texts and numbers) entry by entry, all else as a whole."""
+    found = dict(base)
+    for key, value in data.items():
+        below = base.get(key)
+        if key in _MERGED and isinstance(value, dict) and isinstance(below, dict):
+            value = {**below, **value}
+        found[key] = value
+    return found
+
+
+_MERGED = ("operators", "experts", "sampler", "sources", "scale", "hosts", "intervals")
 
 
 def engine_for(hardware: HardwareProfile, engine: EngineProfile | str | None) -> EngineProfile:

@@ -11,14 +11,19 @@ import numpy.typing as npt
 from hardware.files import UserError
 from perfmodel.engine import EngineProfile, OperatorHost
 from perfmodel.experts import ExpertCoverage
+from perfmodel.kernels.call import FusedMoe
 from perfmodel.model_spec import ModelSpec
-from perfmodel.operators import LAYER_OPERATORS, Array, Matmul, OperatorCost, Shape, expert_matmuls
-from runtime.config import DTYPE_BYTES, KernelConfig
+from perfmodel.operators import Array, Call, Matmul, OperatorCost, Shape, expert_matmuls
+from perfmodel.precision import stored_bytes
+from runtime.config import KernelConfig
 
 
 @dataclass(frozen=True)
 class Executed:
-    """An operator as an engine runs it: its cost, the matmuls and bytes that really happen, and its host work."""
+    """An operator as an engine runs it: its cost, the matmuls and bytes that really happen, and its host work.
+
+    calls: the kernels of the library that do it, each with how often; empty where its matmuls and moves do.
+    """
 
     cost: OperatorCost
     matmuls: tuple[Matmul, ...]
@@ -26,52 +31,59 @@ class Executed:
     moved_bytes: Array  # activations, over all passes
     launches: Array
     host_units: Array  # launches, and views by their share
+    calls: tuple[tuple[Array, Call], ...] = ()
 
 
 def execute(cost: OperatorCost, host: OperatorHost, engine: EngineProfile, repeat: npt.ArrayLike = 1.0) -> Executed:
     """An operator that runs as it is, `repeat` times (its layers)."""
     repeat = np.asarray(repeat, dtype=float)
-    launches = np.zeros(np.shape(cost.bytes)) + repeat * host.launches
+    launches = repeat * host.launches
     units = launches + repeat * host.views * engine.view_share
-    return Executed(cost, cost.matmuls, cost.weight_bytes, cost.activation_bytes * host.passes, launches, units)
+    moved = cost.activation_bytes * host.passes
+    calls = tuple((np.asarray(count), call) for count, call in cost.calls)
+    return Executed(cost, cost.matmuls, cost.weight_bytes, moved, launches, units, calls)
 
 
 def execute_forward(
     spec: ModelSpec,
     costs: Sequence[OperatorCost],
     at: Shape,
-    dtype: str,
     coverage: ExpertCoverage,
     engine: EngineProfile,
     kernels: KernelConfig,
 ) -> list[Executed]:
-    """Every operator of `forward_costs`, the experts in the mode that `kernels` names for each token count."""
+    """Every operator of `forward_costs`, the experts in the mode that `kernels` names for each token count.
+
+    `spec` is what one device holds. UserError for an operator that the engine does not describe.
+    """
     found = []
     for cost in costs:
         if cost.name == "experts":
-            found.append(_experts(spec, cost, at, dtype, coverage, engine, kernels))
+            found.append(_experts(spec, cost, at, coverage, engine, kernels))
         else:
-            repeat = spec.layers if cost.name in LAYER_OPERATORS else at.head_passes if cost.name == "lm_head" else 1
-            found.append(execute(cost, engine.operators[cost.name], engine, repeat))
+            host = EXCHANGE if cost.name == "collective" else engine.operator(cost.name)
+            found.append(execute(cost, host, engine, cost.repeat))
     return found
+
+
+EXCHANGE = OperatorHost(launches=1)  # whatever the engine: one kernel of the communication library
 
 
 def _experts(
     spec: ModelSpec,
     cost: OperatorCost,
     at: Shape,
-    dtype: str,
     coverage: ExpertCoverage,
     engine: EngineProfile,
     kernels: KernelConfig,
 ) -> Executed:
+    if len(set(kernels.experts.values())) == 1:
+        return _run_mode(next(iter(kernels.experts.values())), spec, cost, at, coverage, engine)
     buckets = sorted(kernels.experts)
     index = np.minimum(np.searchsorted(buckets, at.tokens), len(buckets) - 1)
     modes = {mode: np.isin(index, [i for i, b in enumerate(buckets) if kernels.experts[b] == mode])
              for mode in kernels.experts.values()}  # fmt: skip
-    runs = [_run_mode(mode, spec, cost, at, dtype, coverage, engine) for mode in modes]
-    if len(runs) == 1:
-        return runs[0]
+    runs = [_run_mode(mode, spec, cost, at, coverage, engine) for mode in modes]
 
     def pick(values: list[Array]) -> Array:
         return np.select(list(modes.values()), values)
@@ -88,6 +100,11 @@ def _experts(
         pick([run.moved_bytes for run in runs]),
         pick([run.launches for run in runs]),
         pick([run.host_units for run in runs]),
+        tuple(
+            (np.where(here, count, 0.0), call)
+            for run, here in zip(runs, modes.values(), strict=True)
+            for count, call in run.calls
+        ),
     )
 
 
@@ -96,28 +113,36 @@ def _run_mode(
     spec: ModelSpec,
     cost: OperatorCost,
     at: Shape,
-    dtype: str,
     coverage: ExpertCoverage,
     engine: EngineProfile,
 ) -> Executed:
     """loop and grouped multiply the experts that are hit, gather one per token, dense all of them as one wide matmul.
 
-    gather first copies every token's expert, which moves it `weight_passes` times; a single token needs no copy.
+    gather first copies every token's expert, which moves it `weight_passes` times; a single token needs no copy. Only
+    grouped is a kernel of the library; the others are its matmuls, and gather's its kernel over the copies.
     """
     if mode not in engine.experts:
         raise UserError(f"engine {engine.name} has no expert mode {mode!r}; it has {', '.join(sorted(engine.experts))}")
-    host, n, tokens, experts = engine.experts[mode], spec.layers, at.tokens, spec.num_experts
-    distinct = coverage.distinct(at.batch, at.slots, experts)
+    host, n, tokens, experts = engine.experts[mode], spec.moe_layers, at.tokens, spec.num_experts
+    distinct = coverage.distinct(at.batch, at.slots, experts, spec.experts_per_token)
     matmuls, weights, moved = cost.matmuls, cost.weight_bytes, cost.activation_bytes * host.passes
-    expert_bytes = float(n * spec.expert_parameters * DTYPE_BYTES[dtype])
-    if mode == "dense":
+    assert cost.dtypes is not None  # experts multiply
+    stored, met = cost.dtypes
+    expert_bytes = n * spec.expert_parameters * stored_bytes(stored)
+    calls: tuple[tuple[Array, Call], ...] = ()
+    if mode == "grouped":
+        calls = tuple((np.asarray(count), call) for count, call in cost.calls)
+    elif mode == "dense":
         layers = np.full(np.shape(tokens), float(n))
         width = experts * spec.expert_size
         matmuls = (Matmul(layers, tokens, spec.hidden_size, 2 * width), Matmul(layers, tokens, width, spec.hidden_size))
         weights, moved = np.full(np.shape(tokens), experts * expert_bytes), moved * experts
     elif mode == "gather":
-        matmuls = expert_matmuls(spec, n * tokens, np.ones(np.shape(tokens)))
-        moved = moved + np.where(tokens > 1, host.weight_passes * tokens * expert_bytes, 0.0)
+        copies = tokens * spec.experts_per_token
+        matmuls = expert_matmuls(spec, n * copies, np.ones(np.shape(tokens)))
+        moved = moved + np.where(tokens > 1, host.weight_passes * copies * expert_bytes, 0.0)
+        call = FusedMoe(copies, spec.hidden_size, spec.expert_size, copies, 1, copies, stored, met)
+        calls = ((np.asarray(float(n)), call),)
     launches = n * (host.launches + host.launches_per_expert * distinct)
     views = n * (host.views + host.views_per_expert * distinct)
-    return Executed(cost, matmuls, weights, moved, launches, launches + views * engine.view_share)
+    return Executed(cost, matmuls, weights, moved, launches, launches + views * engine.view_share, calls)

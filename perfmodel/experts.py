@@ -78,19 +78,20 @@ class ExpertCoverage:
         skipped = float(np.mean([p.skip_share for p in own]))
         return dataclasses.replace(self, measured=(*own, *near), skip_share=skipped)
 
-    def distinct(self, batch: npt.ArrayLike, slots: npt.ArrayLike, experts: int) -> Array:
+    def distinct(self, batch: npt.ArrayLike, slots: npt.ArrayLike, experts: int, per_token: int = 1) -> Array:
         """Expected distinct experts, broadcast over `batch` and `slots`; at most `experts`.
 
-        uniform: E (1 - (1 - p)^T) with p = (1 - skip_share) / E, T = batch * slots. correlated: the same with
-        1 + (slots - 1)(1 - rho) independent choices per sequence. Raises UserError beyond what was measured, and for
-        another number of experts than the recorded model's.
+        uniform: E (1 - (1 - p)^T) with p = k (1 - skip_share) / E, T = batch * slots, where every token takes k =
+        `per_token` different ones. correlated: the same with 1 + (slots - 1)(1 - rho) independent choices per
+        sequence. Raises UserError beyond what was measured, and for another number of experts than the recorded
+        model's.
         """
         batch, slots = np.asarray(batch, dtype=float), np.asarray(slots, dtype=float)
         tokens = batch * slots
         if self.kind == "all":
             return np.full(tokens.shape, float(experts))
         if self.kind == "min":
-            return np.minimum(experts, tokens * (1 - self.skip_share))
+            return np.minimum(experts, tokens * per_token * (1 - self.skip_share))
         if self.kind == "measured":
             require(
                 self.experts in (None, experts),
@@ -98,8 +99,8 @@ class ExpertCoverage:
             )
             return np.minimum(self._interpolate(batch, slots, experts), experts)
         choices = batch * (1 + (slots - 1) * (1 - self.rho)) if self.kind == "correlated" else tokens
-        rate = (1 - self.skip_share) / experts
-        return experts * -np.expm1(choices * math.log1p(-rate)) if rate < 1 else np.ones(tokens.shape)
+        rate = per_token * (1 - self.skip_share) / experts
+        return experts * -np.expm1(choices * math.log1p(-rate)) if rate < 1 else np.full(tokens.shape, float(experts))
 
     def _interpolate(self, batch: Array, slots: Array, experts: int) -> Array:
         """Each recorded block length is a curve over log batch; between the nearest two that reach the batch, linear

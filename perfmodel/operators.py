@@ -2,11 +2,14 @@
 
 FLOPs count multiply-adds of matmuls and convolutions twice, as `torch.utils.flop_counter` does; norms, softmax, RoPE
 and activations are ignored (below 1% of a forward; their bytes are counted). What an engine adds, such as copies,
-padding or launches, is `perfmodel.engine`'s.
+padding or launches, is `perfmodel.engine`'s. Everything is of one device, the most loaded one.
+
+Arrays keep the shapes that they depend on, and broadcast: over a grid of batches x contexts, only attention is whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
@@ -14,15 +17,30 @@ import numpy as np
 import numpy.typing as npt
 
 from perfmodel.experts import ExpertCoverage
+from perfmodel.kernels.call import Array as Array
+from perfmodel.kernels.call import Attention, Collective, FusedMoe
 from perfmodel.model_spec import ModelSpec
-from runtime.config import DTYPE_BYTES
+from perfmodel.parallel import ALONE, Parallel, divided, most_loaded
+from perfmodel.precision import Precision, stored_bytes
 
-Array = npt.NDArray[np.float64]
-
-LAYER_OPERATORS = ("norms_residual", "qkv", "cca", "attention", "output", "router", "experts")
-FORWARD_OPERATORS = ("embedding", *LAYER_OPERATORS, "lm_head")
-RESIDUAL_BYTES = 4  # the residual stream is fp32 at any dtype
+FORWARD_OPERATORS = (
+    "embedding",
+    "norms_residual",
+    "qkv",
+    "cca",
+    "attention",
+    "output",
+    "router",
+    "experts",
+    "mlp",
+    "collective",
+    "lm_head",
+)
+ENGINE = "engine"  # what an engine adds to a forward or a step, whatever its kernels; named beside the operators
 LOGIT_BYTES = 4  # samplers work on fp32 logits
+WIRE_BYTES = 2  # activations are exchanged in 16 bits
+
+Call = Attention | FusedMoe | Collective
 
 
 @dataclass(frozen=True)
@@ -50,10 +68,8 @@ def shape(
     pairs: Array | None = None,
     head_passes: int = 1,
 ) -> Shape:
-    """Numbers or arrays as a `Shape`, broadcast together."""
-    sequences, width, cached, rows = np.broadcast_arrays(
-        *(np.asarray(a, dtype=float) for a in (batch, slots, context, head_rows))
-    )
+    """Numbers or arrays as a `Shape`."""
+    sequences, width, cached, rows = (np.asarray(a, dtype=float) for a in (batch, slots, context, head_rows))
     return Shape(sequences, width, cached, rows, pairs, head_passes)
 
 
@@ -78,6 +94,8 @@ class OperatorCost:
 
     weight_bytes: parameters read, each once. kv_bytes: cache and state, read or written. activation_bytes: what lies
     between operators, each written and read once; `activation_set_bytes` of them live at a time, in one layer.
+    repeat: how often a forward runs it. calls: what it is of the kernel library, each with how often it is made, where
+    it is more than its matmuls and bytes.
     """
 
     name: str
@@ -88,6 +106,9 @@ class OperatorCost:
     activation_bytes: Array
     activation_set_bytes: Array
     matmuls: tuple[Matmul, ...] = ()
+    repeat: float = 1.0
+    calls: tuple[tuple[float, Call], ...] = ()
+    dtypes: tuple[str, str] | None = None  # weights and activations that are multiplied; None: nothing is
 
     @property
     def bytes(self) -> Array:
@@ -97,147 +118,207 @@ class OperatorCost:
 
 def expert_matmuls(spec: ModelSpec, count: Array, rows: Array) -> tuple[Matmul, ...]:
     """Gate with up, and down, of `count` experts over all layers with `rows` tokens each."""
-    return (
-        Matmul(count, rows, spec.hidden_size, 2 * spec.expert_size),
-        Matmul(count, rows, spec.expert_size, spec.hidden_size),
-    )
+    return _gated(spec.hidden_size, spec.expert_size, count, rows)
+
+
+def _gated(hidden: int, width: int, count: Array, rows: Array) -> tuple[Matmul, ...]:
+    return (Matmul(count, rows, hidden, 2 * width), Matmul(count, rows, width, hidden))
+
+
+_NOTHING = np.zeros(())
 
 
 def _cost(
     name: str,
-    like: Array,
     *,
-    repeat: int = 1,
+    repeat: float = 1.0,
     weight_bytes: Array | float = 0.0,
     kv_bytes: Array | float = 0.0,
     activation_set_bytes: Array | float = 0.0,
     matmuls: tuple[Matmul, ...] = (),
     flops: Array | None = None,
     least_flops: Array | None = None,
+    calls: tuple[tuple[float, Call], ...] = (),
+    dtypes: tuple[str, str] | None = None,
 ) -> OperatorCost:
-    """Arrays of `like`'s shape. Bytes are of one layer, done `repeat` times; FLOPs (default: the matmuls') of all."""
-    zero = np.zeros(np.shape(like))
-    done = sum((m.flops for m in matmuls), zero) if flops is None else zero + flops
-    moved = zero + activation_set_bytes
+    """Bytes are of one layer, done `repeat` times; FLOPs (default: the matmuls') of all."""
+    done = sum((m.flops for m in matmuls), _NOTHING) if flops is None else flops
+    moved = np.asarray(activation_set_bytes)
     return OperatorCost(
         name=name,
         flops=done,
-        least_flops=done if least_flops is None else zero + least_flops,
-        weight_bytes=zero + repeat * weight_bytes,
-        kv_bytes=zero + repeat * kv_bytes,
-        activation_bytes=repeat * moved,
+        least_flops=done if least_flops is None else least_flops,
+        weight_bytes=np.asarray(repeat * weight_bytes),
+        kv_bytes=np.asarray(repeat * kv_bytes),
+        activation_bytes=np.asarray(repeat * moved),
         activation_set_bytes=moved,
         matmuls=matmuls,
+        repeat=repeat,
+        calls=calls,
+        dtypes=dtypes,
     )
 
 
-def forward_costs(spec: ModelSpec, at: Shape, dtype: str, coverage: ExpertCoverage) -> tuple[OperatorCost, ...]:
-    """Costs of one forward in the order of FORWARD_OPERATORS.
+@dataclass(frozen=True)
+class _Forward:
+    """What every operator's cost follows from. `spec` is one device's share, but for its number of experts."""
+
+    spec: ModelSpec
+    at: Shape  # of one replica
+    precision: Precision
+    coverage: ExpertCoverage
+    parallel: Parallel
+    everywhere: Array  # sequences of all replicas
+
+    @property
+    def width(self) -> float:
+        """Bytes of an activation, and of what is never quantised."""
+        return stored_bytes(self.precision.head)
+
+    @property
+    def residual(self) -> float:
+        """Bytes of an element of the residual stream: ZAYA's is fp32 at any dtype."""
+        return 4.0 if self.spec.architecture == "zaya" else self.width
+
+    @property
+    def linear(self) -> tuple[str, str]:
+        """What linear layers multiply."""
+        return self.precision.weights, self.precision.activations
+
+    @property
+    def plain(self) -> tuple[str, str]:
+        """What is never quantised multiplies."""
+        return self.precision.head, self.precision.head
+
+
+def forward_costs(
+    spec: ModelSpec,
+    at: Shape,
+    precision: Precision,
+    coverage: ExpertCoverage,
+    parallel: Parallel = ALONE,
+) -> tuple[OperatorCost, ...]:
+    """Costs of one forward on one device, in the order of FORWARD_OPERATORS; what the model lacks is left out.
 
     The prefill of T tokens is slots = T at context 0. KV is read once per sequence for all its slots, and at most the
     window of a sliding layer. Raises UserError from a measured `coverage` that does not reach the token count.
     """
-    width, n, tokens = DTYPE_BYTES[dtype], spec.layers, at.tokens
-    hidden, query, router = spec.hidden_size, spec.query_size, spec.router_size
-    qkv, classes = query + 2 * spec.kv_size, spec.num_experts + 1
-    layers, once = np.full(np.shape(tokens), float(n)), np.ones(np.shape(tokens))
-    head_tokens = at.batch * at.head_rows
-    head_parameters = spec.vocab_size * hidden + (spec.vocab_size if spec.lm_head_bias else 0)
-    return (
-        _cost(
-            "embedding",
-            tokens,
-            weight_bytes=np.minimum(tokens, spec.vocab_size) * hidden * width,
-            activation_set_bytes=tokens * hidden * (width + RESIDUAL_BYTES),
-        ),
-        # Two norms (residual in, dtype out) and two additions (branch and residual in, residual out) a layer.
-        _cost(
-            "norms_residual",
-            tokens,
-            repeat=n,
-            weight_bytes=(10 + 3 / n) * hidden * width,
-            activation_set_bytes=2 * tokens * hidden * (2 * width + 3 * RESIDUAL_BYTES),
-        ),
-        _cost(
-            "qkv",
-            tokens,
-            repeat=n,
-            weight_bytes=spec.qkv_parameters * width,
-            activation_set_bytes=tokens * (hidden + qkv) * width,
-            matmuls=(Matmul(layers, tokens, hidden, qkv),),
-        ),
-        _cca(spec, at, width),
-        _attention(spec, at, width),
-        _cost(
-            "output",
-            tokens,
-            repeat=n,
-            weight_bytes=spec.output_parameters * width,
-            activation_set_bytes=tokens * (query + hidden) * width,
-            matmuls=(Matmul(layers, tokens, query, hidden),),
-        ),
-        _cost(
-            "router",
-            tokens,
-            repeat=n,
-            weight_bytes=(spec.router_matrix_parameters + 5 * router) * width,
-            activation_set_bytes=tokens * (hidden + 6 * router + 2 * classes) * width,
-            matmuls=(
-                Matmul(layers, tokens, hidden, router),
-                Matmul(2 * layers, tokens, router, router),
-                Matmul(layers, tokens, router, classes),
-            ),
-        ),
-        _experts(spec, at, width, coverage),
-        _cost(
-            "lm_head",
-            tokens,
-            weight_bytes=np.where(at.head_rows > 0, at.head_passes * head_parameters * width, 0.0),
-            activation_set_bytes=head_tokens * (hidden * width + spec.vocab_size * LOGIT_BYTES),
-            matmuls=(Matmul(at.head_passes * once, head_tokens / at.head_passes, hidden, spec.vocab_size),),
-        ),
+    own = at
+    if parallel.replicas > 1:  # the most loaded replica decodes the odd sequence
+        own = Shape(np.ceil(at.batch / parallel.replicas), at.slots, at.context, at.head_rows, at.pairs, at.head_passes)
+    forward = _Forward(divided(spec, parallel), own, precision, coverage, parallel, at.batch)
+    found = [_embedding(forward), _norms(forward), _qkv(forward)]
+    if spec.convolutional:
+        found.append(_cca(forward))
+    found += [_attention(forward), _output(forward)]
+    if spec.moe_layers:
+        found += [_router(forward), _experts(forward)]
+    if spec.dense_layers or spec.shared_expert_size:
+        found.append(_mlp(forward))
+    if parallel.devices > 1:
+        found.append(_collective(forward))
+    return (*found, _lm_head(forward))
+
+
+def _embedding(f: _Forward) -> OperatorCost:
+    hidden, tokens = f.spec.hidden_size, f.at.tokens
+    return _cost(
+        "embedding",
+        weight_bytes=np.minimum(tokens, f.spec.vocab_size) * hidden * f.width,
+        activation_set_bytes=tokens * hidden * (f.width + f.residual),
     )
 
 
-def _cca(spec: ModelSpec, at: Shape, width: int) -> OperatorCost:
+def _norms(f: _Forward) -> OperatorCost:
+    """Two norms and two additions a layer.
+
+    ZAYA scales the residual apart: a norm (residual in, dtype out), and an addition (branch and residual in, residual
+    out). Others fuse an addition with the norm behind it, which saves reading the sum again.
+    """
+    n, hidden, width = f.spec.layers, f.spec.hidden_size, f.width
+    passes = 3 if f.spec.architecture == "zaya" else 2
+    return _cost(
+        "norms_residual",
+        repeat=n,
+        weight_bytes=f.spec.parameters_by_component()["norms_residual"] / n * width,
+        activation_set_bytes=2 * f.at.tokens * hidden * (2 * width + passes * f.residual),
+    )
+
+
+def _qkv(f: _Forward) -> OperatorCost:
+    spec, tokens = f.spec, f.at.tokens
+    outer = spec.query_size + 2 * spec.kv_size
+    return _cost(
+        "qkv",
+        repeat=spec.layers,
+        weight_bytes=spec.qkv_parameters * stored_bytes(f.precision.weights),
+        activation_set_bytes=tokens * (spec.hidden_size + outer) * f.width,
+        matmuls=(Matmul(np.asarray(float(spec.layers)), tokens, spec.hidden_size, outer),),
+        dtypes=f.linear,
+    )
+
+
+def _output(f: _Forward) -> OperatorCost:
+    spec, tokens = f.spec, f.at.tokens
+    return _cost(
+        "output",
+        repeat=spec.layers,
+        weight_bytes=spec.output_parameters * stored_bytes(f.precision.weights),
+        activation_set_bytes=tokens * (spec.query_size + spec.hidden_size) * f.width,
+        matmuls=(Matmul(np.asarray(float(spec.layers)), tokens, spec.query_size, spec.hidden_size),),
+        dtypes=f.linear,
+    )
+
+
+def _cca(f: _Forward) -> OperatorCost:
     """Both convolutions, the q/k mean residual, norm and RoPE; the state of a sequence is read and written once."""
-    n, tokens, channels = spec.layers, at.tokens, spec.conv_channels
+    spec, at, n = f.spec, f.at, f.spec.layers
+    tokens, channels = at.tokens, spec.conv_channels
     depthwise, grouped = spec.conv_widths
-    heads = np.full(np.shape(tokens), float(n * sum(spec.heads)))
+    heads = np.asarray(float(n * sum(spec.heads)))
     state = (depthwise + grouped - 2) * channels + spec.kv_size // 2
     return _cost(
         "cca",
-        tokens,
         repeat=n,
-        weight_bytes=spec.cca_parameters * width,
-        kv_bytes=at.batch * 2.0 * state * width,
-        activation_set_bytes=tokens * 2.0 * channels * width,
+        weight_bytes=spec.cca_parameters * f.width,
+        kv_bytes=at.batch * 2.0 * state * f.width,
+        activation_set_bytes=tokens * 2.0 * channels * f.width,
         matmuls=(Matmul(heads, tokens, spec.head_dim * grouped, spec.head_dim),),
         flops=n * tokens * 2.0 * channels * (depthwise + grouped * spec.head_dim),
+        dtypes=f.plain,
     )
 
 
-def _attention(spec: ModelSpec, at: Shape, width: int) -> OperatorCost:
+def _attention(f: _Forward) -> OperatorCost:
     """Scores and values. Every slot meets all cached keys (of the window) and, masked or not, every slot."""
-    flops, least, kv = np.zeros(()), np.zeros(()), np.zeros(())
+    spec, at = f.spec, f.at
+    each: float | Array = 0.0  # pairs of a slot and a key by sequence, over all layers
+    least: float | Array = 0.0
+    read: float | Array = 0.0
+    calls: list[tuple[float, Call]] = []
+    queries, keys = spec.heads
     for window, layers in Counter(spec.window_by_layer).items():
         cached = at.context if window is None else np.minimum(at.context, window - 1)
-        flops = flops + layers * 4.0 * spec.query_size * at.tokens * (cached + at.slots)
-        least = least + layers * 4.0 * spec.query_size * at.batch * _visible(at, window)
-        kv = kv + layers * 2.0 * spec.kv_size * width * at.batch * (cached + at.slots)
+        each = each + layers * (at.slots * (cached + at.slots))
+        least = least + layers * _visible(at, window)
+        read = read + layers * (cached + at.slots)
+        call = Attention(at.batch, at.slots, cached, queries, keys, spec.head_dim, f.precision.cache)
+        calls.append((float(layers), call))
+    width = stored_bytes(f.precision.cache)
     return _cost(
         "attention",
-        at.tokens,
         repeat=spec.layers,
-        kv_bytes=kv / spec.layers,
-        activation_set_bytes=at.tokens * 2.0 * spec.query_size * width,
-        flops=flops,
-        least_flops=least,
+        kv_bytes=at.batch * ((2.0 * spec.kv_size * width / spec.layers) * read),
+        activation_set_bytes=at.tokens * 2.0 * spec.query_size * f.width,
+        flops=at.batch * (4.0 * spec.query_size * each),
+        least_flops=at.batch * (4.0 * spec.query_size * least),
+        calls=tuple(calls),
+        dtypes=(f.precision.cache, f.precision.cache),
     )
 
 
 def _visible(at: Shape, window: int | None) -> Array:
-    """Pairs of a slot and a key it sees, at least.
+    """Pairs of a slot and a key it sees, of one sequence, at least.
 
     Causal slots: sum over slots i of min(context + i, window). Others, whose pairs are given: no slot comes before the
     cached tokens' end, so that in a window each sees min(context + 1, window) keys if it does not see fewer in all.
@@ -249,23 +330,127 @@ def _visible(at: Shape, window: int | None) -> Array:
     return growing * at.context + growing * (growing + 1) / 2 + (at.slots - growing) * (window or 0)
 
 
-def _experts(spec: ModelSpec, at: Shape, width: int, coverage: ExpertCoverage) -> OperatorCost:
-    """Each token through one expert (none for the skip expert); the weights of the distinct experts, each once."""
-    n = spec.layers
-    tokens = at.tokens * (1 - coverage.skip_share) * spec.experts_per_token
-    distinct = coverage.distinct(at.batch, at.slots, spec.num_experts)
+def _router(f: _Forward) -> OperatorCost:
+    """ZAYA's MLP router over one class more than there are experts, or one matrix over the experts."""
+    spec, tokens, n, router = f.spec, f.at.tokens, f.spec.moe_layers, f.spec.router_size
+    layers = np.asarray(float(n))
+    matmuls: tuple[Matmul, ...]
+    if router:
+        classes = spec.num_experts + 1
+        inside = 6 * router + 2 * classes
+        matmuls = (
+            Matmul(layers, tokens, spec.hidden_size, router),
+            Matmul(2 * layers, tokens, router, router),
+            Matmul(layers, tokens, router, classes),
+        )
+    else:
+        inside = 2 * spec.num_experts
+        matmuls = (Matmul(layers, tokens, spec.hidden_size, spec.num_experts),)
+    return _cost(
+        "router",
+        repeat=n,
+        weight_bytes=(spec.router_matrix_parameters + 5 * router) * f.width,
+        activation_set_bytes=tokens * (spec.hidden_size + inside) * f.width,
+        matmuls=matmuls,
+        dtypes=f.plain,
+    )
+
+
+def _experts(f: _Forward) -> OperatorCost:
+    """Each token through its experts (none for the skip expert); the weights of the distinct experts, each once."""
+    spec, at, n, devices = f.spec, f.at, f.spec.moe_layers, f.parallel.expert
+    batch = f.everywhere if f.parallel.replicas > 1 else at.batch
+    hit = f.coverage.distinct(batch, at.slots, spec.num_experts, spec.experts_per_token)
+    distinct = most_loaded(hit, spec.num_experts, devices)
+    tokens = batch * at.slots * (1 - f.coverage.skip_share)
+    rows = tokens * spec.experts_per_token / devices  # pairs of a token and an expert, on one device
+    top_k = max(1.0, spec.experts_per_token / devices)
+    weights, activations = f.precision.experts, f.precision.expert_activations
+    call = FusedMoe(
+        rows / top_k,
+        spec.hidden_size,
+        spec.expert_size,
+        spec.num_experts // devices,
+        top_k,
+        distinct,
+        weights,
+        activations,
+    )
     return _cost(
         "experts",
-        tokens,
         repeat=n,
-        weight_bytes=distinct * float(spec.expert_parameters * width),
-        activation_set_bytes=at.tokens * 2.0 * (spec.hidden_size + spec.expert_size) * width,
-        matmuls=expert_matmuls(spec, n * distinct, tokens / np.maximum(distinct, np.finfo(float).tiny)),
-        flops=n * tokens * 2.0 * spec.expert_parameters,
+        weight_bytes=distinct * float(spec.expert_parameters * stored_bytes(weights)),
+        activation_set_bytes=batch
+        * at.slots
+        / devices
+        * 2.0
+        * (spec.hidden_size + spec.experts_per_token * spec.expert_size)
+        * f.width,
+        matmuls=expert_matmuls(spec, n * distinct, rows / np.maximum(distinct, np.finfo(float).tiny)),
+        flops=n * rows * 2.0 * spec.expert_parameters,
+        calls=((float(n), call),),
+        dtypes=(weights, activations),
     )
+
+
+def _mlp(f: _Forward) -> OperatorCost:
+    """Dense MLPs, and the expert that every token takes beside its own."""
+    spec, tokens = f.spec, f.at.tokens
+    width = stored_bytes(f.precision.weights)
+    dense, shared = float(spec.dense_layers), float(spec.moe_layers if spec.shared_expert_size else 0)
+    repeat = dense + shared
+    matmuls: tuple[Matmul, ...] = ()
+    for layers, size in ((dense, spec.mlp_size), (shared, spec.shared_expert_size)):
+        if layers:
+            matmuls += _gated(spec.hidden_size, size, np.asarray(layers), tokens)
+    mean_size = (dense * spec.mlp_size + shared * spec.shared_expert_size) / repeat
+    parameters = dense * spec.mlp_parameters + shared * spec.shared_expert_parameters
+    return _cost(
+        "mlp",
+        repeat=repeat,
+        weight_bytes=parameters / repeat * width,
+        activation_set_bytes=tokens * 2.0 * (spec.hidden_size + mean_size) * f.width,
+        matmuls=matmuls,
+        dtypes=f.linear,
+    )
+
+
+def _collective(f: _Forward) -> OperatorCost:
+    """Tensor parallel: attention's and the MLP's results are summed, two all-reduces of tokens x hidden a layer.
+
+    Replicas that share experts send every token to its experts' devices and back: two all-to-alls per MoE layer.
+    """
+    spec, parallel, tokens = f.spec, f.parallel, f.at.tokens
+    calls: list[tuple[float, Call]] = []
+    size = tokens * spec.hidden_size * WIRE_BYTES
+    if parallel.tensor > 1:
+        calls.append((2.0 * spec.layers, Collective(size, parallel.tensor)))
+    if parallel.replicas > 1:
+        copies = min(spec.experts_per_token, parallel.expert)
+        calls.append((2.0 * spec.moe_layers, Collective(size * copies, parallel.devices, "all_to_all")))
+    return _cost("collective", calls=tuple(calls), repeat=sum(count for count, _ in calls), dtypes=f.plain)
+
+
+def _lm_head(f: _Forward) -> OperatorCost:
+    spec, at = f.spec, f.at
+    rows = at.batch * at.head_rows
+    parameters = spec.vocab_size * spec.hidden_size + (spec.vocab_size if spec.lm_head_bias else 0)
+    passes = np.asarray(float(at.head_passes))
+    cost = _cost(
+        "lm_head",
+        weight_bytes=np.where(at.head_rows > 0, at.head_passes * parameters * f.width, 0.0),
+        activation_set_bytes=rows * (spec.hidden_size * f.width + spec.vocab_size * LOGIT_BYTES),
+        matmuls=(Matmul(passes, rows / at.head_passes, spec.hidden_size, spec.vocab_size),),
+        dtypes=f.plain,
+    )
+    return dataclasses.replace(cost, repeat=float(at.head_passes))
 
 
 def sampler_cost(spec: ModelSpec, rows: npt.ArrayLike) -> OperatorCost:
     """A step's own work over the vocabulary: `rows` rows of logits (of all sequences) read once."""
-    logits = np.asarray(rows, dtype=float) * spec.vocab_size * LOGIT_BYTES
-    return _cost("sampler", logits, activation_set_bytes=logits)
+    return _cost("sampler", activation_set_bytes=np.asarray(rows, dtype=float) * spec.vocab_size * LOGIT_BYTES)
+
+
+def engine_cost() -> OperatorCost:
+    """What an engine spends beside its kernels: nothing that a device must compute or move."""
+    return _cost(ENGINE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from perfmodel.parallel import Parallel
 from runtime.config import DecodingConfig, Workload
 
 Bound = Literal["memory", "compute", "overhead"]
@@ -69,3 +70,8 @@ class Prediction:
     speedup_over_autoregressive: float
     experts_per_layer: float  # in the step's widest forward
     ridge_point_flops_per_byte: float
+    precision: str  # element types, as `precision.Precision` names them
+    parallel: Parallel
+    step_seconds_interval: tuple[float, float] | None  # meant to hold 80% of measured steps; None: spread not known
+    joules_per_million_tokens: float | None  # estimates, see `perfmodel.economics`; None where the profile lacks them
+    dollars_per_million_tokens: float | None

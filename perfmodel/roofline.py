@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hardware.files import UserError
 from hardware.profile import Curves, HardwareProfile
-from perfmodel.engine import EngineProfile
+from perfmodel.engine import EngineProfile, HostCosts
 from perfmodel.execution import Executed
-from perfmodel.operators import Array, Matmul, OperatorCost
+from perfmodel.kernels.call import Array, Attention, Collective, FusedMoe, Gemm, Parts
+from perfmodel.kernels.elementwise import Elementwise
+from perfmodel.kernels.library import Family, Library, load_library
+from perfmodel.operators import Call, Matmul, OperatorCost, engine_cost
+from perfmodel.precision import arithmetic_dtype
 from perfmodel.prediction import Bound
 from runtime.config import DTYPE_BYTES
 
@@ -20,22 +24,74 @@ BOUNDS: tuple[Bound, ...] = ("memory", "compute", "overhead")  # codes 0, 1, 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one operator in a forward, as arrays of one shape. The parts add up to `seconds`."""
+    """Seconds of one operator in a forward, as arrays that broadcast. The parts add up to `seconds`."""
 
     executed: Executed
-    seconds: Array
     bound_seconds: Array
-    parts: tuple[Array, Array, Array]  # in the order of BOUNDS
+    parts: Parts
+    family: Family | None  # of the kernel library; None: not from there
 
     @property
     def name(self) -> str:
         """The operator's name."""
         return self.executed.cost.name
 
+    @property
+    def seconds(self) -> Array:
+        """Calibrated estimate."""
+        return self.parts.seconds
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Operators that run after each other. `kernels` are without the time in which the device waits for the host."""
+
+    kernels: tuple[Timing, ...]
+    host_seconds: tuple[Array, ...] | None = None  # by operator, where an eager host launches ahead of the device
+    last: Timing | None = None  # what an engine adds
+
+    @property
+    def seconds(self) -> Array:
+        """All of them: the device's time, or the host's where it is slower."""
+        found = total([t.seconds for t in self.kernels])
+        if self.host_seconds is not None:
+            found = np.maximum(found, total(self.host_seconds))
+        return found if self.last is None else found + self.last.seconds
+
+    @property
+    def bound_seconds(self) -> Array:
+        """Roofline of all of them."""
+        return total([t.bound_seconds for t in self.kernels])
+
+    def followed_by(self, last: Timing) -> Timings:
+        """These, then what neither the device nor its host can hide."""
+        return replace(self, last=last)
+
+    @property
+    def operators(self) -> list[Timing]:
+        """Every operator with its share of the waiting, which is in proportion to what the host does for it."""
+        after = [] if self.last is None else [self.last]
+        if self.host_seconds is None:
+            return [*self.kernels, *after]
+        hosted = total(self.host_seconds)
+        waiting = np.maximum(hosted - total([t.seconds for t in self.kernels]), 0.0)
+        share = waiting / np.maximum(hosted, np.finfo(float).tiny)
+        waited = [
+            replace(t, parts=t.parts._replace(overhead=t.parts.overhead + host * share))
+            for t, host in zip(self.kernels, self.host_seconds, strict=True)
+        ]
+        return [*waited, *after]
+
+
+def total(arrays: Iterable[Array]) -> Array:
+    """Their sum, the small ones first: over a grid only few of them have the whole's shape."""
+    return sum(sorted(arrays, key=np.size), np.zeros(()))
+
 
 class Device:
     """The rates of one hardware profile for one dtype and thread count, ready for arrays.
 
+    library: the kernels that estimates are made of; None for a CPU and for a device whose matmuls were probed.
     Raises UserError for a dtype without a peak, and for a thread count that a probed profile has no curves for.
     """
 
@@ -54,6 +110,16 @@ class Device:
         self._matmuls = _MatmulTimes(hardware, curves, dtype) if curves else None
         if self._matmuls is not None and not self._matmuls.shapes:
             self._matmuls = None
+        self.library: Library | None = load_library() if hardware.kind == "gpu" and not hardware.measured else None
+        self._peaks = peaks
+        self._dtypes: dict[tuple[str, str], str] = {}
+
+    def peak_of(self, weights: str, activations: str) -> float:
+        """Datasheet FLOPs per second of a matmul of these dtypes."""
+        key = weights, activations
+        if key not in self._dtypes:
+            self._dtypes[key] = arithmetic_dtype(self.hardware, weights, activations)
+        return self._peaks[self._dtypes[key]]
 
     def peak_bandwidth(self, working_set_bytes: Array) -> Array:
         """Datasheet bandwidth of the level that holds the working set; infinite for a cache without a figure."""
@@ -70,6 +136,11 @@ class Device:
             slower = level.achieved_bandwidth_bytes_per_second or level.peak_bandwidth_bytes_per_second or slower
             rates.insert(0, slower)
         return self._by_level(working_set_bytes, rates)
+
+    @property
+    def largest_cache(self) -> float:
+        """Bytes of the last level before main memory; 0 without one."""
+        return self.hardware.memory[-2].capacity_bytes if len(self.hardware.memory) > 1 else 0.0
 
     @property
     def ridge_point(self) -> float:
@@ -137,39 +208,117 @@ def bound_seconds(cost: OperatorCost, device: Device, stream_bytes: Array) -> Ar
     """
     streamed = (cost.weight_bytes + cost.kv_bytes) / device.peak_bandwidth(stream_bytes)
     activations = cost.activation_bytes / device.peak_bandwidth(cost.activation_set_bytes)
-    return np.maximum(cost.least_flops / device.peak_flops, streamed + activations)
+    moved = streamed + activations
+    return moved if cost.dtypes is None else np.maximum(cost.least_flops / device.peak_of(*cost.dtypes), moved)
 
 
 def time_operators(
     operators: Sequence[Executed], device: Device, engine: EngineProfile, stream_bytes: Array
-) -> list[Timing]:
+) -> Timings:
     """Time operators that run after each other in one forward; `stream_bytes` are its weights and cache.
 
     synchronous: host + kernels of each operator. graph: kernels + the gap between graph nodes. eager: the kernels, or
-    the host where it is slower: max(sum of kernels, sum of host), the waiting shared out by launches. The operators'
-    seconds add up to the forward's, and none is below its bound.
+    the host where it is slower: max(sum of kernels, sum of host), the waiting shared out by launches. None is below
+    its bound.
     """
     dispatch = engine.scale_of("dispatch")
-    host = [op.host_units * device.dispatch_seconds * dispatch for op in operators]
-    node = [op.launches * device.hardware.graph_node_seconds for op in operators]
-    if engine.host == "synchronous":
-        overhead = host
-    else:
-        overhead = [n * dispatch for n in node] if engine.host == "graph" else node
-    bounds = [bound_seconds(op.cost, device, stream_bytes) for op in operators]
-    parts = []
-    for op, bound, extra in zip(operators, bounds, overhead, strict=True):
-        memory, compute = _work(op, device, engine, stream_bytes)
+    costs = engine.host_costs(device.hardware)
+    if float(np.min(stream_bytes)) > device.largest_cache:
+        stream_bytes = np.asarray(np.inf)  # whatever the operating point: one level for a whole grid
+    found = []
+    for op in operators:
+        family: Family | None = None
+        if device.library is not None:
+            family, work = _from_library(op, device, device.library, engine, costs, stream_bytes)
+            memory, compute, extra = work
+            extra = extra * dispatch if engine.host == "graph" else extra
+        else:
+            memory, compute = _work(op, device, engine, stream_bytes)
+            node = op.launches * device.hardware.graph_node_seconds
+            host = op.host_units * device.dispatch_seconds * dispatch
+            extra = {"synchronous": host, "graph": node * dispatch, "eager": node}[engine.host]
+        bound = bound_seconds(op.cost, device, stream_bytes)
         # Below the bound a fitted rate exceeds the datasheet's: the estimate is then the bound.
         missing = np.maximum(bound - (memory + compute + extra), 0.0)
-        computing = op.cost.least_flops / device.peak_flops >= bound
-        parts.append((memory + np.where(computing, 0.0, missing), compute + np.where(computing, missing, 0.0), extra))
-    if engine.host == "eager":
-        hosted = sum(host, np.zeros(()))
-        waiting = np.maximum(hosted - sum((sum(p) for p in parts), np.zeros(())), 0.0)
-        share = waiting / np.maximum(hosted, np.finfo(float).tiny)
-        parts = [(memory, compute, extra + h * share) for (memory, compute, extra), h in zip(parts, host, strict=True)]
-    return [Timing(op, sum(p, np.zeros(())), b, p) for op, p, b in zip(operators, parts, bounds, strict=True)]
+        if missing.any():
+            peak = device.peak_flops if op.cost.dtypes is None else device.peak_of(*op.cost.dtypes)
+            computing = op.cost.least_flops / peak >= bound
+            memory, compute = memory + np.where(computing, 0.0, missing), compute + np.where(computing, missing, 0.0)
+        found.append(Timing(op, bound, Parts(memory, compute, extra), family))
+    if engine.host != "eager":
+        return Timings(tuple(found))
+    return Timings(tuple(found), tuple(op.host_units * device.dispatch_seconds * dispatch for op in operators))
+
+
+def engine_timing(seconds: Array) -> Timing:
+    """What an engine adds to a forward or a step beside its kernels."""
+    cost, zero = engine_cost(), np.zeros(())
+    return Timing(Executed(cost, (), zero, zero, zero, zero), zero, Parts(zero, zero, seconds), None)
+
+
+_FAMILY: dict[type, Family] = {Attention: "attention", FusedMoe: "moe", Collective: "collective"}
+_KERNELS_OF_CALL: dict[type, int] = {Attention: 1, FusedMoe: 2, Collective: 1}  # what an engine's launches count
+
+
+def _from_library(
+    op: Executed, device: Device, library: Library, engine: EngineProfile, costs: HostCosts, stream_bytes: Array
+) -> tuple[Family, Parts]:
+    """An operator as calls of the kernel library; what the engine launches beyond them only moves activations.
+
+    An engine that launches fewer kernels than there are calls has fused them, and pays their overhead as often as it
+    launches.
+    """
+    zero = np.zeros(())
+    memory, compute, overhead, called = zero, zero, zero, zero
+    family: Family = "elementwise"
+    moved = op.moved_bytes
+    if op.calls:
+        for count, call in op.calls:
+            family = _FAMILY[type(call)]
+            parts = _call(library, call, device.hardware)
+            memory, compute = memory + count * parts.memory, compute + count * parts.compute
+            overhead = overhead + count * parts.overhead
+            called = called + count * _KERNELS_OF_CALL[type(call)]
+    elif op.matmuls and op.cost.dtypes and op.cost.name != "cca":
+        family = "gemm"
+        cold = bool(np.min(stream_bytes) > device.largest_cache)
+        for m in op.matmuls:
+            rows = np.maximum(m.rows, 1.0)
+            gemm = Gemm(rows, m.outer, m.inner, *op.cost.dtypes, cold)
+            count = np.where(m.rows > 0, m.count, 0.0)
+            parts = library.gemm.time(gemm, device.hardware)
+            memory, compute = memory + count * parts.memory, compute + count * parts.compute
+            overhead = overhead + count * parts.overhead
+            called = called + count
+    else:
+        moved = moved + op.weight_bytes + op.cost.kv_bytes
+        compute = op.cost.flops / device.achieved_flops
+    factor = costs.factor(family)
+    rate_of_memory, rate_of_compute = _scales(family, engine)
+    fused = np.minimum(op.launches / np.maximum(called, 1.0), 1.0)
+    memory, compute = memory * (factor / rate_of_memory), compute * (factor / rate_of_compute)
+    overhead = overhead * (factor * fused)
+    alone = library.elementwise.time(Elementwise(moved, np.maximum(op.launches - called, 0.0)), device.hardware)
+    apart = costs.factor("elementwise")
+    memory = memory + alone.memory * (apart / engine.scale_of("activations"))
+    return family, Parts(memory, compute, overhead + alone.overhead * apart)
+
+
+def _call(library: Library, call: Call, hardware: HardwareProfile) -> Parts:
+    if isinstance(call, Attention):
+        return library.attention.time(call, hardware)
+    if isinstance(call, FusedMoe):
+        return library.moe.time(call, hardware)
+    return library.collective.time(call, hardware)
+
+
+def _scales(family: Family, engine: EngineProfile) -> tuple[float, float]:
+    """What calibration multiplies a family's rates with, of memory and of arithmetic."""
+    if family == "attention":
+        return engine.scale_of("cache"), engine.scale_of("attention")
+    if family in ("gemm", "moe"):
+        return engine.scale_of("matmul"), engine.scale_of("matmul")
+    return 1.0, 1.0
 
 
 def _work(op: Executed, device: Device, engine: EngineProfile, stream_bytes: Array) -> tuple[Array, Array]:

@@ -127,7 +127,7 @@ def time_points(
     if baseline is None:
         baseline = time_step(at, step_of(first.autoregressive), sequences, cached).seconds
     slots = np.maximum.reduce(np.broadcast_arrays(*(f.slots for f in timed.forwards)))
-    needed = memory_bytes(at.spec, at.device.dtype, sequences, cached + slots)
+    needed = memory_bytes(at, sequences, cached + slots)
     return Points(
         step_seconds=timed.seconds,
         bound_step_seconds=timed.bound_seconds,
@@ -167,7 +167,7 @@ def sweep(
         progress(found["fits"][rows, columns].size)
     committed = np.broadcast_to(np.asarray(acceptance_length, dtype=float), drafts.shape)
     rate = b[:, None, None] * committed / found["step_seconds"]
-    costs = economics(at.device.hardware, rate)
+    costs = economics(at.device.hardware, rate, at.parallel.devices)
     return Sweep(
         batch=b,
         context=c,

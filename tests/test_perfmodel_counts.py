@@ -15,6 +15,7 @@ from perfmodel.execution import execute_forward
 from perfmodel.experts import CoveragePoint, ExpertCoverage
 from perfmodel.model_spec import spec_from_config
 from perfmodel.operators import forward_costs, shape
+from perfmodel.precision import uniform
 from perfmodel.steps import step_of
 from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, ModelConfig, Sampler, replace
 
@@ -104,11 +105,11 @@ def test_launches_are_those_of_the_runtime(mode: str, experts: int, batch: int, 
     spec = spec_from_config(CONFIG, "counted")
     at = shape(batch, slots, 40, slots)
     coverage = ExpertCoverage("measured", measured=(CoveragePoint("verify", batch, slots, experts),))
-    costs = forward_costs(spec, at, "float32", coverage)
+    costs = forward_costs(spec, at, uniform("float32"), coverage)
     kernels = KernelConfig({1_000_000: mode})  # type: ignore[dict-item]
     for name in ("ridgepoint-cpu", "ridgepoint-eager"):
         engine = load_engine(name)
-        ran = {op.cost.name: op for op in execute_forward(spec, costs, at, "float32", coverage, engine, kernels)}
+        ran = {op.cost.name: op for op in execute_forward(spec, costs, at, coverage, engine, kernels)}
         groups = {
             "norms_residual": ("norms_residual",),
             "attention block": BLOCK,

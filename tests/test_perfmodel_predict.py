@@ -310,7 +310,7 @@ def test_what_decides_whether_drafting_pays() -> None:
             BIG, H100, workload, TWO, context=context, acceptance_length=6.8, engine="ideal-graph"
         ).speedup_over_autoregressive
 
-    assert speedup(1, 1024) < 1.5
+    assert speedup(1, 1024) < 0.3 * 6.8
     assert speedup(8, 100_000) > speedup(8, 1024)
     assert speedup(8, 100_000) < 6.8 / 2  # two forwards, each at least as long as one autoregressive step
 
@@ -334,7 +334,7 @@ def test_overhead_binds_small_steps_and_fewer_experts_help() -> None:
 def test_every_bundled_profile_predicts(name: str) -> None:
     hardware = load_profile(name)
     for dtype in hardware.peak_flops_per_second:
-        if dtype != "fp8":
+        if dtype in ("float32", "bfloat16", "float16"):
             p = predict(NANO, hardware, Workload(batch=4, dtype=dtype), TWO, context=512, acceptance_length=4)
             assert p.step_seconds > p.bound_step_seconds > 0
 

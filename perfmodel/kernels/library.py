@@ -67,7 +67,7 @@ class Library:
     attention: AttentionKernels
     collective: CollectiveKernels
     elementwise: ElementwiseKernels
-    evidence: dict[str, Evidence]
+    evidence: dict[Family, Evidence]
 
 
 def fit_file(family: Family) -> Path:
