@@ -41,6 +41,12 @@ def explain(
     verify: options.Verify = False,
     temperature: options.Temperature = 0.0,
     dtype: options.DType = None,
+    weights: options.Weights = None,
+    expert_weights: options.ExpertWeights = None,
+    activations: options.Activations = None,
+    cache_dtype: options.CacheDType = None,
+    tensor_parallel: options.TensorParallel = 1,
+    expert_parallel: options.ExpertParallel = 1,
     expert_coverage: options.Coverage = "uniform",
     engine: options.Engine = None,
     as_json: Json = False,
@@ -53,10 +59,13 @@ def explain(
         temperature=temperature,
     )  # fmt: skip
     acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram)
-    at = options.setting_of(model, load_profile(hardware), dtype, expert_coverage, engine)
+    device = load_profile(hardware)
+    precision = options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype)
+    at = options.setting_of(model, device, precision, expert_coverage, engine, tensor_parallel, expert_parallel)
     found = run(at, decoding, acceptance, batch=batch, context=context, fillings=steps_per_block)
     header = {"model": at.spec.name, "hardware": at.device.hardware.name, "engine": at.engine.name, "batch": batch,
-              "context": context, "decoding": plain(decoding), "expert_coverage": str(at.coverage)}  # fmt: skip
+              "context": context, "decoding": plain(decoding), "precision": str(at.precision),
+              "parallel": plain(at.parallel), "expert_coverage": str(at.coverage)}  # fmt: skip
     if as_json:
         return print_json(header | plain(found))
     _print_explanation(
@@ -82,6 +91,12 @@ def breakeven(
     steps_per_block: options.Fillings = None,
     verify: options.Verify = False,
     dtype: options.DType = None,
+    weights: options.Weights = None,
+    expert_weights: options.ExpertWeights = None,
+    activations: options.Activations = None,
+    cache_dtype: options.CacheDType = None,
+    tensor_parallel: options.TensorParallel = 1,
+    expert_parallel: options.ExpertParallel = 1,
     expert_coverage: options.Coverage = "uniform",
     engine: options.Engine = None,
     headlines: Annotated[
@@ -106,13 +121,16 @@ def breakeven(
     claimed = options.numbers("headlines", headlines, float)
     documents: list[dict[str, Any]] = []
     for name in options.names("hardware", hardware):
-        at = options.setting_of(model, load_profile(name), dtype, expert_coverage, engine)
+        device = load_profile(name)
+        precision = options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype)
+        at = options.setting_of(model, device, precision, expert_coverage, engine, tensor_parallel, expert_parallel)
         for settings in tried:
             own = steps_per_block if settings[0].decoding.sampler == "denoising" else None
             found = break_even(at, settings, batches, contexts, fillings=own, headlines=claimed)
             where = f"{at.spec.name} on {at.device.hardware.name}, engine {at.engine.name}"
             if as_json:
                 header = {"hardware": at.device.hardware.name, "engine": at.engine.name,
+                          "precision": str(at.precision), "parallel": plain(at.parallel),
                           "expert_coverage": str(at.coverage)}  # fmt: skip
                 documents.append(header | _document(found))
             else:
@@ -198,7 +216,7 @@ def _document(m: SamplerMap) -> dict[str, Any]:
             }
             for c in m.contenders
         ],
-        "best": np.where(m.fits, m.best, None).tolist(),  # the index of a setting
+        "best": np.where(m.fits, m.best.astype(object), np.array(None)).tolist(),  # the index of a setting
         "speedup": grid(m.speedup),
         "break_even_tokens_per_step": grid(m.step_cost),
         "pays_at_batch": [{"context": c, "stretches": plain(s)} for c, s in zip(m.context, m.by_batch, strict=True)],

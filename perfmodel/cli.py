@@ -19,6 +19,7 @@ from runtime.config import Workload
 if TYPE_CHECKING:
     from perfmodel.prediction import Prediction
 
+GROUPED_BY = ("model", "hardware", "parallel", "setting", "dtype", "expert_coverage", "engine")
 LONG_GRID_POINTS = 300_000  # from which a sweep shows its progress
 
 
@@ -48,6 +49,12 @@ def predict(
     mixing_weight: Annotated[float, typer.Option(help="Share of the autoregressive logits; 1 is lossless.")] = 1.0,
     temperature: options.Temperature = 0.0,
     dtype: options.DType = None,
+    weights: options.Weights = None,
+    expert_weights: options.ExpertWeights = None,
+    activations: options.Activations = None,
+    cache_dtype: options.CacheDType = None,
+    tensor_parallel: options.TensorParallel = 1,
+    expert_parallel: options.ExpertParallel = 1,
     expert_coverage: options.Coverage = "uniform",
     engine: options.Engine = None,
     as_json: Json = False,
@@ -55,6 +62,7 @@ def predict(
     """Predict one decoding step: its time, what binds it, tokens per second and the speedup over autoregression."""
     from perfmodel.decoding import predict as run
     from perfmodel.model_spec import load_spec
+    from perfmodel.parallel import Parallel
 
     device = load_profile(hardware)
     decoding = options.decoding_of(
@@ -75,6 +83,8 @@ def predict(
         fillings=steps_per_block,
         expert_coverage=expert_coverage,
         engine=engine,
+        precision=options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype),
+        parallel=Parallel(tensor_parallel, expert_parallel),
     )
     if as_json:
         return print_json(plain(prediction))
@@ -97,6 +107,12 @@ def sweep(
     steps_per_block: options.Fillings = None,
     verify: options.Verify = False,
     dtype: options.DType = None,
+    weights: options.Weights = None,
+    expert_weights: options.ExpertWeights = None,
+    activations: options.Activations = None,
+    cache_dtype: options.CacheDType = None,
+    tensor_parallel: options.TensorParallel = 1,
+    expert_parallel: options.ExpertParallel = 1,
     expert_coverage: options.Coverage = "uniform",
     engine: options.Engine = None,
     out: Annotated[Path | None, typer.Option(help="Write a .csv or .parquet instead of printing a table.")] = None,
@@ -121,7 +137,11 @@ def sweep(
     acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram)
     jobs = options.settings_of(chosen, levels, drafts, acceptance)
     devices = [load_profile(name) for name in options.names("hardware", hardware)]
-    places = [options.setting_of(model, device, dtype, expert_coverage, engine) for device in devices]
+    stored = [options.precision_of(dtype, d, weights, expert_weights, activations, cache_dtype) for d in devices]
+    places = [
+        options.setting_of(model, device, precision, expert_coverage, engine, tensor_parallel, expert_parallel)
+        for device, precision in zip(devices, stored, strict=True)
+    ]
     tables = []
     per_draft = len(places) * len(batches) * len(contexts)
     with _progress(sum(per_draft * len(job.draft_tokens) for job in jobs)) as progress:
@@ -135,8 +155,8 @@ def sweep(
                 if not job.decoding.drafts:
                     grid["draft_tokens"] = np.zeros_like(grid["draft_tokens"])
                 header = {"model": at.spec.name, "hardware": at.device.hardware.name, "engine": at.engine.name,
-                          "sampler": job.decoding.sampler, "setting": title(job.decoding), "dtype": at.device.dtype,
-                          "expert_coverage": str(at.coverage)}  # fmt: skip
+                          "sampler": job.decoding.sampler, "setting": title(job.decoding), "dtype": str(at.precision),
+                          "parallel": str(at.parallel), "expert_coverage": str(at.coverage)}  # fmt: skip
                 points = len(grid["batch"])
                 tables.append({name: np.full(points, text) for name, text in header.items()} | grid)
     columns = _joined(tables)
@@ -183,15 +203,21 @@ def _progress(points: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(task, done)
 
 
+def _node(hardware: str, parallel: str) -> str:
+    return hardware if parallel == "one device" else f"{hardware} {parallel}"
+
+
 def _print_points(rows: list[dict[str, Any]]) -> None:
     """A table for each device and setting."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("model", "hardware", "setting", "dtype", "expert_coverage", "engine"))
+        key = tuple(
+            row[name] for name in ("model", "hardware", "parallel", "setting", "dtype", "expert_coverage", "engine")
+        )
         groups.setdefault(key, []).append(row)
-    for (model, hardware, setting, dtype, coverage, engine), members in groups.items():
+    for (model, hardware, parallel, setting, dtype, coverage, engine), members in groups.items():
         print_table(
-            f"{model} on {hardware}, {setting}, {dtype}, experts {coverage}, engine {engine}",
+            f"{model} on {_node(hardware, parallel)}, {setting}, {dtype}, experts {coverage}, engine {engine}",
             (
                 "batch",
                 "context",
@@ -232,8 +258,8 @@ def _print_prediction(p: Prediction) -> None:
     w, d = p.workload, p.decoding
     drafts = f", K = {d.draft_tokens}, {p.acceptance_length:.2f} tokens a step" if d.drafts else ""
     print_table(
-        f"{p.model} on {p.hardware}: {title(d)}{drafts}, batch {w.batch}, context {p.context}, {w.dtype}, "
-        f"engine {p.engine}, experts {p.expert_coverage}",
+        f"{p.model} on {_node(p.hardware, str(p.parallel))}: {title(d)}{drafts}, batch {w.batch}, context {p.context}, "
+        f"{p.precision}, engine {p.engine}, experts {p.expert_coverage}",
         ("operator", "GFLOP", "MB", "launches", "ms", "bound ms", "of the step", "bound"),
         [
             (
@@ -253,10 +279,19 @@ def _print_prediction(p: Prediction) -> None:
         often = "" if f.times == 1 else f", {f.times:.3g} times"
         experts = f"{f.experts_per_layer:.1f} experts a layer"
         print(f"{f.name:8} {f.slots} slots: {ms(f.seconds)} ms{often}, {experts}, {f.bound}")
-    print(f"step     {ms(p.step_seconds)} ms (roofline {ms(p.bound_step_seconds)} ms), {p.bound}")
+    interval = p.step_seconds_interval
+    within = "" if interval is None else f", 80% interval {ms(interval[0])} to {ms(interval[1])}"
+    print(f"step     {ms(p.step_seconds)} ms (roofline {ms(p.bound_step_seconds)} ms{within}), {p.bound}")
     rate = f"{p.tokens_per_second:.0f} tokens/s (roofline {p.bound_tokens_per_second:.0f})"
     print(f"rate     {rate}, {p.tokens_per_forward:.2f} tokens a forward")
     print(
         f"speedup  {p.speedup_over_autoregressive:.2f}x over autoregressive decoding "
         f"({ms(p.autoregressive_step_seconds)} ms a token)"
     )
+    costs = []
+    if p.joules_per_million_tokens is not None:
+        costs.append(f"{p.joules_per_million_tokens / 1e3:.3g} kJ (from the TDP, an upper estimate of power)")
+    if p.dollars_per_million_tokens is not None:
+        costs.append(f"${p.dollars_per_million_tokens:.3g} (from the price per device-hour)")
+    if costs:
+        print(f"cost     per million tokens, estimated: {', '.join(costs)}")

@@ -15,6 +15,7 @@ from runtime.config import SAMPLER_NAMES, DecodingConfig, replace, require
 if TYPE_CHECKING:
     from perfmodel.contenders import Acceptance
     from perfmodel.decoding import Setting
+    from perfmodel.precision import Precision
 
 SAMPLERS = f"{', '.join(SAMPLER_NAMES[:-1])} or {SAMPLER_NAMES[-1]}"
 Model = Annotated[str, typer.Option(help="A known model, or a checkpoint's folder or config.json.")]
@@ -51,6 +52,19 @@ Histogram = Annotated[str | None, typer.Option(help="Steps that accepted 0, 1, 2
 DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).")
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="What linear layers and experts are stored in, where not --dtype: fp8, mxfp4..."),
+]
+ExpertWeights = Annotated[str | None, typer.Option(help="What experts are stored in, where not --weights.")]
+Activations = Annotated[
+    str | None, typer.Option(help="What meets the weights in matmuls (default: fp8 for fp8 weights, else --dtype).")
+]
+CacheDType = Annotated[
+    str | None, typer.Option("--cache-dtype", help="What keys and values are stored in, where not --dtype: fp8...")
+]
+TensorParallel = Annotated[int, typer.Option(help="Devices of one node that share every layer's matrices.")]
+ExpertParallel = Annotated[int, typer.Option(help="Devices of one node that the experts are dealt out to.")]
 Coverage = Annotated[
     str, typer.Option(help="uniform, uniform(SKIP_SHARE), correlated(RHO), all, min or measured:FILE.json.")
 ]
@@ -149,12 +163,43 @@ def dtype_of(dtype: str | None, device: HardwareProfile) -> str:
     return dtype or ("bfloat16" if device.kind == "gpu" else "float32")
 
 
-def setting_of(model: str, device: HardwareProfile, dtype: str | None, coverage: str, engine: str | None) -> Setting:
-    """Model, device and engine by their names."""
+def precision_of(
+    dtype: str | None,
+    device: HardwareProfile,
+    weights: str | None = None,
+    expert_weights: str | None = None,
+    activations: str | None = None,
+    cache: str | None = None,
+) -> Precision:
+    """What a model is served in. LM head, norms and all that no option names stay in the dtype."""
+    from perfmodel.precision import quantised, uniform
+
+    usual = dtype_of(dtype, device)
+    if (weights, expert_weights, activations, cache) == (None, None, None, None):
+        return uniform(usual)
+    require(
+        usual == "bfloat16",
+        f"narrower weights and caches are known beside bfloat16, but the dtype on {device.name} is {usual}",
+    )
+    return quantised(weights or usual, experts=expert_weights, cache=cache or usual, activations=activations)
+
+
+def setting_of(
+    model: str,
+    device: HardwareProfile,
+    precision: Precision,
+    coverage: str,
+    engine: str | None,
+    tensor_parallel: int,
+    expert_parallel: int,
+) -> Setting:
+    """Model and engine by their names, on a device or several of it."""
     from perfmodel.decoding import setting
     from perfmodel.model_spec import load_spec
+    from perfmodel.parallel import Parallel
 
-    return setting(load_spec(model), device, dtype_of(dtype, device), expert_coverage=coverage, engine=engine)
+    parallel = Parallel(tensor_parallel, expert_parallel)
+    return setting(load_spec(model), device, precision, expert_coverage=coverage, engine=engine, parallel=parallel)
 
 
 @dataclass(frozen=True)

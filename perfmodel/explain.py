@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from hardware.files import UserError
 from hardware.profile import Curves, HardwareProfile, MemoryLevel
 from perfmodel.contenders import Acceptance
-from perfmodel.decoding import Setting, StepTiming, time_step
-from perfmodel.engine import EngineProfile
+from perfmodel.decoding import Setting, StepTiming, require_memory, time_step
 from perfmodel.experts import ExpertCoverage
+from perfmodel.kernels.library import CLASSES, Library
+from perfmodel.model_spec import require_context
 from perfmodel.operators import Array
+from perfmodel.precision import Precision, quantised
 from perfmodel.prediction import Bound
 from perfmodel.roofline import BOUNDS, Device
 from perfmodel.steps import step_of
-from runtime.config import DecodingConfig
+from runtime.config import DecodingConfig, require
 
+T = TypeVar("T")
 CHANGE = 0.05  # each way, of a central difference: wide enough to look past a single tile
 
 
@@ -84,6 +89,11 @@ class _Point:
         fillings = self.fillings if chosen is self.decoding else None
         return time_step(self.at, step_of(chosen, fillings=fillings), self.batch, self.context)
 
+    def check(self) -> None:
+        """UserError for positions beyond the model's, and for what does not fit the memory."""
+        require_context(self.at.spec, int(self.context + np.max(self.step().reach)))
+        require_memory(self.at, int(self.batch), int(self.context), self.decoding.slots)
+
     def rates(self) -> tuple[float, float]:
         """Tokens per second and the speedup over autoregression."""
         seconds = float(self.step().seconds)
@@ -100,8 +110,10 @@ def explain(
     context: int,
     fillings: float | None = None,
 ) -> Explanation:
-    """Explain the step that `decoding.predict` predicts. UserError as there for acceptance."""
+    """Explain the step that `decoding.predict` predicts. UserError as there."""
+    require(context >= 1 and batch >= 1, f"batch, context >= 1 must hold, but got {batch}, {context}")
     point = _Point(at, decoding, float(batch), float(context), acceptance.tokens(decoding), fillings)
+    point.check()
     step = point.step()
     single = float(point.step(decoding.autoregressive).seconds)
     rate, speedup = point.rates()
@@ -111,7 +123,9 @@ def explain(
     changes, refused = [], {}
     for name, make in _changed(point, acceptance):
         try:
-            changed_rate, changed_speedup = make().rates()
+            changed = make()
+            changed.check()
+            changed_rate, changed_speedup = changed.rates()
         except UserError as error:
             refused[name] = str(error)
             continue
@@ -163,9 +177,11 @@ def _scaled(point: _Point) -> Iterator[tuple[str, Callable[[float], _Point]]]:
     if len(hardware.memory) > 1 and not hardware.measured:
         yield "cache bandwidth", lambda f: on(scale_memory(hardware, f, caches=True))
     yield "arithmetic rate", lambda f: on(scale_arithmetic(hardware, f))
+    if at.parallel.devices > 1:
+        yield "interconnect bandwidth", lambda f: on(scale_interconnect(hardware, f))
     yield "launch and host overhead", lambda f: replace(point, at=scale_overhead(at, f))
     yield "context", lambda f: replace(point, context=point.context * f)
-    if at.spec.num_experts > 0:
+    if at.spec.moe_layers > 0:
         yield "experts read", lambda f: replace(point, at=replace(at, coverage=scale_coverage(at.coverage, f)))
     if point.decoding.drafts:
         yield "acceptance length", lambda f: replace(point, length=point.length * f)
@@ -173,7 +189,7 @@ def _scaled(point: _Point) -> Iterator[tuple[str, Callable[[float], _Point]]]:
 
 def _changed(point: _Point, acceptance: Acceptance) -> Iterator[tuple[str, Callable[[], _Point]]]:
     """Whole changes; each is made when called, and may be refused."""
-    decoding, k = point.decoding, point.decoding.draft_tokens
+    at, decoding, k = point.at, point.decoding, point.decoding.draft_tokens
     yield f"batch {2 * point.batch:g}", lambda: replace(point, batch=2 * point.batch)
     if point.batch > 1:
         yield f"batch {point.batch // 2:g}", lambda: replace(point, batch=point.batch // 2)
@@ -183,6 +199,12 @@ def _changed(point: _Point, acceptance: Acceptance) -> Iterator[tuple[str, Calla
         for other in (2 * k, k // 2):
             if other >= 1:
                 yield f"K {other}", partial(_with_drafts, point, acceptance, other)
+    stored = at.precision
+    if at.device.library is not None:
+        if stored.weights == stored.experts == "bfloat16":
+            yield "weights fp8", partial(_with_precision, point, quantised("fp8", cache=stored.cache))
+        if stored.cache == "bfloat16":
+            yield "cache fp8", partial(_with_precision, point, replace(stored, cache="fp8"))
 
 
 def _with_drafts(point: _Point, acceptance: Acceptance, draft_tokens: int) -> _Point:
@@ -190,9 +212,22 @@ def _with_drafts(point: _Point, acceptance: Acceptance, draft_tokens: int) -> _P
     return replace(point, decoding=chosen, length=acceptance.tokens(chosen))
 
 
-def on_hardware(at: Setting, hardware: HardwareProfile) -> Setting:
-    """The same setting on another device."""
-    return replace(at, device=Device(hardware, at.device.dtype, at.kernels.threads))
+def _with_precision(point: _Point, precision: Precision) -> _Point:
+    at = point.at
+    for weights, activations in (
+        (precision.weights, precision.activations),
+        (precision.experts, precision.expert_activations),
+        (precision.cache, precision.cache),
+    ):
+        at.device.peak_of(weights, activations)  # refuses what the device has no peak for
+    return replace(point, at=replace(at, precision=precision))
+
+
+def on_hardware(at: Setting, hardware: HardwareProfile, library: Library | None = None) -> Setting:
+    """The same setting on another device, with the same kernels (or those of `library`)."""
+    device = Device(hardware, at.precision.head, at.kernels.threads)
+    device.library = library or at.device.library
+    return replace(at, device=device)
 
 
 def scale_memory(hardware: HardwareProfile, factor: float, *, caches: bool = False) -> HardwareProfile:
@@ -232,28 +267,53 @@ def scale_arithmetic(hardware: HardwareProfile, factor: float) -> HardwareProfil
     )
 
 
+def scale_interconnect(hardware: HardwareProfile, factor: float) -> HardwareProfile:
+    """`factor` times the bandwidth between devices; the latency stays."""
+    link = hardware.interconnect
+    if link is None:
+        return hardware
+    achieved, pair = link.achieved_bandwidth_bytes_per_second, link.pair_bandwidth_bytes_per_second
+    changed = replace(
+        link,
+        peak_bandwidth_bytes_per_second=link.peak_bandwidth_bytes_per_second * factor,
+        achieved_bandwidth_bytes_per_second=achieved and achieved * factor,
+        pair_bandwidth_bytes_per_second=pair and pair * factor,
+    )
+    return replace(hardware, interconnect=changed)
+
+
 def scale_overhead(at: Setting, factor: float) -> Setting:
-    """Launches, gaps between graph nodes and the engine's host seconds times `factor`."""
+    """Launches, gaps between graph nodes, kernels' fixed seconds, links' latency and host seconds times `factor`."""
     hardware = at.device.hardware
+    link = hardware.interconnect
     changed = replace(
         hardware,
         launch_seconds=hardware.launch_seconds * factor,
         graph_node_seconds=hardware.graph_node_seconds * factor,
+        interconnect=link and replace(link, latency_seconds=link.latency_seconds and link.latency_seconds * factor),
         measured=tuple(replace(c, elementwise_seconds=c.elementwise_seconds * factor) for c in hardware.measured),
     )
-    return replace(on_hardware(at, changed), engine=_scaled_hosts(at.engine, factor))
+    hosts = {name: _longer(costs, factor) for name, costs in at.engine.hosts.items()}
+    library = at.device.library and _longer_kernels(at.device.library, factor)
+    return replace(on_hardware(at, changed, library), engine=replace(at.engine, hosts=hosts))
 
 
-def _scaled_hosts(engine: EngineProfile, factor: float) -> EngineProfile:
-    return engine
+def _longer_kernels(library: Library, factor: float) -> Library:
+    return replace(library, **{family: _longer(getattr(library, family), factor) for family in CLASSES})
+
+
+def _longer(numbers: T, factor: float) -> T:
+    """A dataclass with every number of seconds times `factor`."""
+    seconds = {f.name: getattr(numbers, f.name) * factor for f in fields(numbers) if f.name.endswith("_seconds")}  # type: ignore[arg-type]
+    return replace(numbers, **seconds)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
 class _ScaledCoverage(ExpertCoverage):
     factor: float = 1.0
 
-    def distinct(self, batch: object, slots: object, experts: int) -> Array:
-        return np.minimum(self.factor * super().distinct(batch, slots, experts), experts)  # type: ignore[arg-type]
+    def distinct(self, batch: npt.ArrayLike, slots: npt.ArrayLike, experts: int, per_token: int = 1) -> Array:
+        return np.minimum(self.factor * super().distinct(batch, slots, experts, per_token), experts)
 
 
 def scale_coverage(coverage: ExpertCoverage, factor: float) -> ExpertCoverage:

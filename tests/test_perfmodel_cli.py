@@ -1,4 +1,4 @@
-"""`ridgepoint predict` and `sweep` as a user calls them."""
+"""`ridgepoint predict`, `sweep`, `explain` and `breakeven` as a user calls them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 import ridgepoint
@@ -69,7 +71,17 @@ def test_a_histogram_is_another_form_of_the_length(capsys: pytest.CaptureFixture
         (["--dtype", "float64"], ["float64", "bfloat16"]),
         (["--expert-coverage", "guess"], ["guess", "uniform", "correlated"]),
         (["--engine", "warp"], ["warp", "ridgepoint-eager"]),
-        (["--batch", "100000"], ["fit", "80.0 GB"]),
+        (["--batch", "100000"], ["80.0 GB", "fits there"]),
+        (["--batch", "0"], ["batch >= 1", "0"]),
+        (["--context", "0"], ["context >= 1", "0"]),
+        (["--hardware", "h1000"], ["h1000", "h100-sxm", "mi300x"]),
+        (["--model", "zaya9"], ["zaya9", "zaya1-8b"]),
+        (["--weights", "fp3"], ["fp3", "fp8"]),
+        (["--weights", "fp8", "--dtype", "float32"], ["bfloat16", "float32"]),
+        (["--tensor-parallel", "3"], ["3 devices", "8"]),
+        (["--tensor-parallel", "64"], ["64"]),
+        (["--expert-parallel", "0"], ["expert >= 1"]),
+        (["--acceptance-length", "18"], ["17", "18"]),
     ],
 )
 def test_refusals_are_one_line(extra: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,25 +91,151 @@ def test_refusals_are_one_line(extra: list[str], parts: list[str], capsys: pytes
     assert all(part in err for part in parts), err
 
 
+GRID = (
+    "sweep --model zaya1-8b --hardware mi300x --batch 1,16 --context 1024,8192 --draft-tokens 4,16 "
+    "--acceptance-rate 0.85"
+).split()
+
+
 def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "grid.csv"
-    arguments = (
-        "sweep --model zaya1-8b --hardware mi300x --batch 1,16 --context 1024,8192 --draft-tokens 4,16 "
-        "--acceptance-rate 0.85"
-    ).split()
-    assert ridgepoint.main([*arguments, "--json"]) == 0
+    assert ridgepoint.main([*GRID, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 8
-    assert ridgepoint.main([*arguments, "--out", str(path)]) == 0
+    assert ridgepoint.main([*GRID, "--out", str(path)]) == 0
     capsys.readouterr()
     with path.open() as stream:
         written = list(csv.DictReader(stream))
     assert [float(r["speedup_over_autoregressive"]) for r in written] == [
         r["speedup_over_autoregressive"] for r in rows
     ]
-    assert ridgepoint.main(arguments) == 0
+    assert ridgepoint.main(GRID) == 0
     assert "speedup" in capsys.readouterr().out
-    assert ridgepoint.main([*arguments, "--batch", "1,x"]) == 2
+
+
+GRID_REFUSALS = [
+    (["--batch", "1,x"], ["--batch", "1,x"]),
+    (["--batch", "1,0"], ["batch", ">= 1"]),
+    (["--context", ""], ["--context"]),
+    (["--context", "200000"], ["131072"]),
+    (["--hardware", "mi300x,tpu"], ["tpu", "mi300x"]),
+    (["--hardware", ","], ["--hardware"]),
+    (["--sampler", "two_forward,magic"], ["magic", "two_forward"]),
+    (["--sampler", "two_forward", "--levels", "0,4"], ["levels", "single_forward"]),
+    (["--sampler", "two_forward,denoising", "--levels", "0,4"], ["--levels", "single_forward"]),
+    (["--sampler", "single_forward", "--levels", "0,8"], ["levels must", "4"]),
+    (["--acceptance-length", "3"], ["one"]),
+]
+REFUSALS = [(command, *case) for case in GRID_REFUSALS for command in ("sweep", "breakeven")] + [
+    ("sweep", ["--sampler", "autoregressive"], ["no acceptance"]),
+    ("sweep", ["--out", "grid.xlsx"], [".csv", ".parquet", "grid.xlsx"]),
+    ("breakeven", ["--sampler", "autoregressive"], ["compares with"]),
+]
+
+
+@pytest.mark.parametrize(("command", "extra", "parts"), REFUSALS)
+def test_grids_refuse_in_one_line(
+    command: str, extra: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ridgepoint.main([command, *GRID[1:], *extra, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert all(part in err for part in parts), err
+
+
+def test_a_sweep_over_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Devices x (autoregressive once, two_forward, two level sets); a Parquet file holds the same rows."""
+    path = tmp_path / "grid.parquet"
+    samplers = ["--sampler", "autoregressive,two_forward,single_forward", "--levels", "dense", "--levels", "0,2"]
+    assert ridgepoint.main([*GRID, *samplers, "--hardware", "mi300x,h100-sxm", "--out", str(path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    rows = document["rows"]
+    assert len(rows) == 2 * 4 * (1 + 2 + 2 + 2)
+    assert pyarrow.parquet.read_table(path).to_pylist() == rows
+    single = {(r["hardware"], r["batch"], r["context"]): r for r in rows if r["sampler"] == "autoregressive"}
+    for r in rows:
+        base = single[r["hardware"], r["batch"], r["context"]]
+        assert r["autoregressive_step_seconds"] == pytest.approx(base["step_seconds"])
+        assert r["speedup_over_autoregressive"] == pytest.approx(r["tokens_per_second"] / base["tokens_per_second"])
+        assert r["dollars_per_million_tokens"] * r["speedup_over_autoregressive"] == pytest.approx(
+            base["dollars_per_million_tokens"]
+        )
+    assert {r["draft_tokens"] for r in rows if r["sampler"] == "autoregressive"} == {0}
+    assert {r["setting"] for r in rows} == {
+        "autoregressive",
+        "two_forward",
+        "single_forward",
+        "single_forward levels 0,2",
+    }
+    assert "estimates" in document["economics"]
+
+
+def test_quantised_and_divided_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    """Narrower weights and more devices make a step shorter; what is served says so; a device-second costs the same."""
+
+    def run(*extra: str) -> dict[str, Any]:
+        chosen = ["predict", "--model", "zaya1-8b", "--hardware", "h100-sxm", "--engine", "ideal-graph", *extra]
+        assert ridgepoint.main([*chosen, "--batch", "32", "--context", "8000", "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    whole, narrow, cached = run(), run("--weights", "fp8"), run("--cache-dtype", "fp8")
+    two = run("--tensor-parallel", "2")
+    assert narrow["step_seconds"] < whole["step_seconds"] > cached["step_seconds"]
+    assert whole["bound_step_seconds"] > two["bound_step_seconds"] > whole["bound_step_seconds"] / 2
+    assert (whole["precision"], narrow["precision"]) == ("bfloat16", "fp8, bfloat16 cache")
+    assert two["parallel"] == {"tensor": 2, "expert": 1}
+    assert "collective" in {op["name"] for op in two["operators"]} - {op["name"] for op in whole["operators"]}
+    for found, devices in ((whole, 1), (two, 2)):
+        power = found["joules_per_million_tokens"] * found["tokens_per_second"] / 1e6
+        assert power == pytest.approx(700 * devices)
+    experts = run("--expert-weights", "mxfp4")
+    assert experts["precision"].startswith("bfloat16, mxfp4 experts")
+    assert experts["step_seconds"] < whole["step_seconds"]
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["explain", *PREDICT[1:]]
+    assert ridgepoint.main([*chosen, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert sum(o["share"] for o in document["operators"]) == pytest.approx(1)
+    assert ridgepoint.main([*PREDICT, "--json"]) == 0
+    p = json.loads(capsys.readouterr().out)
+    assert document["step_seconds"] == pytest.approx(p["step_seconds"]) and document["bound"] == p["bound"]
+    assert ridgepoint.main(chosen) == 0
+    out = capsys.readouterr().out
+    assert "memory bandwidth" in out and "waits for" in out and "whole change" in out
+    for extra, part in ((["--batch", "100000"], "fits there"), (["--context", "131060"], "131072")):
+        assert ridgepoint.main([*chosen, *extra]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and part in err
+
+
+def test_breakeven(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = (
+        "breakeven --model zaya1-8b --hardware h100-sxm,mi300x --engine ideal-graph --batch 1,16,256 "
+        "--context 1024,65536 --draft-tokens 4,16 --acceptance-histogram 2,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,6"
+    ).split()
+    assert ridgepoint.main([*chosen, "--json"]) == 0
+    maps = json.loads(capsys.readouterr().out)["maps"]
+    assert [(m["hardware"], m["sampler"]) for m in maps] == [
+        ("h100-sxm", "two_forward"), ("h100-sxm", "single_forward"),
+        ("mi300x", "two_forward"), ("mi300x", "single_forward"),
+    ]  # fmt: skip
+    for m in maps:
+        for i, j in ((0, 0), (1, 1)):
+            setting = m["settings"][m["best"][i][j]]
+            cost = m["break_even_tokens_per_step"][i][j]
+            assert m["speedup"][i][j] == pytest.approx(setting["acceptance_length"] / cost)
+            assert 0 < m["headlines"][0]["remaining"][i][j] < 4.6  # no step is cheaper than an autoregressive one
+        assert m["speedup"][2][1] is None and m["best"][2][1] is None  # 256 sequences of 65,536 tokens do not fit
+    assert {len(s["levels"]) for s in maps[1]["settings"] if s["draft_tokens"] == 16} >= {1, 2, 3, 17}
+    assert ridgepoint.main(chosen) == 0
+    out = capsys.readouterr().out
+    for part in ("does not fit", "pays at batch", "pays at context", "headline 4.6x", "headline 7.7x", "K16 P"):
+        assert part in out
+    assert ridgepoint.main([*chosen[:-2], "--acceptance-length", "3", "--json"]) == 2
+    assert "that of one setting" in capsys.readouterr().err
 
 
 OPTIONS = {

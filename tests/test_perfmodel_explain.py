@@ -56,7 +56,7 @@ def test_shares_are_those_of_the_prediction(place: str, sampler: str) -> None:
     assert e.speedup_over_autoregressive == pytest.approx(p.speedup_over_autoregressive)
 
 
-@pytest.mark.parametrize(("batch", "context"), [(1, 100), (16, 2048), (300, 3000)])
+@pytest.mark.parametrize(("batch", "context"), [(1, 100), (16, 2048), (300, 1500)])
 def test_rates_and_overheads_are_all_that_time_is_made_of(batch: int, context: int) -> None:
     """A machine whose rates are all 1% higher and whose overheads are all 1% shorter is 1% faster (Euler's theorem)."""
     e = explain(PLACES["ideal"], TWO, RATED, batch=batch, context=context)
@@ -78,7 +78,7 @@ def test_the_strongest_lever_follows_the_regime() -> None:
     assert first(PLACES["eager"], 1, 500) == "launch and host overhead"
     assert first(PLACES["ideal"], 4, 500) == "memory bandwidth"
     assert first(PLACES["ideal"], 700, 100) == "arithmetic rate"
-    assert by_name(explain(PLACES["ideal"], TWO, RATED, batch=16, context=100_000))["context"] < -0.5
+    assert by_name(explain(PLACES["ideal"], TWO, RATED, batch=12, context=100_000))["context"] < -0.5
 
 
 def test_an_elasticity_is_what_a_small_change_does() -> None:
