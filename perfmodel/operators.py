@@ -302,7 +302,10 @@ def _attention(f: _Forward) -> OperatorCost:
         each = each + layers * (at.slots * (cached + at.slots))
         least = least + layers * _visible(at, window)
         read = read + layers * (cached + at.slots)
-        call = Attention(at.batch, at.slots, cached, queries, keys, spec.head_dim, f.precision.cache)
+        # Slots see about half of each other, which is all that a prompt sees.
+        seen = cached + at.slots / 2
+        seen = seen if window is None else np.minimum(seen, window)
+        call = Attention(at.batch, at.slots, seen, queries, keys, spec.head_dim, f.precision.cache)
         calls.append((float(layers), call))
     width = stored_bytes(f.precision.cache)
     return _cost(
