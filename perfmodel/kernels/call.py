@@ -130,7 +130,7 @@ def matmul_rate(hardware: HardwareProfile, dtype: str) -> float:
     return {str(name): rate for name, rate in rates.items()}[dtype]
 
 
-def overlapped(memory: npt.ArrayLike, compute: npt.ArrayLike, sharpness: float = 4.0) -> tuple[Array, Array]:
+def overlapped(memory: npt.ArrayLike, compute: npt.ArrayLike, sharpness: float = 3.0) -> tuple[Array, Array]:
     """Seconds of two streams of work that run at the same time, each one's part of the whole.
 
     The whole is (memory^s + compute^s)^(1/s): the longer one, and somewhat more where both are about as long, since

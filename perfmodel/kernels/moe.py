@@ -75,9 +75,8 @@ class MoeKernels:
         memory = (weight_bytes(call) + _activation_bytes(call)) / rate
         memory = memory + weight_bytes(call) * _repeats(call) / (_cache_bandwidth(hardware) * self.cache_share)
         tokens, top_k, distinct = floats(call.tokens, call.top_k, call.distinct)
-        padded = distinct * np.maximum(
-            tokens * top_k / distinct + _TILE / 2, _TILE
-        )  # the last tile is half full on average
+        # The last tile of an expert is half full on average, and an expert with few tokens still takes one.
+        padded = np.maximum(tokens * top_k + distinct * (_TILE / 2), distinct * _TILE)
         widened = stored_bytes(call.weights) < stored_bytes(call.activations)
         fraction = self.compute_share * (self.widened_share if widened else 1.0)
         dtype = arithmetic_dtype(hardware, call.weights, call.activations)
