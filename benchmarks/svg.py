@@ -1,0 +1,86 @@
+"""Small multiples of lines and points as a standalone SVG, without a plotting library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from xml.sax.saxutils import escape
+
+WIDTH, HEIGHT, GAP, LEFT, TOP = 230, 150, 46, 56, 74
+COLOURS = ("#8c8c8c", "#4c78a8", "#54a24b", "#b279a2", "#eeca3b", "#f58518", "#e45756")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: lines by name as (x, y) points, None where a line is interrupted; `points` are drawn as circles."""
+
+    title: str
+    lines: dict[str, list[tuple[float, float | None]]]
+    points: list[tuple[float, float, str]] = field(default_factory=list)  # x, y, and what it is
+
+
+def figure(rows: Sequence[Sequence[Panel]], title: str, x_label: str, y_label: str, marked: str) -> str:
+    """Panels in rows, all with the same axes: x logarithmic to base 2, y from 0. `marked`: what the circles are."""
+    panels = [p for row in rows for p in row]
+    xs = [x for p in panels for line in p.lines.values() for x, _ in line]
+    ys = [y for p in panels for line in p.lines.values() for _, y in line if y is not None]
+    ys += [y for p in panels for _, y, _ in p.points]
+    low, high, top = math.log2(min(xs)), math.log2(max(xs)), max(ys) * 1.06
+    names = list(dict.fromkeys(name for p in panels for name in p.lines))
+    columns = max(map(len, rows))
+    width, height = LEFT + columns * (WIDTH + GAP), TOP + len(rows) * (HEIGHT + GAP) + 24
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="11" fill="#222">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{LEFT}" y="18" font-size="14">{escape(title)}</text>',
+        *_legend(names, marked),
+    ]
+    for i, row in enumerate(rows):
+        for j, panel in enumerate(row):
+            x0, y0 = LEFT + j * (WIDTH + GAP), TOP + i * (HEIGHT + GAP)
+
+            def at(x: float, y: float, x0: float = x0, y0: float = y0) -> str:
+                return f"{x0 + (math.log2(x) - low) / (high - low) * WIDTH:.1f},{y0 + HEIGHT * (1 - y / top):.1f}"
+
+            out.append(f'<text x="{x0}" y="{y0 - 6}" font-weight="bold">{escape(panel.title)}</text>')
+            for y in range(math.floor(top) + 1):
+                out.append(f'<polyline points="{at(2**low, y)} {at(2**high, y)}" stroke="#ddd"/>')
+                out.append(f'<text x="{x0 - 5}" y="{at(1, y).split(",")[1]}" dy="4" text-anchor="end">{y}</text>')
+            for power in range(math.ceil(low), math.floor(high) + 1, 3):
+                where = at(2**power, 0).split(",")[0]
+                out.append(f'<text x="{where}" y="{y0 + HEIGHT + 14}" text-anchor="middle">{2**power}</text>')
+            out.append(f'<polyline points="{at(2**low, 1)} {at(2**high, 1)}" stroke="#222" stroke-dasharray="2 3"/>')
+            for name, line in panel.lines.items():
+                colour = COLOURS[names.index(name) % len(COLOURS)]
+                for part in _unbroken(line):
+                    drawn = " ".join(at(x, y) for x, y in part)
+                    out.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            for x, y, what in panel.points:
+                cx, cy = at(x, y).split(",")
+                out.append(f'<circle cx="{cx}" cy="{cy}" r="3.5" fill="#222"><title>{escape(what)}</title></circle>')
+    out.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>')
+    middle = TOP + (height - TOP) / 2
+    out.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def _legend(names: Sequence[str], marked: str) -> list[str]:
+    out, x = [], float(LEFT)
+    for i, name in enumerate(names):
+        out.append(f'<rect x="{x}" y="33" width="14" height="4" fill="{COLOURS[i % len(COLOURS)]}"/>')
+        out.append(f'<text x="{x + 18}" y="39">{escape(name)}</text>')
+        x += 34 + 6.2 * len(name)
+    out.append(f'<circle cx="{x + 4}" cy="35" r="3.5"/><text x="{x + 13}" y="39">{escape(marked)}</text>')
+    return out
+
+
+def _unbroken(line: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
+    parts: list[list[tuple[float, float]]] = [[]]
+    for x, y in line:
+        if y is None:
+            parts.append([])
+        else:
+            parts[-1].append((x, y))
+    return [part for part in parts if part]
