@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 
 from hardware.profile import HardwareProfile
+from perfmodel import fitting
 from perfmodel.engine import PARAMETERS, EngineProfile, Fit
 from perfmodel.experts import ExpertCoverage
+from perfmodel.fitting import folds
 from perfmodel.validation import MeasuredPoints, forwards, point_name
 from runtime.config import require
 from runtime.measurement import Measurement
@@ -21,6 +22,7 @@ from runtime.measurement import Measurement
 _OUTLIER = 0.1
 # Log scale that costs as much as a row that is off by _OUTLIER: a parameter that no row shows keeps its value.
 _PRIOR = 1.0
+_VENDORS = ("AMD", "Intel", "NVIDIA")  # whose names stand in the names of their devices
 
 
 def split(measurements: Sequence[Measurement], held_out: float) -> tuple[list[Measurement], list[Measurement]]:
@@ -38,6 +40,23 @@ def split(measurements: Sequence[Measurement], held_out: float) -> tuple[list[Me
     return kept, apart
 
 
+def require_device(measurements: Sequence[Measurement], hardware: HardwareProfile) -> None:
+    """UserError where rows come from several machines, or from another kind of device or vendor than the profile's.
+
+    Rows say what ran them by their fingerprint; one without it is taken on trust.
+    """
+    devices = {(str(m.device["device"]), str(m.device.get("cpu", ""))) for m in measurements if m.device.get("device")}
+    names = ", ".join(sorted({device for device, _ in devices}))
+    require(len(devices) <= 1, f"rows of one device are needed, but they come from {names}")
+    for device, cpu in devices:
+        kind = "cpu" if device == cpu else "gpu"
+        require(
+            kind == hardware.kind and (hardware.vendor.lower() in device.lower() or hardware.vendor not in _VENDORS),
+            f"rows of {hardware.name} are needed ({hardware.vendor}, a {hardware.kind}), but they come from {device}, "
+            f"a {kind}",
+        )
+
+
 def calibrate(
     measurements: Sequence[Measurement],
     hardware: HardwareProfile,
@@ -45,37 +64,47 @@ def calibrate(
     *,
     source: str,
     expert_coverage: ExpertCoverage | str = "uniform",
+    draws: int = 0,
 ) -> EngineProfile:
     """The engine with its scales fitted to the forwards among `measurements`, all from the device of `hardware`.
 
-    Robust least squares (soft L1) on the logarithm of predicted over measured seconds, with a weak pull to the
-    starting scales. `source` says where the rows lie. UserError for fewer points than twice the parameters.
+    Robust least squares on the logarithm of predicted over measured seconds, with a weak pull to the starting scales.
+    `draws` of a bootstrap over operating points give the scales' 90% intervals, and refits without an eighth of the
+    points each the spread of what they predict; 0 leaves out both, which take most of the time.
+    `source` says where the rows lie. UserError for fewer points than twice the parameters, and for rows of another
+    device.
     """
-    from scipy.optimize import least_squares
-
     data = MeasuredPoints(forwards(measurements), hardware, expert_coverage)
-    points = tuple(sorted({point_name(m) for m in data.rows}))
+    require_device(data.rows, hardware)
+    names = [point_name(m) for m in data.rows]
+    points = tuple(sorted(set(names)))
     needed = 2 * len(PARAMETERS)
     require(len(points) >= needed, f"calibration needs at least {needed} operating points, but got {len(points)}")
-    start = np.log([engine.scale_of(p) for p in PARAMETERS])
 
-    def scaled(logs: Any) -> EngineProfile:
-        scale = {p: float(value) for p, value in zip(PARAMETERS, np.exp(logs), strict=True)}
-        return dataclasses.replace(engine, scale=scale)
+    def scaled(values: Mapping[str, float]) -> EngineProfile:
+        return dataclasses.replace(engine, scale={p: values[p] for p in PARAMETERS})
 
-    def residuals(logs: Any) -> Any:
-        predicted, _ = data.predict(scaled(logs))
-        return np.concatenate([np.log(predicted / data.measured), (logs - start) * (_OUTLIER / _PRIOR)])
-
-    found = least_squares(residuals, start, loss="soft_l1", f_scale=_OUTLIER, bounds=(start - 5, start + 5))
-    rounded = np.log([float(f"{v:.4g}") for v in np.exp(found.x)])
-    fitted = scaled(rounded)
-    predicted, _ = data.predict(fitted)
-    error = float(np.median(np.abs(predicted / data.measured - 1)))
+    problem = fitting.Problem(
+        lambda values: data.predict(scaled(values))[0],
+        data.measured,
+        names,
+        {p: engine.scale_of(p) for p in PARAMETERS},
+        prior=_PRIOR,
+        outlier=_OUTLIER,
+    )
+    if draws:
+        found = fitting.fit(problem, draws=draws, groups=folds(names))
+        values, spread = found.values, found.spread
+        intervals = {f"scale.{name}": interval for name, interval in found.intervals.items()}
+    else:
+        values, spread, intervals = fitting.solve(problem), None, {}
+    error = float(np.median(np.abs(problem.predict(values) / data.measured - 1)))
     date = f"{datetime.now(UTC):%Y-%m-%d}"
     return dataclasses.replace(
-        fitted,
+        scaled(values),
         name=f"{engine.name.split('@')[0]}@{hardware.name}",
         sources={**engine.sources, "scale": f"fitted to {len(points)} operating points of {source}, {date}"},
         fit=Fit(hardware.name, source, date, round(error, 4), points),
+        intervals={**engine.intervals, **intervals},
+        spread=spread if spread is not None else engine.spread,
     )

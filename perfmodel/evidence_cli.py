@@ -42,6 +42,7 @@ def calibrate(
     engine: EngineOption = None,
     held_out: Annotated[float, typer.Option(help="Share of the operating points not to fit to.")] = 0.0,
     expert_coverage: MeasuredCoverageOption = "recorded",
+    draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the scales' intervals; 0: none.")] = 20,
     as_json: Json = False,
 ) -> None:
     """Fit an engine's few scales to measured forwards of one device, and write the engine with where they came from."""
@@ -58,7 +59,7 @@ def calibrate(
     kept, apart = split(rows, held_out)
     coverage = _coverage(expert_coverage, kept)  # what the rows apart counted is not known when they are predicted
     start = engine_for(device, engine)
-    fitted = run(kept, device, start, source=measurements.name, expert_coverage=coverage)
+    fitted = run(kept, device, start, source=measurements.name, expert_coverage=coverage, draws=draws)
     path = save_engine(fitted, out)
     found = summaries(check([*kept, *apart], device, engine=fitted, expert_coverage=coverage))
     if as_json:

@@ -5,6 +5,7 @@ Every fitted number of the project comes through here: engines (`perfmodel.calib
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,13 @@ def solve(problem: Problem, keep: npt.NDArray[np.bool_] | npt.NDArray[np.int64] 
     return {name: float(f"{value:.4g}") for name, value in zip(names, np.exp(found.x), strict=True)}
 
 
+def folds(names: Sequence[str], most: int = 8) -> list[str]:
+    """Groups joined into at most `most` folds of about equal numbers of groups, by their names alone."""
+    unique = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    fold = {name: str(position % most) for position, name in enumerate(unique)}
+    return [fold[name] for name in names]
+
+
 def held_out(problem: Problem, groups: Sequence[str] | None = None) -> Array:
     """A prediction of every row by a fit to all rows of other groups (None: the problem's series)."""
     names = np.asarray(problem.series if groups is None else groups)
@@ -83,8 +91,11 @@ def held_out(problem: Problem, groups: Sequence[str] | None = None) -> Array:
     return found
 
 
-def fit(problem: Problem, *, draws: int = 40, seed: int = 0) -> Fitted:
-    """Values, 90% intervals by a bootstrap over series (over rows where there is one series), and the spread."""
+def fit(problem: Problem, *, draws: int = 40, seed: int = 0, groups: Sequence[str] | None = None) -> Fitted:
+    """Values, 90% intervals by a bootstrap over series (over rows where there is one series), and the spread.
+
+    groups: what is held out together for the spread (None: each series).
+    """
     values = solve(problem)
     names = np.asarray(problem.series)
     unique = np.unique(names)
@@ -105,6 +116,6 @@ def fit(problem: Problem, *, draws: int = 40, seed: int = 0) -> Fitted:
         )
         for name in values
     }
-    found = held_out(problem) if several else problem.predict(values)
+    found = held_out(problem, groups) if several else problem.predict(values)
     left = np.abs(np.log(found / problem.measured))
     return Fitted(values, intervals, float(f"{np.quantile(left, 0.8):.4g}"))

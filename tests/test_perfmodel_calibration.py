@@ -12,7 +12,7 @@ import pytest
 import ridgepoint
 from hardware.files import UserError
 from hardware.profile import save_profile
-from perfmodel.calibration import calibrate, split
+from perfmodel.calibration import calibrate, require_device, split
 from perfmodel.decoding import setting, time_forward, time_step
 from perfmodel.engine import EngineProfile, load_engine, save_engine
 from perfmodel.experts import ExpertCoverage
@@ -98,6 +98,34 @@ def test_calibration_finds_the_scales_despite_noise_and_outliers(model: str) -> 
     assert abs(held_out.bias) < 0.03
     before = summaries(validate(apart, CPU, engine=engine()))["forward, not calibrated"]
     assert before.median_absolute_error > 0.3
+
+
+def test_a_bootstrap_gives_intervals_and_the_spread_of_points_not_fitted_to(model: str, tmp_path: Path) -> None:
+    fitted = calibrate(grid(model, noise=0.05)[:40], CPU, engine(), source="made up", draws=8)
+    low, high = fitted.intervals["scale.dispatch"]
+    assert low <= TRUTH["dispatch"] * 1.05 and high >= TRUTH["dispatch"] * 0.95 and low < high
+    assert fitted.spread is not None and 0.02 < fitted.spread < 0.2
+    assert load_engine(str(save_engine(fitted, tmp_path / "fitted.yaml"))) == fitted
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (("NVIDIA H100 80GB HBM3",), "a cpu\\), but they come from NVIDIA H100 80GB HBM3, a gpu"),
+        (("cpu", "NVIDIA H100 80GB HBM3"), "rows of one device are needed"),
+    ],
+)
+def test_rows_of_another_device_are_refused(model: str, devices: tuple[str, ...], message: str) -> None:
+    cpu = f"{CPU.vendor} processor"
+    rows = grid(model, noise=0.01)
+    own = [replace(row, device={"device": cpu, "cpu": cpu}) for row in rows]
+    require_device(own, CPU)
+    mixed = [
+        replace(row, device={"device": cpu if device == "cpu" else device, "cpu": cpu})
+        for row, device in zip(rows, devices * len(rows), strict=False)
+    ]
+    with pytest.raises(UserError, match=message):
+        calibrate(mixed, CPU, engine(), source="made up")
 
 
 def test_what_no_row_shows_is_left_alone(model: str) -> None:
@@ -236,7 +264,9 @@ def test_the_commands(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         append_jsonl(rows, row)
     save_profile(CPU, profile)
     options = ["--measurements", str(rows), "--hardware", str(profile)]
-    assert ridgepoint.main(["calibrate", *options, "--held-out", "0.5", "--out", str(out), "--json"]) == 0
+    assert (
+        ridgepoint.main(["calibrate", *options, "--held-out", "0.5", "--draws", "4", "--out", str(out), "--json"]) == 0
+    )
     text, progress = capsys.readouterr()
     document = json.loads(text)
     assert progress == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -17,7 +16,6 @@ from runtime.config import require
 
 Split = Literal["point", "series", "source"]
 SPLITS: tuple[Split, ...] = ("point", "series", "source")
-_FOLDS = 8  # fits per family at most: groups that share a fold are held out together
 
 
 def family_of(point: Point) -> str:
@@ -70,13 +68,6 @@ def groups(points: Sequence[Point], split: Split) -> list[str]:
     return [{"point": p.id, "series": p.series, "source": p.source}[split] for p in points]
 
 
-def folds(names: Sequence[str], most: int = _FOLDS) -> list[str]:
-    """Groups joined into at most `most` folds of about equal numbers of groups, by their names alone."""
-    unique = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
-    fold = {name: str(position % most) for position, name in enumerate(unique)}
-    return [fold[name] for name in names]
-
-
 def held_out(points: Sequence[Point], split: Split = "series") -> list[float | None]:
     """Seconds of every point by a fit of its family to points of other groups; None where there are none."""
     found: list[float | None] = [None] * len(points)
@@ -85,7 +76,7 @@ def held_out(points: Sequence[Point], split: Split = "series") -> list[float | N
         own = [names[i] for i in members]
         if len(set(own)) < 2:
             continue
-        seconds = fitting.held_out(problem([points[i] for i in members]), folds(own))
+        seconds = fitting.held_out(problem([points[i] for i in members]), fitting.folds(own))
         for position, value in zip(members, np.asarray(seconds), strict=True):
             found[position] = float(value)
     return found
