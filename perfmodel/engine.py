@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.resources
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from hardware.files import UserError, build, known, plain, read_yaml, write_atomic
 from hardware.profile import HardwareProfile
 from perfmodel.kernels.library import Family
-from perfmodel.operators import FORWARD_OPERATORS
-from perfmodel.steps import WORK_ENTRIES
+from perfmodel.operators import FORWARD_OPERATORS, Array
+from perfmodel.steps import FORWARDS, WORK_ENTRIES
 from runtime.config import EXPERT_MODES, KernelConfig, require
 
 Parameter = Literal["dispatch", "matmul", "attention", "cache", "activations"]
@@ -60,9 +61,12 @@ class Fit:
 class HostCosts:
     """What an engine adds on one device to the kernels' own time. Nothing of it overlaps with them.
 
-    forward_seconds: every forward, whatever its size. layer_seconds: every layer of a forward (small kernels that are
-    not described). step_seconds: every decoding step beyond its forwards. sequence_seconds: every sequence of a step.
-    token_seconds: every slot of a forward. families: factors on the kernel library's time, by family; 1 if not named.
+    forward_seconds: every forward, whatever its size; `forwards` has those of kinds of forwards (as in
+    `perfmodel.steps`) that cost something else. layer_seconds: every layer of a forward (small kernels that are not
+    described). step_seconds: every decoding step beyond its forwards. sequence_seconds: every sequence of a step.
+    token_seconds: every slot of a forward. cached_token_seconds: every cached token of one sequence where it has
+    several slots, by an attention kernel that does not split the cache: whatever the batch, one after the other.
+    families: factors on the kernel library's time, by family; 1 if not named.
     """
 
     forward_seconds: float = 0.0
@@ -70,18 +74,52 @@ class HostCosts:
     step_seconds: float = 0.0
     sequence_seconds: float = 0.0
     token_seconds: float = 0.0
+    cached_token_seconds: float = 0.0
+    forwards: dict[str, float] = field(default_factory=dict)
     families: dict[Family, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("forward_seconds", "layer_seconds", "step_seconds", "sequence_seconds", "token_seconds"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"{name} >= 0 must hold, but got {value}")
+        for name, value in plain(self).items():
+            if name.endswith("_seconds"):
+                require(0 <= value < math.inf, f"{name} >= 0 must hold, but got {value}")
+        for kind, value in self.forwards.items():
+            if kind not in FORWARDS:
+                raise known("kind of forward", kind, FORWARDS)
+            require(0 <= value < math.inf, f"forwards.{kind} >= 0 must hold, but got {value}")
         for family, value in self.families.items():
             require(0 < value < math.inf, f"families.{family} > 0 must hold, but got {value}")
+
+    def seconds_of(self, forward: str, layers: int, tokens: Array, slots: Array, context: Array) -> Array:
+        """What is added to one forward of a kind: `tokens` slots in all, `slots` of each sequence, over `context`."""
+        fixed = self.forwards.get(forward, self.forward_seconds) + layers * self.layer_seconds
+        found = fixed + self.token_seconds * tokens
+        return found + np.where(slots > 1, self.cached_token_seconds * context, 0.0) if self.cached_token_seconds else found
 
     def factor(self, family: Family) -> float:
         """Over the library's time of a family."""
         return self.families.get(family, 1.0)
+
+
+_HOST_SECONDS = tuple(f.name for f in fields(HostCosts) if f.name.endswith("_seconds"))
+
+
+@dataclass(frozen=True)
+class Requests:
+    """How the requests of a batch that is not kept full differ, as coefficients of variation.
+
+    steps: of the steps that requests of one length take, their drafts being accepted unevenly; untold_steps: the same
+    where the model answers without thinking aloud. lengths: of lengths, where a sequence may end early.
+    admission_forwards: how many forwards the other sequences wait for when one is admitted.
+    """
+
+    steps: float = 0.0
+    untold_steps: float = 0.0
+    lengths: float = 0.0
+    admission_forwards: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in plain(self).items():
+            require(0 <= value < math.inf, f"requests.{name} >= 0 must hold, but got {value}")
 
 
 @dataclass(frozen=True)
@@ -114,6 +152,7 @@ class EngineProfile:
     hosts: dict[str, HostCosts] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     spread: float | None = None
+    requests: Requests | None = None  # None: not known
 
     def __post_init__(self) -> None:
         for name in self.operators:
@@ -135,6 +174,7 @@ class EngineProfile:
         for name, (low, high) in self.intervals.items():
             require(low <= high, f"intervals.{name} must be [low, high], but is [{low}, {high}]")
         groups = {"operators", "experts", "sampler", "view_share", "scale"} | ({"hosts"} if self.hosts else set())
+        groups |= {"requests"} if self.requests else set()
         require(
             set(self.sources) == groups,
             f"sources must be for exactly {', '.join(sorted(groups))}, but are for {', '.join(sorted(self.sources))}",
