@@ -201,6 +201,8 @@ def time_forward(
     timings = time_operators(executed, at.device, at.engine, stream)
     host = at.host_costs
     extra = host.forward_seconds + at.spec.layers * host.layer_seconds + host.token_seconds * grid.tokens
+    if at.parallel.replicas > 1:
+        extra = extra + at.spec.moe_layers * host.exchange_seconds
     if np.any(extra > 0):
         timings = timings.followed_by(engine_timing(np.asarray(extra)))
     distinct = np.zeros(())
@@ -234,7 +236,10 @@ def time_step(at: Setting, step: Step, batch: npt.ArrayLike, context: npt.ArrayL
         for w in step.work
     ]
     beside = time_operators(work, at.device, at.engine, np.zeros(()))
-    extra = at.host_costs.step_seconds + at.host_costs.sequence_seconds * sequences
+    host = at.host_costs
+    drawn = total([np.asarray(w.rows) * np.asarray(w.times, dtype=float) for w in step.work if w.sampled])
+    per_sequence = host.sequence_seconds + host.drawn_logit_seconds * at.spec.vocab_size * drawn
+    extra = host.step_seconds + per_sequence * sequences
     if np.any(extra > 0):
         beside = beside.followed_by(engine_timing(np.asarray(extra)))
     return StepTiming(forwards, beside, step.reach, at.engine.known_spread)
