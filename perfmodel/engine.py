@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 
 from hardware.files import UserError, build, known, plain, read_yaml, write_atomic
 from hardware.profile import HardwareProfile
 from perfmodel.kernels.library import Family
-from perfmodel.operators import FORWARD_OPERATORS, Array
+from perfmodel.operators import FORWARD_OPERATORS
 from perfmodel.steps import FORWARDS, WORK_ENTRIES
 from runtime.config import EXPERT_MODES, KernelConfig, require
 
@@ -64,9 +63,11 @@ class HostCosts:
     forward_seconds: every forward, whatever its size; `forwards` has those of kinds of forwards (as in
     `perfmodel.steps`) that cost something else. layer_seconds: every layer of a forward (small kernels that are not
     described). step_seconds: every decoding step beyond its forwards. sequence_seconds: every sequence of a step.
-    token_seconds: every slot of a forward. cached_token_seconds: every cached token of one sequence where it has
-    several slots, by an attention kernel that does not split the cache: whatever the batch, one after the other.
-    families: factors on the kernel library's time, by family; 1 if not named.
+    token_seconds: every slot of a forward. drawn_logit_seconds: every logit a token is drawn from (a sort).
+    exchange_seconds: every layer whose experts are dealt out over replicas, which wait for each other there.
+    cached_token_seconds: every cached token of one sequence where it has several slots, by an attention kernel that
+    does not split the cache: whatever the batch, one after the other. families: factors on the kernel library's time,
+    by family; 1 if not named.
     """
 
     forward_seconds: float = 0.0
@@ -74,14 +75,16 @@ class HostCosts:
     step_seconds: float = 0.0
     sequence_seconds: float = 0.0
     token_seconds: float = 0.0
+    drawn_logit_seconds: float = 0.0
+    exchange_seconds: float = 0.0
     cached_token_seconds: float = 0.0
     forwards: dict[str, float] = field(default_factory=dict)
     families: dict[Family, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in plain(self).items():
-            if name.endswith("_seconds"):
-                require(0 <= value < math.inf, f"{name} >= 0 must hold, but got {value}")
+        for name in _HOST_SECONDS:
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} >= 0 must hold, but got {value}")
         for kind, value in self.forwards.items():
             if kind not in FORWARDS:
                 raise known("kind of forward", kind, FORWARDS)
@@ -89,11 +92,9 @@ class HostCosts:
         for family, value in self.families.items():
             require(0 < value < math.inf, f"families.{family} > 0 must hold, but got {value}")
 
-    def seconds_of(self, forward: str, layers: int, tokens: Array, slots: Array, context: Array) -> Array:
-        """What is added to one forward of a kind: `tokens` slots in all, `slots` of each sequence, over `context`."""
-        fixed = self.forwards.get(forward, self.forward_seconds) + layers * self.layer_seconds
-        found = fixed + self.token_seconds * tokens
-        return found + np.where(slots > 1, self.cached_token_seconds * context, 0.0) if self.cached_token_seconds else found
+    def forward(self, kind: str) -> float:
+        """Seconds of every forward of a kind, whatever its size."""
+        return self.forwards.get(kind, self.forward_seconds)
 
     def factor(self, family: Family) -> float:
         """Over the library's time of a family."""

@@ -148,6 +148,7 @@ STEPS: dict[Sampler, Callable[[DecodingConfig, Sizes], Step]] = {
     "single_forward": _single_forward,
     "denoising": _denoising,
 }
+FORWARDS = ("decode", "draft", "verify", "single", "prefill")  # the kinds that steps and prompts consist of
 WORK = ("autoregressive", "two_forward", "single_forward", "denoising", "denoising_step", "denoising_verify")
 WORK_ENTRIES = tuple(name + end for name in WORK for end in ("", "_sampled"))
 
