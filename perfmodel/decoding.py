@@ -200,7 +200,9 @@ def time_forward(
     stream = total([cost.weight_bytes + cost.kv_bytes for cost in costs])
     timings = time_operators(executed, at.device, at.engine, stream)
     host = at.host_costs
-    extra = host.forward_seconds + at.spec.layers * host.layer_seconds + host.token_seconds * grid.tokens
+    extra = host.forward(name) + at.spec.layers * host.layer_seconds + host.token_seconds * grid.tokens
+    if host.cached_token_seconds:
+        extra = extra + np.where(grid.slots > 1, host.cached_token_seconds * grid.context, 0.0)
     if at.parallel.replicas > 1:
         extra = extra + at.spec.moe_layers * host.exchange_seconds
     if np.any(extra > 0):
