@@ -11,7 +11,8 @@ import numpy as np
 from perfmodel import fitting
 from perfmodel.kernels.fitting import Family, family_problem
 from perfmodel.kernels.library import load_library
-from perfmodel.published.points import KernelPoint, Point
+from perfmodel.published.points import KernelPoint, Point, ServedPoint
+from perfmodel.published.served import served_problem
 from runtime.config import require
 
 Split = Literal["point", "series", "source"]
@@ -46,6 +47,7 @@ def kernel_problem(points: Sequence[KernelPoint]) -> fitting.Problem:
 
 PROBLEMS: dict[type[Point], Callable[[Sequence[Point]], fitting.Problem]] = {
     KernelPoint: kernel_problem,  # type: ignore[dict-item]  # called with points of this type alone
+    ServedPoint: served_problem,  # type: ignore[dict-item]
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hardware.files import UserError
 from perfmodel.kernels.library import Library, load_library
-from perfmodel.published.points import KernelPoint, Point
+from perfmodel.published.points import KernelPoint, Point, ServedPoint
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,16 @@ def kernel_bound(point: KernelPoint) -> float:
     return float(module.bound(point.call, point.hardware))
 
 
-PREDICTORS: dict[type[Point], Predictor] = {KernelPoint: kernel_estimate}
+def served_estimate(point: ServedPoint) -> Estimate:
+    """A served model by its engine's profile; UserError where it does not fit the devices."""
+    from perfmodel.published.served import UNKNOWN_SPREAD, engine_of, served_seconds
+
+    engine = engine_of(point.engine)
+    seconds, bound = served_seconds([point], {point.engine: engine})
+    return Estimate(float(seconds[0]), float(bound[0]), engine.known_spread or UNKNOWN_SPREAD)
+
+
+PREDICTORS: dict[type[Point], Predictor] = {KernelPoint: kernel_estimate, ServedPoint: served_estimate}
 
 
 def estimate(point: Point) -> Estimate | str:

@@ -1,0 +1,137 @@
+"""Served points predicted by `perfmodel.serving`, and engines' host costs fitted to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from perfmodel import fitting
+from perfmodel.decoding import Setting, setting
+from perfmodel.engine import EngineProfile, HostCosts, load_engine
+from perfmodel.kernels.call import Array
+from perfmodel.parallel import Parallel
+from perfmodel.precision import Precision
+from perfmodel.published.points import ServedPoint
+from perfmodel.serving import Load, serve
+from runtime.config import require
+
+# Data sets that rows name without the lengths of their prompts: mean prompt tokens, and the coefficient of variation of
+# the generated ones. Assumed from the kind of request (a chat's turn; a multiple-choice question; a file around a gap):
+# the sources state the mean of what was generated alone. Tokens were drawn, not the likeliest taken.
+WORKLOADS: dict[str, tuple[float, float]] = {
+    "lm-arena-chat": (200.0, 0.7),
+    "gpqa": (280.0, 0.4),
+    "sourcegraph-fim": (600.0, 0.8),
+}
+_METRICS = {"per_token": "mean_tpot", "between_tokens": "median_itl", "total": "mean_step"}
+UNKNOWN_SPREAD = 0.3  # of an engine that was never fitted
+# How far, on a logarithmic scale, a fitted figure may reasonably be from where the fit starts.
+PRIOR = {"families.gemm": 0.1, "families.moe": 0.15, "families.attention": 0.15, "families.collective": 0.2,
+         "families.elementwise": 0.3}  # fmt: skip
+
+
+def precision_of(point: ServedPoint) -> Precision:
+    """The point's precision, with what its engine chooses where that is not stated.
+
+    TensorRT-LLM keeps the cache of an fp8 or nvfp4 checkpoint in fp8, as NVIDIA publishes those. Blackwell multiplies
+    mxfp4 experts with activations in fp8.
+    """
+    found = point.precision
+    if not point.cache_stated and point.engine == "tensorrt-llm" and found.weights in ("fp8", "nvfp4"):
+        found = dataclasses.replace(found, cache="fp8")
+    if found.experts == "mxfp4" and "fp4" in {str(name) for name in point.hardware.peak_flops_per_second}:
+        found = dataclasses.replace(found, expert_activations="fp8")
+    return found
+
+
+def load_of(points: Sequence[ServedPoint]) -> Load:
+    """What the servers of points of one data set were kept busy with. UserError for a data set that is not known."""
+    name = points[0].workload
+    require(not name or name in WORKLOADS, f"the prompts of {name} are not known; known: {', '.join(WORKLOADS)}")
+    prompt, variation = WORKLOADS.get(name, (0.0, 0.0))
+    return Load(
+        np.array([p.batch for p in points]),
+        np.array([p.prompt or prompt for p in points]),
+        np.array([p.generated for p in points]),
+        variation,
+        drawn=bool(name),
+    )
+
+
+def setting_of(point: ServedPoint, engine: EngineProfile) -> Setting:
+    """The model on its devices. UserError where it does not fit them."""
+    parallel = Parallel(point.tensor, point.expert)
+    return setting(point.model, point.hardware, precision_of(point), engine=engine, parallel=parallel)
+
+
+def served_seconds(points: Sequence[ServedPoint], engines: Mapping[str, EngineProfile]) -> tuple[Array, Array]:
+    """[points] seconds and their bound, in each point's metric; points that differ in sizes alone are joined."""
+    joined: dict[object, list[int]] = {}
+    for i, p in enumerate(points):
+        same = (p.model, p.hardware.name, precision_of(p), p.engine, p.tensor, p.expert, p.workload, p.metric)
+        joined.setdefault(same, []).append(i)
+    seconds, bound = np.zeros(len(points)), np.zeros(len(points))
+    for members in joined.values():
+        own = [points[i] for i in members]
+        found = serve(setting_of(own[0], engines[own[0].engine]), load_of(own))
+        together = found.active if own[0].metric == "total" else 1.0
+        seconds[members] = found.seconds(_METRICS[own[0].metric]) / together  # type: ignore[arg-type]  # one of Metric
+        bound[members] = found.bound_seconds / together
+    return seconds, bound
+
+
+@cache
+def engine_of(name: str) -> EngineProfile:
+    """A bundled engine, read once."""
+    return load_engine(name)
+
+
+def numbers_of(engine: EngineProfile) -> dict[str, float]:
+    """An engine's host costs and factors that are not zero, as "default.forward_seconds", "default.families.gemm"."""
+    found = {}
+    for host, costs in engine.hosts.items():
+        for field in dataclasses.fields(costs):
+            value = getattr(costs, field.name)
+            entries = value.items() if isinstance(value, dict) else [("", value)]
+            for name, number in entries:
+                if number > 0:
+                    found[".".join(part for part in (host, field.name, name) if part)] = float(number)
+    return found
+
+
+def with_numbers(engine: EngineProfile, numbers: Mapping[str, float]) -> EngineProfile:
+    """The engine with these host costs and factors in place of its own."""
+    hosts: dict[str, HostCosts] = dict(engine.hosts)
+    for path, value in numbers.items():
+        host, field, *entry = path.split(".")
+        new: Any = {**getattr(hosts[host], field), entry[0]: value} if entry else value
+        hosts[host] = dataclasses.replace(hosts[host], **{field: new})
+    return dataclasses.replace(engine, hosts=hosts)
+
+
+def served_problem(points: Sequence[ServedPoint]) -> fitting.Problem:
+    """Host costs and factors of one engine fitted to its served points.
+
+    A step's time is linear in them but where a larger part hides a smaller; so it is expanded around the engine's own.
+    """
+    engine = engine_of(points[0].engine)
+    start = numbers_of(engine)
+    require(len(start) > 0, f"engine {engine.name} has no host costs to fit")
+    base, _ = served_seconds(points, {engine.name: engine})
+    slopes = {}
+    for path, value in start.items():
+        more, _ = served_seconds(points, {engine.name: with_numbers(engine, {path: 2 * value})})
+        slopes[path] = (more - base) / value
+    rest = base - sum((slope * start[path] for path, slope in slopes.items()), np.zeros(len(points)))
+
+    def predict(numbers: Mapping[str, float]) -> Array:
+        found = rest + sum((slope * numbers[path] for path, slope in slopes.items()), np.zeros(len(points)))
+        return np.maximum(found, base / 100)
+
+    priors = {path: PRIOR.get(path.partition(".")[2], 1.0) for path in start}
+    measured = np.array([p.measured_seconds for p in points])
+    return fitting.Problem(predict, measured, [p.series for p in points], start, priors)
