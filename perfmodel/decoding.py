@@ -81,7 +81,6 @@ class StepTiming:
     forwards: tuple[ForwardTiming, ...]
     beside: Timings
     reach: npt.ArrayLike  # positions beyond the cached ones
-    spread: float | None  # of the engine's estimates; None: that of the kernels
 
     @property
     def sampler(self) -> list[Timing]:
@@ -113,28 +112,28 @@ class StepTiming:
         """All operators of all forwards, and what is beside them, each with how often the step runs it."""
         return [(op, f.times) for f in self.forwards for op in f.operators] + [(op, np.ones(())) for op in self.sampler]
 
-    def interval(self, device: Device) -> tuple[Array, Array] | None:
-        """Seconds between which 80% of measured steps are meant to lie; None where no spread is known.
-
-        The engine's own spread, which is that of whole steps. Else every kernel family errs by its spread in the same
-        direction at once, and what is not from the library by half of itself: wider than errors that partly cancel.
-        """
-        if self.spread is not None:
-            wide: Array | float = self.spread
-        elif device.library is None:
-            return None
-        else:
-            known = device.library.evidence
-            parts = [
-                (times * op.seconds, known[op.family].spread if op.family else UNKNOWN_SPREAD)
-                for op, times in self.operators
-            ]
-            wide = total([seconds * spread for seconds, spread in parts]) / total([seconds for seconds, _ in parts])
-        # Nothing can be faster than the bound.
-        return np.maximum(self.seconds / np.exp(wide), self.bound_seconds), self.seconds * np.exp(wide)
-
 
 UNKNOWN_SPREAD = 0.4  # of what no measurement has shown: within a factor of 1.5
+
+
+def interval(at: Setting, timing: ForwardTiming | StepTiming) -> tuple[Array, Array] | None:
+    """Seconds between which 80% of measurements are meant to lie; None where no spread is known.
+
+    The engine's own spread, which is that of whole steps. Else every kernel family errs by its spread in the same
+    direction at once, which is wider than errors that partly cancel; what is not from the library errs by
+    UNKNOWN_SPREAD. Nothing can be faster than the bound.
+    """
+    wide: Array | float | None = at.engine.known_spread
+    if wide is None:
+        library = at.device.library
+        if library is None:
+            return None
+        once = np.ones(())
+        operators = [(op, once) for op in timing.operators] if isinstance(timing, ForwardTiming) else timing.operators
+        seconds = [times * op.seconds for op, times in operators]
+        spreads = [library.evidence[op.family].spread if op.family else UNKNOWN_SPREAD for op, _ in operators]
+        wide = total([took * spread for took, spread in zip(seconds, spreads, strict=True)]) / total(seconds)
+    return np.maximum(timing.seconds / np.exp(wide), timing.bound_seconds), timing.seconds * np.exp(wide)
 
 
 def setting(
@@ -244,7 +243,7 @@ def time_step(at: Setting, step: Step, batch: npt.ArrayLike, context: npt.ArrayL
     extra = host.step_seconds + per_sequence * sequences
     if np.any(extra > 0):
         beside = beside.followed_by(engine_timing(np.asarray(extra)))
-    return StepTiming(forwards, beside, step.reach, at.engine.known_spread)
+    return StepTiming(forwards, beside, step.reach)
 
 
 def predict(
@@ -289,7 +288,7 @@ def predict(
     step = time_step(at, parts, batch, context)
     baseline = time_step(at, step_of(decoding.autoregressive), batch, context) if decoding.drafts else step
     seconds, bound, single = float(step.seconds), float(step.bound_seconds), float(baseline.seconds)
-    interval = step.interval(at.device)
+    between = interval(at, step)
     rate = batch * committed / seconds
     costs = economics(hardware, rate, parallel.devices)
     return Prediction(
@@ -316,7 +315,7 @@ def predict(
         ridge_point_flops_per_byte=at.device.ridge_point,
         precision=str(at.precision),
         parallel=parallel,
-        step_seconds_interval=None if interval is None else (float(interval[0]), float(interval[1])),
+        step_seconds_interval=None if between is None else (float(between[0]), float(between[1])),
         joules_per_million_tokens=_optional(costs.joules_per_million_tokens),
         dollars_per_million_tokens=_optional(costs.dollars_per_million_tokens),
     )

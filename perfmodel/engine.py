@@ -252,10 +252,10 @@ def _resolved(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = data.pop("like", None)
     if base is None:
         return data
-    require(
-        isinstance(base, str) and base in list_engines(), f"{path}: like must name a bundled engine, but is {base!r}"
-    )
-    above = list_engines()[base]
+    engines = list_engines()
+    if base not in engines:
+        raise known(f"engine that {path} is like:", str(base), engines)
+    above = engines[base]
     require(above not in (*seen, path), f"{path}: an engine cannot be like itself")
     return _over(_resolved(above, (*seen, path)), data)
 

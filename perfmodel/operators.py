@@ -230,18 +230,18 @@ def _embedding(f: _Forward) -> OperatorCost:
 
 
 def _norms(f: _Forward) -> OperatorCost:
-    """Two norms and two additions a layer.
+    """Norms and additions, in pairs: two of each in most layers.
 
     ZAYA scales the residual apart: a norm (residual in, dtype out), and an addition (branch and residual in, residual
     out). Others fuse an addition with the norm behind it, which saves reading the sum again.
     """
-    n, hidden, width = f.spec.layers, f.spec.hidden_size, f.width
+    width, pairs = f.width, f.spec.layers * f.spec.norms_per_layer / 2
     passes = 3 if f.spec.architecture == "zaya" else 2
     return _cost(
         "norms_residual",
-        repeat=n,
-        weight_bytes=f.spec.parameters_by_component()["norms_residual"] / n * width,
-        activation_set_bytes=2 * f.at.tokens * hidden * (2 * width + passes * f.residual),
+        repeat=pairs,
+        weight_bytes=f.spec.parameters_by_component()["norms_residual"] / pairs * width,
+        activation_set_bytes=2 * f.at.tokens * f.spec.hidden_size * (2 * width + passes * f.residual),
     )
 
 

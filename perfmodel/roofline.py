@@ -11,6 +11,7 @@ from hardware.files import UserError
 from hardware.profile import Curves, HardwareProfile
 from perfmodel.engine import EngineProfile, HostCosts
 from perfmodel.execution import Executed
+from perfmodel.kernels import collective
 from perfmodel.kernels.call import Array, Attention, Collective, FusedMoe, Gemm, Parts
 from perfmodel.kernels.elementwise import Elementwise
 from perfmodel.kernels.library import Family, Library, load_library
@@ -238,6 +239,9 @@ def time_operators(
             host = op.host_units * device.dispatch_seconds * dispatch
             extra = {"synchronous": host, "graph": node * dispatch, "eager": node}[engine.host]
         bound = bound_seconds(op.cost, device, stream_bytes)
+        for count, call in op.cost.calls:
+            if isinstance(call, Collective):
+                bound = bound + count * collective.bound(call, device.hardware)
         # Below the bound a fitted rate exceeds the datasheet's: the estimate is then the bound.
         missing = np.maximum(bound - (memory + compute + extra), 0.0)
         if missing.any():
