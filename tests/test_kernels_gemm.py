@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from perfmodel.published.names import Catalog
 from perfmodel.published.points import KernelPoint
 from perfmodel.published.rows import read_rows
 
-ROWS = "measurements/published/gpu_measured.csv"
+ROWS = Path(__file__).parents[1] / "measurements" / "published" / "gpu_measured.csv"
 DEVICES = [profile for profile in map(load_profile, sorted(list_profiles())) if profile.kind == "gpu"]
 LINEAR = load_library().gemm
 DTYPES = [("bfloat16", "bfloat16"), ("fp8", "bfloat16"), ("int4", "bfloat16"), ("fp8", "fp8"), ("nvfp4", "nvfp4")]

@@ -26,9 +26,11 @@ _CHOICES = np.array(
      (128, 128, 2), (128, 128, 4), (128, 192, 1), (128, 256, 1), (256, 128, 1)], dtype=float
 )  # fmt: skip
 _ROWS, _COLUMNS, _PARTS = _CHOICES.T
-# The m up to which NVIDIA's kernels of 8 and 4 bits (CUTLASS, DeepGEMM) take a tile; they do not split k.
-_NARROW_M = np.select([_ROWS * _COLUMNS <= 64 * 64, _ROWS * _COLUMNS <= 64 * 128], [64.0, 128.0], np.inf)
-_WHOLE = 256 * 128  # elements of the tile that reaches the device's rate: the largest
+# The m up to which NVIDIA's kernels of 8 bits (CUTLASS, DeepGEMM) take a tile; they do not split k. Those of 4 bits
+# take the largest tiles whatever m is: a published layer of 8192 x 8192 takes as long for 1 row as for 256.
+_TILE = _ROWS * _COLUMNS
+_8_BIT_M = np.select([_PARTS > 1, _TILE <= 64 * 64, _TILE <= 64 * 128], [0.0, 64.0, 128.0], np.inf)
+_4_BIT_M = np.where(_TILE == _TILE.max(), np.inf, 0.0)
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class GemmKernels:
     a b + tile_edge (a + b), since its operands are loaded. wave_seconds: filling and draining a wave's pipelines.
     busy_units_share: of the compute units that must stream weights to saturate main memory. partial_sums_share: the
     rate of split-K's sums over main memory's. sharpness: how well bytes and arithmetic overlap (see `overlapped`).
-    launch_nodes: launch, first bytes and tail, in the profile's seconds per graph node; quantise_nodes and
-    quantise4_nodes: the same of the kernel before that narrows activations to 8 or 4 bits. narrow_share, widened_share:
-    what of compute_share remains with activations below 16 bits, and with weights that are widened in registers.
-    amd_compute_share, amd_memory_share: factors on compute_share and memory_share on AMD devices.
+    launch_nodes: launch, first bytes and tail, in the profile's seconds per graph node; quantise_nodes: the same of the
+    kernel before that narrows activations. narrow_share, widened_share: what of compute_share remains with activations
+    below 16 bits, and with weights that are widened in registers. amd_compute_share, amd_memory_share: factors on
+    compute_share and memory_share on AMD devices.
     """
 
     compute_share: float
@@ -59,7 +61,6 @@ class GemmKernels:
     sharpness: float
     launch_nodes: float
     quantise_nodes: float
-    quantise4_nodes: float
     narrow_share: float
     widened_share: float
     amd_compute_share: float
@@ -75,8 +76,7 @@ class GemmKernels:
         overhead = extra + self.launch_nodes * hardware.graph_node_seconds
         width = stored_bytes(call.activations)
         if width < _OUTPUT_BYTES and call.quantise:
-            nodes = self.quantise_nodes if width >= 1 else self.quantise4_nodes
-            overhead = overhead + nodes * hardware.graph_node_seconds
+            overhead = overhead + self.quantise_nodes * hardware.graph_node_seconds
             memory = memory + m * k * (_OUTPUT_BYTES + width) / self._bandwidth(hardware)
         return Parts(memory, compute, overhead)
 
@@ -91,15 +91,15 @@ class GemmKernels:
         streaming = np.maximum(1.0, n / _COLUMNS) * _PARTS / (units * self.busy_units_share)
         moving = (weights / np.minimum(1.0, streaming) + others) / rate
         waves = np.ceil(np.ceil(m / _ROWS) * np.ceil(n / _COLUMNS) * _PARTS / units)
-        cost = _ROWS * _COLUMNS + self.tile_edge * (_ROWS + _COLUMNS)
-        cost = cost / (1 + self.tile_edge * (256 + 128) / _WHOLE)
+        cost = _TILE + self.tile_edge * (_ROWS + _COLUMNS)
+        cost = cost * (_TILE / cost)[-1]  # so that the last and largest reaches the device's rate
         multiplying = waves * (2 * cost * k / _PARTS) / (self._flops_per_second(call, hardware) / units)
         sums = np.where(_PARTS > 1, _PARTS, 0.0) * m * n * 8 / (main * self.partial_sums_share)
         added = waves * self.wave_seconds + sums
         memory, compute = overlapped(moving, multiplying, self.sharpness)
         total = memory + compute + added
         if width < _OUTPUT_BYTES and hardware.vendor == "NVIDIA":
-            total = np.where((_PARTS == 1) & (m <= _NARROW_M), total, np.inf)
+            total = np.where(m <= (_8_BIT_M if width >= 1 else _4_BIT_M), total, np.inf)
         best = np.argmin(total, -1)[..., None]
         of_all = (np.broadcast_to(seconds, total.shape) for seconds in (memory, compute, added))
         found = [np.take_along_axis(seconds, best, -1)[..., 0] for seconds in of_all]
@@ -164,7 +164,6 @@ START = GemmKernels(
     sharpness=4.0,
     launch_nodes=2.5,
     quantise_nodes=2.0,
-    quantise4_nodes=2.0,
     narrow_share=1.0,
     widened_share=0.9,
     amd_compute_share=1.0,
@@ -181,7 +180,6 @@ PRIOR = {
     "sharpness": 0.7,
     "launch_nodes": 0.7,
     "quantise_nodes": 0.7,
-    "quantise4_nodes": 1.0,
     "narrow_share": 0.2,
     "widened_share": 0.2,
     "amd_compute_share": 0.2,
