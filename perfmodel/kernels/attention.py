@@ -94,12 +94,13 @@ class AttentionKernels:
         assert peak is not None  # a profile without it is refused when it is read
         rate = min(main_bandwidth(hardware) * self.bandwidth_share, peak)
         read, split = kv_bytes(call), self.split_bytes * hardware.compute_units
-        moved = read + read * split / (read + split) + _query_bytes(call)
+        needed = read + _query_bytes(call)
+        moved = needed + read * split / (read + split)
         memory = moved / rate
         if not call.cold and len(hardware.memory) > 1:
             cache = hardware.memory[-2]
             cached = min(rate * max(self.cache_share, 1.0), cache.peak_bandwidth_bytes_per_second or np.inf)
-            kept = np.clip(2 - 2 * read / cache.capacity_bytes, 0, 1)  # all of it up to half the cache, then less
+            kept = np.clip(2 - 2 * needed / cache.capacity_bytes, 0, 1)  # all of it up to half the cache, then less
             memory = memory * (1 - kept) + kept * moved / max(cached, rate)
         flops = _flops(call, np.ceil(_rows(call) / _ROWS) * _ROWS)
         compute = flops / (matmul_rate(hardware, _dtype(call, hardware)) * min(self.compute_share, 1.0))

@@ -160,4 +160,4 @@ def _power_law(alpha: float, tokens: int, experts: int, top_k: int) -> tuple[flo
     missing = np.maximum(total - counts.sum(1), 0)
     found = (counts > 0).sum(1) + np.minimum(missing, (counts == 0).sum(1))
     squares = (counts**2).sum(1) + missing  # those that rounding missed are one to an expert
-    return float(found.mean()), float((squares * found).mean() / total**2)
+    return float(found.mean()), max(float((squares * found).mean() / total**2), 1.0)
