@@ -46,6 +46,10 @@ class ElementwiseKernels:
         return Parts(moved, np.zeros(()), fixed)
 
 
+START = ElementwiseKernels(node_share=3.0, bandwidth_share=1.0)  # a launch, a load and a store; a plain stream
+PRIOR = 0.5  # few rows show them
+
+
 def bound(call: Elementwise, hardware: HardwareProfile) -> npt.NDArray[np.float64]:
     """Seconds of the bytes that the caches together cannot hold, at the main memory's datasheet peak."""
     peak = hardware.main_memory.peak_bandwidth_bytes_per_second
