@@ -30,7 +30,7 @@ _ROWS, _COLUMNS, _PARTS = _CHOICES.T
 # take the largest tiles whatever m is: a published layer of 8192 x 8192 takes as long for 1 row as for 256.
 _TILE = _ROWS * _COLUMNS
 _8_BIT_M = np.select([_PARTS > 1, _TILE <= 64 * 64, _TILE <= 64 * 128], [0.0, 64.0, 128.0], np.inf)
-_4_BIT_M = np.where(_TILE == _TILE.max(), np.inf, 0.0)
+_4_BIT_M = np.where(_TILE < 256 * 128, 0.0, np.inf)
 
 
 @dataclass(frozen=True)
