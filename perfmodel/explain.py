@@ -15,6 +15,7 @@ from hardware.files import UserError
 from hardware.profile import Curves, HardwareProfile, MemoryLevel
 from perfmodel.contenders import Acceptance
 from perfmodel.decoding import Setting, StepTiming, require_memory, time_step
+from perfmodel.engine import HostCosts
 from perfmodel.experts import ExpertCoverage
 from perfmodel.kernels.library import CLASSES, Library
 from perfmodel.model_spec import require_context
@@ -293,9 +294,14 @@ def scale_overhead(at: Setting, factor: float) -> Setting:
         interconnect=link and replace(link, latency_seconds=link.latency_seconds and link.latency_seconds * factor),
         measured=tuple(replace(c, elementwise_seconds=c.elementwise_seconds * factor) for c in hardware.measured),
     )
-    hosts = {name: _longer(costs, factor) for name, costs in at.engine.hosts.items()}
+    hosts = {name: _longer_host(costs, factor) for name, costs in at.engine.hosts.items()}
     library = at.device.library and _longer_kernels(at.device.library, factor)
     return replace(on_hardware(at, changed, library), engine=replace(at.engine, hosts=hosts))
+
+
+def _longer_host(costs: HostCosts, factor: float) -> HostCosts:
+    kinds = {kind: seconds * factor for kind, seconds in costs.forwards.items()}
+    return replace(_longer(costs, factor), forwards=kinds)
 
 
 def _longer_kernels(library: Library, factor: float) -> Library:

@@ -11,6 +11,7 @@ from perfmodel.decoding import Setting, predict, setting
 from perfmodel.experts import ExpertCoverage
 from perfmodel.explain import Explanation, explain, on_hardware, scale_coverage, scale_memory
 from perfmodel.model_spec import load_spec
+from perfmodel.parallel import Parallel
 from runtime.config import SAMPLER_NAMES, DecodingConfig, Workload
 from tests.perfmodel_cpu import made_up_cpu
 
@@ -66,6 +67,17 @@ def test_rates_and_overheads_are_all_that_time_is_made_of(batch: int, context: i
     assert found["acceptance length"] == pytest.approx(1)
     assert found["context"] <= 0 and found["experts read"] <= 0
     assert [abs(s.elasticity) for s in e.sensitivities] == sorted(abs(s.elasticity) for s in e.sensitivities)[::-1]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "tensorrt-llm"])
+def test_an_engines_own_seconds_are_overhead(engine: str) -> None:
+    """Of a dense model on two devices: rates, overheads and the link between the devices are all there is."""
+    at = setting(load_spec("llama-3.1-8b"), H100, "bfloat16", engine=engine, parallel=Parallel(tensor=2))
+    found = by_name(explain(at, DecodingConfig(), Acceptance(), batch=8, context=3000))
+    rates = ("memory bandwidth", "cache bandwidth", "arithmetic rate", "interconnect bandwidth")
+    assert sum(found[name] for name in rates) - found["launch and host overhead"] == pytest.approx(1, abs=0.03)
+    assert found["launch and host overhead"] < -0.05 and found["interconnect bandwidth"] >= 0
+    assert "experts read" not in found
 
 
 def test_the_strongest_lever_follows_the_regime() -> None:
