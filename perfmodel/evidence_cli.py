@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hardware.files import UserError, known, plain
+from hardware.files import UserError, known, plain, write_atomic
 from hardware.profile import load_profile
 from perfmodel.terminal import Json, ms, print_json, print_table, progress
 from runtime.config import require
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
     from perfmodel.validation import Summary
     from runtime.measurement import Measurement
 
-HardwareOption = Annotated[str, typer.Option(help="A known device, or a profile's YAML file.")]
 EngineOption = Annotated[
     str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the kind of device).")
 ]
-MeasurementsOption = Annotated[Path, typer.Option(help="A .jsonl file that `ridgepoint bench` wrote.")]
 MeasuredCoverageOption = Annotated[
     str, typer.Option(help="recorded (what these rows counted), or a coverage as for predict.")
 ]
@@ -36,16 +34,51 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate(
-    measurements: MeasurementsOption,
-    hardware: HardwareOption,
-    out: Annotated[Path, typer.Option(help="The engine's YAML file to write.")],
+    measurements: Annotated[
+        Path | None, typer.Option(help="Our own measurements: a .jsonl file that `ridgepoint bench` wrote.")
+    ] = None,
+    hardware: Annotated[str | None, typer.Option(help="With --measurements: the device, or its YAML file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The YAML file to write; with --published, or a folder (default: the working folder)."),
+    ] = None,
+    published: Annotated[
+        str | None,
+        typer.Option(help="Refit to measurements/published: kernels, one family of them, or an engine."),
+    ] = None,
     engine: EngineOption = None,
     held_out: Annotated[float, typer.Option(help="Share of the operating points not to fit to.")] = 0.0,
     expert_coverage: MeasuredCoverageOption = "recorded",
     draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the scales' intervals; 0: none.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Fit an engine's few scales to measured forwards of one device, and write the engine with where they came from."""
+    """Fit few numbers to measurements, never per workload, and write them with where they came from.
+
+    An engine's scales to our own measured forwards of one device; kernel families or an engine's host costs to
+    published rows.
+    """
+    if published is not None:
+        others = {"measurements": measurements, "hardware": hardware, "engine": engine}
+        for name, value in others.items():
+            require(value is None, f"--{name} does not go with --published")
+        return _calibrate_published(published, out, draws, as_json)
+    require(measurements is not None, "either --measurements or --published is needed")
+    require(hardware is not None, "--measurements needs --hardware, the device they were measured on")
+    require(out is not None, "--measurements needs --out, the YAML file to write")
+    assert measurements is not None and hardware is not None and out is not None  # what was just required
+    _calibrate_ours(measurements, hardware, out, engine, held_out, expert_coverage, draws, as_json)
+
+
+def _calibrate_ours(
+    measurements: Path,
+    hardware: str,
+    out: Path,
+    engine: str | None,
+    held_out: float,
+    expert_coverage: str,
+    draws: int,
+    as_json: bool,
+) -> None:
     from perfmodel.calibration import calibrate as run
     from perfmodel.calibration import split
     from perfmodel.engine import engine_for, save_engine
@@ -79,6 +112,39 @@ def calibrate(
     )
     _print_summaries(found)
     print(f"written: {path}")
+
+
+def _calibrate_published(what: str, out: Path | None, draws: int, as_json: bool) -> None:
+    from perfmodel.kernels.library import CLASSES
+    from perfmodel.published import evidence, fits
+
+    points = evidence.fitted_points()
+    families = fits.by_family(points)
+    wanted = [f for f in families if f in CLASSES] if what == "kernels" else [what]
+    if any(family not in families for family in wanted):
+        raise known("family of published rows", what, ["kernels", *families])
+    require(draws > 0, "--draws > 0 must hold for a published fit, whose file has intervals")
+    one_file = out is not None and out.suffix in (".yaml", ".yml")
+    require(len(wanted) == 1 or not one_file, f"--out must be a folder for {len(wanted)} families, but is {out}")
+    found = []
+    for family in wanted:
+        path = out if one_file and out is not None else (out or Path()) / f"{family}.yaml"
+        bundled = fits.bundled_file(family)
+        require(out is not None or path.resolve() != bundled.resolve(), f"{bundled} is bundled: name it with --out")
+        with progress(f"fitting {family}"):
+            fit = fits.fit_family([points[i] for i in families[family]], draws)
+        write_atomic(path, fits.fitted_text(fit))
+        found.append((path, fit))
+    if as_json:
+        return print_json([{"path": str(path), **plain(fit)} for path, fit in found])
+    for path, fit in found:
+        ends = fit.fitted.intervals
+        print_table(
+            f"{fit.family}, {fits.in_words(fit.fit)}",
+            ("number", "fitted", "90% interval"),
+            [(n, f"{v:.4g}", f"{ends[n][0]:.3g} .. {ends[n][1]:.3g}") for n, v in fit.fitted.values.items()],
+        )
+        print(f"written: {path}")
 
 
 def validate(

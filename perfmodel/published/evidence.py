@@ -114,6 +114,13 @@ def fitted_ids(folder: Path = FOLDER) -> frozenset[str] | None:
     )
 
 
+def fitted_points(folder: Path = FOLDER) -> list[Point]:
+    """The shipped rows that fits use: those that can be predicted and that exceptions.csv does not name."""
+    catalog, odd = Catalog(), exceptions(folder)
+    found = [interpret(row, catalog) for row in shipped_rows(folder) if row.id not in odd]
+    return [point for point in found if not isinstance(point, str) and not isinstance(estimate(point), str)]
+
+
 def predicted_rows(rows: Sequence[Row], folder: Path = FOLDER) -> list[Result]:
     """Every row by the shipped numbers, nothing fitted."""
     catalog, odd, known = Catalog(), exceptions(folder), fitted_ids(folder)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import yaml
 
+from hardware.files import plain, read_yaml
 from perfmodel import fitting
+from perfmodel.engine import list_engines, load_engine
 from perfmodel.kernels.fitting import Family, family_problem
-from perfmodel.kernels.library import load_library
-from perfmodel.published.points import KernelPoint, Point, ServedPoint
-from perfmodel.published.served import served_problem
+from perfmodel.kernels.library import CLASSES, KernelFit, fit_file, load_library
+from perfmodel.published.points import KernelPoint, Point, ServedPoint, TidarForwardPoint, TidarThroughputPoint
+from perfmodel.published.served import served_problem, with_numbers
 from runtime.config import require
 
 Split = Literal["point", "series", "source"]
@@ -22,6 +28,11 @@ SPLITS: tuple[Split, ...] = ("point", "series", "source")
 def family_of(point: Point) -> str:
     """The set of numbers that predicts a point: a kernel family, or an engine."""
     return point.family if isinstance(point, KernelPoint) else point.engine
+
+
+def bundled_file(family: str) -> Path:
+    """Where the shipped numbers of a kernel family or an engine stand."""
+    return fit_file(family) if family in CLASSES else list_engines()[family]  # type: ignore[arg-type]  # a family
 
 
 def kernel_start(family: str) -> Family:
@@ -45,9 +56,17 @@ def kernel_problem(points: Sequence[KernelPoint]) -> fitting.Problem:
     )
 
 
+def _tidar_problem(points: Sequence[Point]) -> fitting.Problem:
+    from perfmodel.tidar import tidar_problem
+
+    return tidar_problem(points)
+
+
 PROBLEMS: dict[type[Point], Callable[[Sequence[Point]], fitting.Problem]] = {
     KernelPoint: kernel_problem,  # type: ignore[dict-item]  # called with points of this type alone
     ServedPoint: served_problem,  # type: ignore[dict-item]
+    TidarForwardPoint: _tidar_problem,
+    TidarThroughputPoint: _tidar_problem,
 }
 
 
@@ -82,3 +101,59 @@ def held_out(points: Sequence[Point], split: Split = "series") -> list[float | N
         for position, value in zip(members, np.asarray(seconds), strict=True):
             found[position] = float(value)
     return found
+
+
+@dataclass(frozen=True)
+class FamilyFit:
+    """A family fitted to published points: its numbers, how well they are known, and how far off on unseen series."""
+
+    family: str
+    fitted: fitting.Fitted
+    fit: KernelFit
+
+
+def fit_family(points: Sequence[Point], draws: int) -> FamilyFit:
+    """The numbers of the one family that the points belong to. UserError for points of fewer than two series."""
+    family, names = family_of(points[0]), [p.series for p in points]
+    series = len(set(names))
+    require(series >= 2, f"a fit of {family} needs rows of two series, but has {len(points)} of {series}")
+    what = problem(points)
+    fitted = fitting.fit(what, draws=draws, groups=fitting.folds(names))
+    errors = np.abs(fitting.held_out(what, fitting.folds(names)) / what.measured - 1)
+    return FamilyFit(
+        family,
+        fitted,
+        KernelFit(
+            rows=len(points),
+            series=series,
+            source="measurements/published",
+            date=f"{datetime.now(UTC):%Y-%m-%d}",
+            held_out_mean_error=float(f"{np.mean(errors):.4g}"),
+            held_out_median_error=float(f"{np.median(errors):.4g}"),
+        ),
+    )
+
+
+def fitted_text(found: FamilyFit) -> str:
+    """The YAML file of a fit, to stand where the bundled one does: a kernel family's numbers, or an engine."""
+    values, intervals = found.fitted.values, {name: list(ends) for name, ends in found.fitted.intervals.items()}
+    if found.family in CLASSES:
+        head = "# Fitted to published rows by `ridgepoint calibrate --published`.\n"
+        data: dict[str, Any] = {"numbers": values, "intervals": intervals, "spread": found.fitted.spread}
+        return head + yaml.safe_dump({**data, "fit": vars(found.fit)}, sort_keys=False, default_flow_style=None)
+    path = list_engines()[found.family]
+    data = read_yaml(path)
+    data["hosts"] = plain(with_numbers(load_engine(path), values).hosts)
+    data["hosts"] = {host: {k: v for k, v in costs.items() if v} for host, costs in data["hosts"].items()}
+    data |= {"intervals": intervals, "spread": found.fitted.spread}
+    data["sources"] = {**data.get("sources", {}), "hosts": in_words(found.fit)}
+    comments = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("#")]
+    return "".join(comments) + yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=118)
+
+
+def in_words(fit: KernelFit) -> str:
+    """What a fit was made from and how far off it is."""
+    return (
+        f"fitted to {fit.rows} rows of {fit.series} series in {fit.source}, {fit.date}; mean error "
+        f"{fit.held_out_mean_error:.1%}, median {fit.held_out_median_error:.1%} on series that the fit had not seen"
+    )

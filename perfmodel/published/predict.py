@@ -10,7 +10,7 @@ from typing import Any
 
 from hardware.files import UserError
 from perfmodel.kernels.library import Library, load_library
-from perfmodel.published.points import KernelPoint, Point, ServedPoint
+from perfmodel.published.points import KernelPoint, Point, ServedPoint, TidarForwardPoint, TidarThroughputPoint
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,23 @@ def served_estimate(point: ServedPoint) -> Estimate:
     return Estimate(float(seconds[0]), float(bound[0]), engine.known_spread or UNKNOWN_SPREAD)
 
 
-PREDICTORS: dict[type[Point], Predictor] = {KernelPoint: kernel_estimate, ServedPoint: served_estimate}
+def tidar_estimate(point: TidarForwardPoint | TidarThroughputPoint) -> Estimate:
+    """A run of the ZAYA engine."""
+    from perfmodel.tidar import estimate as of_run
+
+    return Estimate(*of_run(point))
+
+
+PREDICTORS: dict[type[Point], Predictor] = {
+    KernelPoint: kernel_estimate,
+    ServedPoint: served_estimate,
+    TidarForwardPoint: tidar_estimate,
+    TidarThroughputPoint: tidar_estimate,
+}
 
 
 def estimate(point: Point) -> Estimate | str:
     """The point's estimate, or why it has none: what the device or the model cannot do."""
-    if type(point) not in PREDICTORS:
-        return f"no predictor of {point.operator}"
     load_library()  # outside of what follows: a broken file is not the row's fault
     try:
         found = PREDICTORS[type(point)](point)

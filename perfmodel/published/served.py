@@ -29,7 +29,9 @@ WORKLOADS: dict[str, tuple[float, float]] = {
 }
 _METRICS = {"per_token": "mean_tpot", "between_tokens": "median_itl", "total": "mean_step"}
 UNKNOWN_SPREAD = 0.3  # of an engine that was never fitted
-# How far, on a logarithmic scale, a fitted figure may reasonably be from where the fit starts.
+# Where fits start, by the last part of a number's path; a factor on a kernel family starts from 1.
+START = {"forward_seconds": 3e-4, "layer_seconds": 5e-6, "sequence_seconds": 1e-5, "step_seconds": 3e-4}
+# How far, on a logarithmic scale, a fitted figure may reasonably be from there.
 PRIOR = {"families.gemm": 0.1, "families.moe": 0.15, "families.attention": 0.15, "families.collective": 0.2,
          "families.elementwise": 0.3}  # fmt: skip
 
@@ -113,25 +115,31 @@ def with_numbers(engine: EngineProfile, numbers: Mapping[str, float]) -> EngineP
     return dataclasses.replace(engine, hosts=hosts)
 
 
+def _start(path: str, own: float) -> float:
+    field = path.split(".")[1]
+    return 1.0 if field == "families" else START.get(field, own)
+
+
 def served_problem(points: Sequence[ServedPoint]) -> fitting.Problem:
     """Host costs and factors of one engine fitted to its served points.
 
     A step's time is linear in them but where a larger part hides a smaller; so it is expanded around the engine's own.
     """
     engine = engine_of(points[0].engine)
-    start = numbers_of(engine)
-    require(len(start) > 0, f"engine {engine.name} has no host costs to fit")
+    own = numbers_of(engine)
+    require(len(own) > 0, f"engine {engine.name} has no host costs to fit")
     base, _ = served_seconds(points, {engine.name: engine})
     slopes = {}
-    for path, value in start.items():
+    for path, value in own.items():
         more, _ = served_seconds(points, {engine.name: with_numbers(engine, {path: 2 * value})})
         slopes[path] = (more - base) / value
-    rest = base - sum((slope * start[path] for path, slope in slopes.items()), np.zeros(len(points)))
+    rest = base - sum((slope * own[path] for path, slope in slopes.items()), np.zeros(len(points)))
 
     def predict(numbers: Mapping[str, float]) -> Array:
         found = rest + sum((slope * numbers[path] for path, slope in slopes.items()), np.zeros(len(points)))
         return np.maximum(found, base / 100)
 
+    start = {path: _start(path, value) for path, value in own.items()}
     priors = {path: PRIOR.get(path.partition(".")[2], 1.0) for path in start}
     measured = np.array([p.measured_seconds for p in points])
     return fitting.Problem(predict, measured, [p.series for p in points], start, priors)
