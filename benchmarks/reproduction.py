@@ -32,7 +32,9 @@ import numpy as np
 
 from benchmarks.svg import Panel, figure
 from hardware.files import UserError, write_atomic
-from hardware.profile import load_profile
+from hardware.profile import list_profiles, load_profile
+from perfmodel.breakeven import break_even
+from perfmodel.contenders import Contender
 from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, setting, time_forward, time_step
 from perfmodel.model_spec import load_spec
 from perfmodel.operators import Array
@@ -190,6 +192,30 @@ def beside_measured(engine: str) -> list[dict[str, Any]]:
     return rows
 
 
+def by_device() -> list[dict[str, Any]]:
+    """For every GPU that has a profile, without a runtime: in how many cells each headline holds, and the most left."""
+    spec, rows = load_spec(MODEL), []
+    for name in list_profiles():
+        hardware = load_profile(name)
+        if hardware.kind != "gpu":
+            continue
+        at = setting(spec, hardware, "bfloat16", engine="ideal-graph")
+        for sampler, decoding in SAMPLERS.items():
+            tried = [Contender(decoding, HEADLINES["lossless"])]
+            found = break_even(at, tried, BATCH, CONTEXT, headlines=tuple(HEADLINES.values()))
+            for claim, headline in zip(HEADLINES, found.headlines, strict=True):
+                i, j = np.unravel_index(int(np.nanargmax(headline.remaining)), headline.remaining.shape)
+                rows.append(
+                    {"hardware": name, "sampler": sampler, "headline": claim,
+                     "tokens_per_step": headline.tokens_per_step, "cells": int(found.fits.sum()),
+                     "cells_faster_than_autoregressive": int((headline.remaining > 1).sum()),
+                     "cells_where_it_holds": int(headline.holds.sum()),
+                     "most_remaining": _rounded(float(headline.remaining[i, j])),
+                     "batch": found.batch[i], "context": found.context[j]}
+                )  # fmt: skip
+    return rows
+
+
 def _rounded(value: float) -> float | None:
     return None if np.isnan(value) else float(f"{value:.4g}")
 
@@ -254,13 +280,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Write table, pairs and figure, and print the summary; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="zyphra-vllm", help="the engine of the last stage")
-    parser.add_argument("--out", type=Path, help="a folder for table.csv, measured.csv and figure.svg")
+    parser.add_argument("--out", type=Path, help="a folder for table.csv, measured.csv, devices.csv and figure.svg")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     chosen = parser.parse_args(arguments)
     rows, pairs = table(chosen.engine), beside_measured(chosen.engine)
     if chosen.out is not None:
         write_atomic(chosen.out / "table.csv", as_csv(rows))
         write_atomic(chosen.out / "measured.csv", as_csv(pairs))
+        write_atomic(chosen.out / "devices.csv", as_csv(by_device()))
         write_atomic(chosen.out / "figure.svg", drawing(rows, pairs, chosen.engine))
     print(json.dumps({"table": rows, "measured": pairs}) if chosen.json else summary(rows))
     return 0

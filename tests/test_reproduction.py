@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -24,9 +25,7 @@ def test_each_effect_has_its_law(device: str, sampler: str) -> None:
     assert there[0].all() and (np.isnan(costs.engine) == ~there).all()
     read = np.broadcast_to(costs.experts, costs.kv.shape)[there]
     assert (read > 1).all()  # 17 slots read more experts than one
-    assert (costs.kv[there] > 1).all() and (
-        costs.kv[there] < 1.001 * read
-    ).all()  # one reading of the cache
+    assert (costs.kv[there] > 1).all() and (costs.kv[there] < 1.001 * read).all()  # one reading of the cache
     assert (costs.kv[:2, 1] < costs.kv[:2, 0]).all()  # and weighs more in longer contexts
     if sampler == "two_forward":
         assert costs.forwards[there] == pytest.approx(2 * costs.kv[there], rel=0.01)  # the draft reads as much
@@ -72,8 +71,14 @@ def test_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert np.array(mixed) / np.array(lossless) == pytest.approx(7.7 / 4.6, rel=1e-3)
     drawn = ET.parse(tmp_path / "figure.svg").getroot()
     circles = [e for e in drawn.iter() if e.tag.endswith("circle")]
+    with (tmp_path / "devices.csv").open() as stream:
+        devices = list(csv.DictReader(stream))
+    assert {d["hardware"] for d in devices} >= set(DEVICES)
+    for d in devices:
+        left, pays = float(d["most_remaining"]), int(d["cells_faster_than_autoregressive"])
+        assert left < float(d["tokens_per_step"]) and (pays > 0) == (left > 1) and pays <= int(d["cells"])
     assert len(circles) == 1 + len(document["measured"])  # one in the legend
-    assert {p.name for p in tmp_path.iterdir()} == {"table.csv", "measured.csv", "figure.svg"}
+    assert {p.name for p in tmp_path.iterdir()} == {"table.csv", "measured.csv", "devices.csv", "figure.svg"}
 
 
 def test_a_line_is_interrupted_where_nothing_is_known() -> None:
