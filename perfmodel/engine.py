@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,7 +135,8 @@ class EngineProfile:
     reading the KV cache and of moving activations.
     hosts: by device, vendor or "default", the most specific one alone counts. intervals: 90% intervals of fitted host
     costs, as "h100-sxm.forward_seconds". spread: 80% of measured steps that no fit had seen lie within the estimate
-    times or over exp(spread); None: that of the kernels.
+    times or over exp(spread); None: that of the kernels. builds: of the engine, by commit, that take another time for
+    forwards of several slots: their factor on what `hosts` says every such forward costs.
     """
 
     name: str
@@ -154,6 +155,7 @@ class EngineProfile:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     spread: float | None = None
     requests: Requests | None = None  # None: not known
+    builds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.operators:
@@ -176,6 +178,8 @@ class EngineProfile:
             require(low <= high, f"intervals.{name} must be [low, high], but is [{low}, {high}]")
         groups = {"operators", "experts", "sampler", "view_share", "scale"} | ({"hosts"} if self.hosts else set())
         groups |= {"requests"} if self.requests else set()
+        for name, value in self.builds.items():
+            require(0 < value < math.inf, f"builds.{name} > 0 must hold, but got {value}")
         require(
             set(self.sources) == groups,
             f"sources must be for exactly {', '.join(sorted(groups))}, but are for {', '.join(sorted(self.sources))}",
@@ -203,6 +207,17 @@ class EngineProfile:
             if name in self.hosts:
                 return self.hosts[name]
         return HostCosts()
+
+    def of_build(self, commit: str) -> EngineProfile:
+        """The engine as it was in a build: this one unless `builds` says how it differs."""
+        factor = self.builds.get(commit)
+        if factor is None:
+            return self
+        hosts = {}
+        for name, costs in self.hosts.items():
+            forwards = {kind: factor * costs.forward(kind) for kind in FORWARDS if kind != "decode"}
+            hosts[name] = replace(costs, forwards={**costs.forwards, **forwards})
+        return replace(self, hosts=hosts)
 
     @property
     def known_spread(self) -> float | None:
