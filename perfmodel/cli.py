@@ -198,7 +198,7 @@ def _progress(points: int) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("operating points", total=points)
         yield lambda done: bar.advance(task, done)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
+import perfmodel.cli
 import ridgepoint
 from runtime.config import SAMPLER_NAMES
 
@@ -236,6 +237,54 @@ def test_breakeven(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in out
     assert ridgepoint.main([*chosen[:-2], "--acceptance-length", "3", "--json"]) == 2
     assert "that of one setting" in capsys.readouterr().err
+
+
+def test_a_long_sweep_shows_its_progress_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(perfmodel.cli, "LONG_GRID_POINTS", 1)
+    assert ridgepoint.main([*GRID, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["rows"]) == 8 and "operating points" in err
+
+
+FOUR = {
+    "predict": "--batch 2 --context 500 --sampler two_forward --acceptance-length 4",
+    "explain": "--batch 2 --context 500 --sampler two_forward --acceptance-rate 0.8",
+    "sweep": "--batch 1,2 --context 500 --acceptance-rate 0.8",
+    "breakeven": "--batch 1,2 --context 500 --acceptance-rate 0.8",
+}
+
+
+@pytest.mark.parametrize("command", sorted(FOUR))
+def test_a_new_device_and_a_new_model(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One YAML in the user's folder and one config.json are all that a command needs; a slip in either is named."""
+    monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
+    text = (ROOT / "hardware" / "profiles" / "h100-sxm.yaml").read_text()
+    device = tmp_path / "hardware" / "half-h100.yaml"
+    device.parent.mkdir()
+    device.write_text(text.replace("name: h100-sxm", "name: half-h100", 1))
+    model = tmp_path / "mine" / "config.json"
+    model.parent.mkdir()
+    config = json.loads((ROOT / "perfmodel" / "models" / "qwen3-30b-a3b.json").read_text())
+    model.write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    chosen = [command, "--model", str(model), "--hardware", "half-h100", *FOUR[command].split(), "--json"]
+    engine = ["--engine", "vllm"]
+    assert ridgepoint.main([*chosen, *engine]) == 0
+    assert "half-h100" in capsys.readouterr().out
+    device.write_text(text.replace("warp_size:", "wrap_size:", 1))
+    assert ridgepoint.main([*chosen, *engine]) == 2
+    assert "wrap_size" in capsys.readouterr().err
+    device.write_text(text.replace("warp_size: 32", "warp_size: -32", 1))
+    assert ridgepoint.main([*chosen, *engine]) == 2
+    assert "warp_size > 0" in capsys.readouterr().err
+    device.write_text(text)
+    model.write_text(json.dumps(config | {"num_hidden_layers": 2, "moe_top_p": 0.5}))
+    assert ridgepoint.main([*chosen, *engine]) == 2
+    out, err = capsys.readouterr()
+    assert "moe_top_p" in err and err.count("\n") == 1 and out == ""
 
 
 OPTIONS = {
