@@ -203,7 +203,7 @@ def time_forward(
     if host.cached_token_seconds:
         extra = extra + np.where(grid.slots > 1, host.cached_token_seconds * grid.context, 0.0)
     if at.parallel.replicas > 1:
-        extra = extra + at.spec.moe_layers * host.exchange_seconds
+        extra = extra + at.spec.moe_layers * (host.exchange_seconds + host.exchange_token_seconds * grid.tokens)
     if np.any(extra > 0):
         timings = timings.followed_by(engine_timing(np.asarray(extra)))
     distinct = np.zeros(())

@@ -64,7 +64,8 @@ class HostCosts:
     `perfmodel.steps`) that cost something else. layer_seconds: every layer of a forward (small kernels that are not
     described). step_seconds: every decoding step beyond its forwards. sequence_seconds: every sequence of a step.
     token_seconds: every slot of a forward. drawn_logit_seconds: every logit a token is drawn from (a sort).
-    exchange_seconds: every layer whose experts are dealt out over replicas, which wait for each other there.
+    exchange_seconds: every layer whose experts are dealt out over replicas, which wait for each other there;
+    exchange_token_seconds: and every token of all replicas in such a layer.
     cached_token_seconds: every cached token of one sequence where it has several slots, by an attention kernel that
     does not split the cache: whatever the batch, one after the other. families: factors on the kernel library's time,
     by family; 1 if not named.
@@ -77,6 +78,7 @@ class HostCosts:
     token_seconds: float = 0.0
     drawn_logit_seconds: float = 0.0
     exchange_seconds: float = 0.0
+    exchange_token_seconds: float = 0.0
     cached_token_seconds: float = 0.0
     forwards: dict[str, float] = field(default_factory=dict)
     families: dict[Family, float] = field(default_factory=dict)

@@ -288,7 +288,8 @@ def _from_library(
         cold = bool(np.min(stream_bytes) > device.largest_cache)
         for m in op.matmuls:
             rows = np.maximum(m.rows, 1.0)
-            gemm = Gemm(rows, m.outer, m.inner, *op.cost.dtypes, cold)
+            # The kernel before the matmul narrows activations, where an engine replays graphs of fused kernels.
+            gemm = Gemm(rows, m.outer, m.inner, *op.cost.dtypes, cold, quantise=engine.host != "graph")
             count = np.where(m.rows > 0, m.count, 0.0)
             parts = library.gemm.time(gemm, device.hardware)
             memory, compute = memory + count * parts.memory, compute + count * parts.compute

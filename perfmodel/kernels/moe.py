@@ -77,7 +77,9 @@ class MoeKernels:
         tokens, top_k, distinct = floats(call.tokens, call.top_k, call.distinct)
         # The last tile of an expert is half full on average, and an expert with few tokens still takes one.
         padded = np.maximum(tokens * top_k + distinct * (_TILE / 2), distinct * _TILE)
-        widened = stored_bytes(call.weights) < stored_bytes(call.activations)
+        # Units that multiply 4-bit floats also take one operand of 4 and one of 8 bits (Blackwell's mxf8f6f4).
+        mixed = call.activations == "fp8" and "fp4" in {str(name) for name in hardware.peak_flops_per_second}
+        widened = stored_bytes(call.weights) < stored_bytes(call.activations) and not mixed
         fraction = self.compute_share * (self.widened_share if widened else 1.0)
         dtype = arithmetic_dtype(hardware, call.weights, call.activations)
         compute = 2 * padded * expert_elements(call) / (matmul_rate(hardware, dtype) * min(fraction, 1.0))
