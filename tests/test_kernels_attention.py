@@ -101,6 +101,13 @@ def test_an_fp8_cache_nearly_halves_a_long_read_and_what_a_cache_holds_is_read_f
     assert float(attention.bound(warm, b200)) < float(attention.bound(small, b200))
 
 
+def test_a_device_without_fp8_multiplies_an_fp8_cache_in_16_bits() -> None:
+    a100 = load_profile("a100-80gb-sxm")
+    prompt = dataclasses.replace(LLAMA, slots=4096)  # waits for arithmetic
+    assert seconds(dataclasses.replace(prompt, cache="fp8"), a100) == pytest.approx(seconds(prompt, a100), rel=0.05)
+    assert seconds(dataclasses.replace(prompt, cache="fp8")) < 0.7 * seconds(prompt)
+
+
 def test_no_published_row_is_below_the_bound() -> None:
     assert rows_below_their_bound("attention", attention.bound) == []
 

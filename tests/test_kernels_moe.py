@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, load_profile
 from perfmodel.kernels import moe
-from perfmodel.kernels.call import FusedMoe
+from perfmodel.kernels.call import Array, FusedMoe
 from perfmodel.kernels.library import load_library
 from perfmodel.kernels.moe import loads_of, weight_bytes
 from tests.kernel_rows import DEVICES, assert_fitted, assert_parts, can, held_out_errors, points, rows_below_their_bound
@@ -98,27 +98,36 @@ def test_a_routing_hits_no_more_experts_than_there_are_or_are_picked(experts: in
     )
 
 
-def test_a_power_law_hits_what_its_program_draws() -> None:
-    """Drawn as aiconfigurator does, one expert and one token at a time, by an independent program."""
+def drawn(tokens: int, experts: int, top_k: int) -> list[Array]:
+    """Tokens of every expert hit, as aiconfigurator draws them: one token at a time, by an independent program."""
     random = np.random.default_rng(7)
-    for tokens, experts, top_k in ((4, 128, 8), (16, 128, 8), (64, 128, 4), (64, 8, 2), (256, 128, 8)):
-        total = tokens * top_k
-        low, high = (1.0, 0.8 * tokens) if total > experts else (0.01, 2.0)
-        found, spread = [], []
-        for _ in range(120):
-            draw = random.random(experts)
-            loads = ((high**-0.2 - low**-0.2) * draw + low**-0.2) ** -5.0
-            counts = np.minimum(np.round(loads * total / loads.sum()), tokens)
-            while counts.sum() < total:
-                counts[counts.argmin()] += 1
-            while counts.sum() > total:
-                counts[counts.argmax()] -= 1
-            hit = counts[counts > 0]
-            found.append(len(hit))
-            spread.append((hit**2).sum() / total / hit.mean())
-        distinct, imbalance = loads_of("power_law_1.2", tokens, experts, top_k)
-        assert distinct == pytest.approx(np.mean(found), rel=0.03)
-        assert imbalance == pytest.approx(np.mean(spread), rel=0.08)
+    total = tokens * top_k
+    low, high = (1.0, 0.8 * tokens) if total > experts else (0.01, 2.0)
+    found = []
+    for _ in range(100):
+        loads = ((high**-0.2 - low**-0.2) * random.random(experts) + low**-0.2) ** -5.0
+        counts = np.minimum(np.round(loads * total / loads.sum()), tokens)
+        while counts.sum() < total:
+            counts[counts.argmin()] += 1
+        while counts.sum() > total:
+            counts[counts.argmax()] -= 1
+        found.append(counts[counts > 0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    [(4, 128, 8), (16, 128, 8), (64, 128, 4), (64, 8, 2), (256, 8, 2), (256, 128, 8), (1024, 128, 8), (1024, 128, 4)],
+)
+def test_a_power_law_hits_what_its_program_draws(tokens: int, experts: int, top_k: int) -> None:
+    loads = drawn(tokens, experts, top_k)
+    distinct, imbalance = loads_of("power_law_1.2", tokens, experts, top_k)
+    assert distinct == pytest.approx(np.mean([len(hit) for hit in loads]), rel=0.03)
+    assert imbalance == pytest.approx(np.mean([(hit**2).mean() / hit.mean() ** 2 for hit in loads]), rel=0.08)
+    tile = np.clip(2 ** np.round(np.log2(tokens * top_k / distinct)), 16, 128)
+    counted = np.mean([np.ceil(hit / tile).mean() - 1 for hit in loads])
+    call = FusedMoe(tokens, 2048, 768, experts, top_k, distinct, imbalance=imbalance)
+    assert float(moe.repeats(call)) == pytest.approx(counted, abs=0.1)
 
 
 @pytest.mark.parametrize(

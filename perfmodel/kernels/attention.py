@@ -65,7 +65,8 @@ def bound(call: Attention, hardware: HardwareProfile) -> Array:
 
 def _dtype(call: Attention, hardware: HardwareProfile) -> str:
     """The dtype whose peak the products have: fp8 queries meet an fp8 cache where the device multiplies fp8."""
-    return arithmetic_dtype(hardware, call.cache, "fp8" if call.cache == "fp8" else "bfloat16")
+    narrow = call.cache == "fp8" and "fp8" in {str(name) for name in hardware.peak_flops_per_second}
+    return arithmetic_dtype(hardware, call.cache, "fp8" if narrow else "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ class AttentionKernels:
         return Parts(*waits, np.full_like(waits[0], self.fixed_seconds))
 
 
-# Published decode calls wait for memory and say little of their arithmetic, so its share stays near that of
-# FlashAttention-3 (arXiv 2407.08608), which reaches 0.8 of a large matmul on long prompts and less on pages.
+# Published decode calls wait for memory and say little of their arithmetic, so its share stays near what is known of
+# them: FlashAttention-3 reaches 740e12 on an H100 with long prompts (arXiv 2407.08608), 0.9 of a large matmul, and
+# gathers the pages of a cache at less.
 START = AttentionKernels(
     fixed_seconds=1e-5,
     bandwidth_share=1.0,

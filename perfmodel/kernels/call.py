@@ -136,12 +136,14 @@ def overlapped(memory: npt.ArrayLike, compute: npt.ArrayLike, sharpness: float =
     The whole is (memory^s + compute^s)^(1/s): the longer one, and somewhat more where both are about as long, since
     neither fills the other's gaps perfectly. Never less than the longer one, nor more than their sum.
     """
-    one, other = np.broadcast_arrays(np.asarray(memory, dtype=float), np.asarray(compute, dtype=float))
+    one, other = floats(memory, compute)
     longest = np.maximum(np.maximum(one, other), 1e-30)
-    shares = (one / longest) ** sharpness, (other / longest) ** sharpness
-    total = shares[0] + shares[1]
-    whole = longest * total ** (1 / sharpness)
-    return whole * shares[0] / total, whole * shares[1] / total
+    ratio = (np.minimum(one, other) / longest) ** sharpness
+    whole = longest * (1 + ratio) ** (1 / sharpness)
+    more = whole / (1 + ratio)
+    less = whole - more
+    first = one >= other
+    return np.where(first, more, less), np.where(first, less, more)
 
 
 def require_positive(kernels: object) -> None:
