@@ -61,6 +61,7 @@ def predict(
 ) -> None:
     """Predict one decoding step: its time, what binds it, tokens per second and the speedup over autoregression."""
     from perfmodel.decoding import predict as run
+    from perfmodel.economics import BASIS
     from perfmodel.model_spec import load_spec
     from perfmodel.parallel import Parallel
 
@@ -87,7 +88,7 @@ def predict(
         parallel=Parallel(tensor_parallel, expert_parallel),
     )
     if as_json:
-        return print_json(plain(prediction))
+        return print_json(plain(prediction) | {"economics": BASIS})
     _print_prediction(prediction)
 
 

@@ -9,9 +9,10 @@ from hardware.profile import load_profile
 from perfmodel.contenders import Acceptance
 from perfmodel.decoding import Setting, predict, setting
 from perfmodel.experts import ExpertCoverage
-from perfmodel.explain import Explanation, explain, on_hardware, scale_coverage, scale_memory
+from perfmodel.explain import Explanation, explain
 from perfmodel.model_spec import load_spec
 from perfmodel.parallel import Parallel
+from perfmodel.variation import on_hardware, scale_coverage, scale_memory
 from runtime.config import SAMPLER_NAMES, DecodingConfig, Workload
 from tests.perfmodel_cpu import made_up_cpu
 
@@ -120,6 +121,28 @@ def test_whole_changes_are_predictions() -> None:
     assert changes["autoregressive"] == pytest.approx(1 / e.speedup_over_autoregressive)
     known_length = explain(at, TWO, Acceptance(length=3.0), batch=1, context=1000)
     assert not [c for c in known_length.changes if c.name.startswith("K")]  # a length says nothing of another K
+
+
+def test_levels_and_engines_are_changes_too() -> None:
+    single = DecodingConfig("single_forward", draft_tokens=8)
+    at = PLACES["eager"]
+    changes = {c.name: c for c in explain(at, single, RATED, batch=4, context=1000).changes}
+    sparse = explain(at, DecodingConfig("single_forward", 8, proposal_levels=(0,)), RATED, batch=4, context=1000)
+    dense = explain(at, single, RATED, batch=4, context=1000)
+    assert changes["levels 0"].tokens_per_second_ratio == pytest.approx(
+        sparse.tokens_per_second / dense.tokens_per_second
+    )
+    assert "levels 0,1,2,3,4,5,6,7,8" in {c.name for c in sparse.changes} - set(changes)
+    bare = explain(PLACES["ideal"], single, RATED, batch=4, context=1000)
+    ratio = changes["engine ideal-graph"].tokens_per_second_ratio
+    assert ratio == pytest.approx(bare.tokens_per_second / dense.tokens_per_second) and ratio > 1
+
+
+def test_a_change_that_cannot_be_is_refused_with_its_reason() -> None:
+    e = explain(PLACES["ideal"], TWO, RATED, batch=1, context=131_050)
+    assert "131072" in e.refused["K 32"] and "K 32" not in {c.name for c in e.changes}
+    e = explain(PLACES["ideal"], TWO, RATED, batch=40, context=30_000)
+    assert "fits there" in e.refused["batch 80"]
 
 
 def test_scaled_coverage_stays_between_nothing_and_every_expert() -> None:
