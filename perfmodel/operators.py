@@ -320,6 +320,20 @@ def _attention(f: _Forward) -> OperatorCost:
     )
 
 
+_MASKED_TILE = 128  # keys that a kernel masks one by one; further masked ones it does not touch (FlashAttention-2)
+
+
+def _met(at: Shape, cached: Array, window: int | None) -> Array:
+    """Keys that a kernel takes for each slot: the cached ones, and those of its own forward but for skipped tiles.
+
+    Causal slots skip half of each other, a window what lies before it. Slots that see each other in another pattern
+    skip nothing.
+    """
+    own = at.slots if at.pairs is not None else np.minimum(at.slots, (at.slots + _MASKED_TILE) / 2)
+    met = cached + own
+    return met if window is None else np.minimum(met, window + np.minimum(at.slots, _MASKED_TILE))
+
+
 def _visible(at: Shape, window: int | None) -> Array:
     """Pairs of a slot and a key it sees, of one sequence, at least.
 
