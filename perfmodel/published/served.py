@@ -30,7 +30,15 @@ WORKLOADS: dict[str, tuple[float, float]] = {
 _METRICS = {"per_token": "mean_tpot", "between_tokens": "median_itl", "total": "mean_step"}
 UNKNOWN_SPREAD = 0.3  # of an engine that was never fitted
 # Where fits start, by the last part of a number's path; a factor on a kernel family starts from 1.
-START = {"forward_seconds": 3e-4, "layer_seconds": 5e-6, "sequence_seconds": 1e-5, "step_seconds": 3e-4}
+START = {
+    "forward_seconds": 3e-4,
+    "layer_seconds": 5e-6,
+    "sequence_seconds": 1e-5,
+    "step_seconds": 3e-4,
+    "drawn_logit_seconds": 3e-10,
+    "exchange_seconds": 1e-4,
+    "exchange_token_seconds": 5e-7,
+}
 # How far, on a logarithmic scale, a fitted figure may reasonably be from there.
 PRIOR = {"families.gemm": 0.1, "families.moe": 0.15, "families.attention": 0.15, "families.collective": 0.2,
          "families.elementwise": 0.3}  # fmt: skip
