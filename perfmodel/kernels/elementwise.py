@@ -41,7 +41,9 @@ class ElementwiseKernels:
         memory = hardware.main_memory
         rate = memory.achieved_bandwidth_bytes_per_second or memory.peak_bandwidth_bytes_per_second
         assert rate is not None  # a profile without a peak is refused when it is read
-        moved = np.asarray(call.size_bytes, dtype=float) / (rate * self.bandwidth_share)
+        moved = np.maximum(
+            np.asarray(call.size_bytes, dtype=float) / (rate * self.bandwidth_share), bound(call, hardware)
+        )
         fixed = np.asarray(call.launches, dtype=float) * (self.node_share * hardware.graph_node_seconds)
         return Parts(moved, np.zeros(()), fixed)
 
