@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import sweep_speed
 from hardware.files import UserError
 from hardware.profile import load_profile
 from perfmodel import sweep as sweep_module
@@ -258,3 +260,15 @@ def test_what_remains_of_a_headline(two_map: SamplerMap) -> None:
 def test_maps_refuse_impossible_axes(batch: list[int], context: list[int], part: str) -> None:
     with pytest.raises(UserError, match=part):
         break_even(IDEAL, contenders(TWO, Acceptance(length=3.0), [8]), batch, context)
+
+
+def test_the_speed_of_sweeps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At least 200,000 operating points a second (best of three: the machine may be busy), as the benchmark counts."""
+    monkeypatch.setattr(sweep_speed, "BATCH", tuple(range(1, 41)))
+    monkeypatch.setattr(sweep_speed, "predict_seconds", lambda model, hardware, repeats: [0.5] * repeats)
+    assert sweep_speed.main(["--hardware", "h100-sxm", "--repeats", "3", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    for found in document["sweeps"]:
+        assert found["points"] == 40 * 100 * (1 if found["sampler"] == "autoregressive" else 16)
+        assert found["points"] / min(found["seconds"]) >= 200_000, found
+    assert document["predict"]["seconds_median"] == 0.5 and document["commit"]
