@@ -82,7 +82,7 @@ def family_problem(
     joined = _joined(calls)
 
     def predict(parameters: Mapping[str, float]) -> Array:
-        kernels = with_values(start, parameters)
+        kernels = dataclasses.replace(start, **parameters)  # type: ignore[type-var]
         found = np.zeros(len(calls))
         for part in joined:
             found[part.rows] = kernels.time(part.call, part.hardware).seconds
@@ -93,19 +93,5 @@ def family_problem(
 
 
 def values_of(kernels: F) -> dict[str, float]:
-    """The fitted numbers by field, each > 0."""
-    found = {f.name: float(getattr(kernels, f.name)) for f in dataclasses.fields(kernels)}  # type: ignore[arg-type]
-    for name, value in found.items():
-        require(value > 0, f"{name} > 0 must hold to be fitted, but got {value}")
-    return found
-
-
-def with_values(kernels: F, values: Mapping[str, float]) -> F:
-    """The family with these numbers."""
-    return dataclasses.replace(kernels, **values)  # type: ignore[type-var]
-
-
-def fit_family(problem: fitting.Problem, start: F, *, draws: int = 40) -> tuple[F, fitting.Fitted]:
-    """The family as fitted, and its numbers with their intervals and the spread of held-out rows."""
-    fitted = fitting.fit(problem, draws=draws)
-    return with_values(start, fitted.values), fitted
+    """The fitted numbers by field; a family lets none be <= 0."""
+    return {f.name: float(getattr(kernels, f.name)) for f in dataclasses.fields(kernels)}  # type: ignore[arg-type]

@@ -1,0 +1,53 @@
+"""Families of kernels as problems to fit: rows are joined without being mixed up, and known numbers are found again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from hardware.files import UserError
+from hardware.profile import load_profile
+from perfmodel import fitting
+from perfmodel.kernels import attention
+from perfmodel.kernels.attention import AttentionKernels
+from perfmodel.kernels.call import Attention
+from perfmodel.kernels.fitting import family_problem, seconds_of, values_of
+
+DEVICES = [load_profile(name) for name in ("h100-sxm", "mi300x", "l40s")]
+TRUE = AttentionKernels(fixed_seconds=5e-6, bandwidth_share=0.8, cache_share=2.0, split_bytes=1e5, compute_share=0.3)
+CALLS = [
+    (Attention(batch, slots, context, 32, 8, 128, cache, cold), device)
+    for context in (1000, 20_000, 130_000)
+    for batch in (1, 32)
+    for slots in (1, 40)
+    for cache in ("bfloat16", "fp8")
+    for cold in (True, False)
+    for device in DEVICES
+]
+
+
+def test_calls_of_several_devices_and_types_keep_their_order() -> None:
+    one_by_one = [float(attention.bound(call, device)) for call, device in CALLS]
+    assert seconds_of(CALLS, attention.bound) == pytest.approx(one_by_one, rel=1e-12)
+
+
+def test_known_numbers_are_found_again_and_a_far_start_is_left() -> None:
+    measured = seconds_of(CALLS, lambda call, device: TRUE.time(call, device).seconds)
+    series = [device.name for _, device in CALLS]
+    start = dataclasses.replace(TRUE, fixed_seconds=2e-5, bandwidth_share=1.0, compute_share=0.6)
+    problem = family_problem(start, CALLS, measured, series)
+    assert problem.predict(values_of(TRUE)) == pytest.approx(measured, rel=1e-12)
+    found = fitting.solve(problem)
+    assert found == pytest.approx(values_of(TRUE), rel=0.1)
+    assert np.abs(problem.predict(found) / measured - 1).max() < 0.03
+    held = family_problem(start, CALLS, measured, series, prior={"compute_share": 1e-4})
+    assert fitting.solve(held)["compute_share"] == pytest.approx(start.compute_share, rel=0.02)
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    with pytest.raises(UserError, match="measured seconds"):
+        family_problem(TRUE, CALLS, [1.0], ["one"])
+    with pytest.raises(UserError, match="compute_share > 0"):
+        dataclasses.replace(TRUE, compute_share=0.0)
