@@ -36,8 +36,8 @@ from hardware.profile import list_profiles, load_profile
 from perfmodel.breakeven import break_even
 from perfmodel.contenders import Contender
 from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, setting, time_forward, time_step
+from perfmodel.kernels.call import Array
 from perfmodel.model_spec import load_spec
-from perfmodel.operators import Array
 from perfmodel.steps import step_of
 from runtime.config import DecodingConfig
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from perfmodel.contenders import Contender
 from perfmodel.decoding import Setting
-from perfmodel.operators import Array
+from perfmodel.kernels.call import Array
 from perfmodel.sweep import time_points
 from runtime.config import Sampler, require
 

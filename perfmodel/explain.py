@@ -14,8 +14,8 @@ from hardware.profile import HardwareProfile
 from perfmodel.contenders import Acceptance
 from perfmodel.decoding import Setting, StepTiming, require_memory, time_step
 from perfmodel.engine import load_engine
+from perfmodel.kernels.call import Array
 from perfmodel.model_spec import require_context
-from perfmodel.operators import Array
 from perfmodel.precision import Precision, quantised
 from perfmodel.prediction import Bound
 from perfmodel.roofline import BOUNDS

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from perfmodel.acceptance import tokens_per_step
 from perfmodel.decoding import Setting, memory_bytes, time_step
 from perfmodel.economics import economics
+from perfmodel.kernels.call import Array
 from perfmodel.model_spec import require_context
-from perfmodel.operators import Array
 from perfmodel.steps import most_fillings, step_of
 from runtime.config import DecodingConfig, replace, require
 

@@ -12,8 +12,8 @@ from hardware.profile import Curves, HardwareProfile, MemoryLevel
 from perfmodel.decoding import Setting
 from perfmodel.engine import HostCosts
 from perfmodel.experts import ExpertCoverage
+from perfmodel.kernels.call import Array
 from perfmodel.kernels.library import CLASSES, Library
-from perfmodel.operators import Array
 from perfmodel.roofline import Device
 
 T = TypeVar("T")
