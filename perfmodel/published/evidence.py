@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +59,7 @@ class Result:
     def below_bound(self) -> bool:
         """Whether the row claims to be faster than datasheet peaks allow: a time below the bound, a rate above it."""
         if self.point is None or self.measured is None or self.bound is None:
-            return False
+            return False  # not predicted, or nothing bounds it
         return self.measured > self.bound if self.point.unit.is_rate else self.measured < self.bound
 
 
@@ -90,13 +92,21 @@ class Direction:
     wrong: tuple[str, ...]  # ids
 
 
-def exceptions(folder: Path = FOLDER) -> dict[str, str]:
-    """Why some shipped rows cannot be what they say, by id; nothing outside of a checkout."""
-    path = folder / "exceptions.csv"
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as stream:
-        return {line["id"]: line["reason"] for line in csv.DictReader(stream)}
+class Oddities:
+    """Why some rows are no measure of a prediction: what their own notes suspect, and what exceptions.csv says."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self._reasons: dict[str, str] = {}
+        path = folder / "exceptions.csv"
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as stream:
+                self._reasons = {line["id"]: line["reason"] for line in csv.DictReader(stream)}
+
+    def of(self, row: Row) -> str | None:
+        """The reason, or None for a row like others."""
+        notes = row.cells.get("notes") or row.cells.get("note") or ""
+        suspected = re.search(r"SUSPECT[^;]*", notes)
+        return self._reasons.get(row.id) or (suspected[0].strip() if suspected else None)
 
 
 def shipped_rows(folder: Path = FOLDER) -> list[Row]:
@@ -104,62 +114,60 @@ def shipped_rows(folder: Path = FOLDER) -> list[Row]:
     return [row for name in TABLES for row in read_rows(folder / name)]
 
 
+@cache
 def fitted_ids(folder: Path = FOLDER) -> frozenset[str] | None:
     """Ids of the rows that the shipped numbers were fitted to; None where the tables are not at hand."""
     if not all((folder / name).exists() for name in TABLES):
         return None
-    catalog, odd = Catalog(), exceptions(folder)
-    return frozenset(
-        row.id for row in shipped_rows(folder) if row.id not in odd and not isinstance(interpret(row, catalog), str)
-    )
+    return frozenset(point.id for point in fitted_points(folder))
 
 
 def fitted_points(folder: Path = FOLDER) -> list[Point]:
-    """The shipped rows that fits use: those that can be predicted and that exceptions.csv does not name."""
-    catalog, odd = Catalog(), exceptions(folder)
-    found = [interpret(row, catalog) for row in shipped_rows(folder) if row.id not in odd]
-    return [point for point in found if not isinstance(point, str) and not isinstance(estimate(point), str)]
+    """The shipped rows that fits use: those that can be interpreted and that are not odd."""
+    catalog, odd = Catalog(), Oddities(folder)
+    found = [interpret(row, catalog) for row in shipped_rows(folder) if odd.of(row) is None]
+    return [point for point in found if not isinstance(point, str)]
 
 
 def predicted_rows(rows: Sequence[Row], folder: Path = FOLDER) -> list[Result]:
     """Every row by the shipped numbers, nothing fitted."""
-    catalog, odd, known = Catalog(), exceptions(folder), fitted_ids(folder)
+    catalog, odd, known = Catalog(), Oddities(folder), fitted_ids(folder)
     found = []
     for row in rows:
         point = interpret(row, catalog)
         fit = "unknown" if known is None else "fitted" if row.id in known else "not fitted"
-        found.append(_result(row, point, point if isinstance(point, str) else estimate(point), fit, odd))
+        found.append(_result(row, point, point if isinstance(point, str) else estimate(point), fit, odd.of(row)))
     return found
 
 
 def held_out_rows(rows: Sequence[Row], split: fits.Split, folder: Path = FOLDER) -> list[Result]:
     """Every row by numbers that were fitted without its group; odd rows and lone groups by the shipped numbers.
 
-    The interval keeps the shipped spread. Rows named in exceptions.csv are in no fit.
+    The interval keeps the shipped spread. Odd rows are in no fit.
     """
-    catalog, odd = Catalog(), exceptions(folder)
+    catalog, odd = Catalog(), Oddities(folder)
     points = [interpret(row, catalog) for row in rows]
     shipped = [point if isinstance(point, str) else estimate(point) for point in points]
     used = [
         i
         for i, (row, found) in enumerate(zip(rows, shipped, strict=True))
-        if isinstance(found, Estimate) and row.id not in odd
+        if isinstance(found, Estimate) and odd.of(row) is None
     ]
     seconds = dict(zip(used, fits.held_out([points[i] for i in used], split), strict=True))  # type: ignore[misc]
     results = []
     for i, (row, point, found) in enumerate(zip(rows, points, shipped, strict=True)):
-        apart, fit = seconds.get(i), "not fitted" if row.id in odd else "fitted"
+        apart, fit = seconds.get(i), "fitted" if odd.of(row) is None else "not fitted"
         if apart is not None and isinstance(found, Estimate):
             found, fit = Estimate(apart, found.bound_seconds, found.spread), f"held out by {split}"
-        results.append(_result(row, point, found, fit, odd))
+        results.append(_result(row, point, found, fit, odd.of(row)))
     return results
 
 
-def _result(row: Row, point: Point | str, found: Estimate | str, fit: str, odd: dict[str, str]) -> Result:
+def _result(row: Row, point: Point | str, found: Estimate | str, fit: str, odd: str | None) -> Result:
     if isinstance(point, str) or isinstance(found, str):
         return Result(row.id, str(found), row.unit, row.value)
     predicted, bound, low, high = found.in_unit(point)
-    return Result(row.id, PREDICTED, row.unit, row.value, predicted, bound, low, high, fit, odd.get(row.id), point)
+    return Result(row.id, PREDICTED, row.unit, row.value, predicted, bound, low, high, fit, odd, point)
 
 
 def summarise(results: Iterable[Result]) -> list[Group]:
@@ -207,7 +215,7 @@ def _rank_correlation(members: Sequence[Result]) -> float | None:
     """Spearman's, over seconds; None where there are fewer than three rows, or all are equal."""
     if len(members) < 3:
         return None
-    pairs = [(r.point.measured_seconds, r.point.unit.seconds(r.predicted)) for r in members if r.point and r.predicted]
+    pairs = [[r.point.unit.seconds(v) for v in (r.measured, r.predicted) if v] for r in members if r.point]
     measured, predicted = (_ranks(np.array(values)) for values in zip(*pairs, strict=True))
     if np.ptp(measured) == 0 or np.ptp(predicted) == 0:
         return None

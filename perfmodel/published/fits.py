@@ -18,6 +18,7 @@ from perfmodel.engine import list_engines, load_engine
 from perfmodel.kernels.fitting import Family, family_problem
 from perfmodel.kernels.library import CLASSES, KernelFit, fit_file, load_library
 from perfmodel.published.points import KernelPoint, Point, ServedPoint, TidarForwardPoint, TidarThroughputPoint
+from perfmodel.published.predict import Estimate, estimate
 from perfmodel.published.served import served_problem, with_numbers
 from runtime.config import require
 
@@ -114,7 +115,9 @@ class FamilyFit:
 
 def fit_family(points: Sequence[Point], draws: int) -> FamilyFit:
     """The numbers of the one family that the points belong to. UserError for points of fewer than two series."""
-    family, names = family_of(points[0]), [p.series for p in points]
+    family = family_of(points[0])
+    points = [p for p in points if isinstance(estimate(p), Estimate)]  # not what its device cannot do
+    names = [p.series for p in points]
     series = len(set(names))
     require(series >= 2, f"a fit of {family} needs rows of two series, but has {len(points)} of {series}")
     what = problem(points)

@@ -21,11 +21,12 @@ class Estimate:
     bound_seconds: float
     spread: float
 
-    def in_unit(self, point: Point) -> tuple[float, float, float, float]:
-        """Prediction, bound, and the ends of the interval, low first, in the point's unit."""
+    def in_unit(self, point: Point) -> tuple[float, float | None, float, float]:
+        """Prediction, bound (None where nothing bounds it), and the interval's ends, low first, in the point's unit."""
         unit = point.unit
         ends = sorted(unit.value(self.seconds * math.exp(sign * self.spread)) for sign in (-1, 1))
-        return unit.value(self.seconds), unit.value(self.bound_seconds), ends[0], ends[1]
+        bound = unit.value(self.bound_seconds) if self.bound_seconds > 0 else None
+        return unit.value(self.seconds), bound, ends[0], ends[1]
 
 
 Predictor = Callable[[Any], Estimate]
