@@ -11,12 +11,13 @@ import numpy.typing as npt
 from hardware.files import UserError
 from hardware.profile import HardwareProfile
 from perfmodel.acceptance import tokens_per_step
+from perfmodel.costs import shape
 from perfmodel.economics import economics
 from perfmodel.engine import EngineProfile, HostCosts, engine_for
 from perfmodel.execution import execute, execute_forward
 from perfmodel.experts import ExpertCoverage, parse_coverage
 from perfmodel.model_spec import ModelSpec, require_context
-from perfmodel.operators import Array, forward_costs, sampler_cost, shape
+from perfmodel.operators import Array, forward_costs, sampler_cost
 from perfmodel.parallel import ALONE, Parallel, divided
 from perfmodel.precision import Precision, stored_bytes, uniform
 from perfmodel.prediction import Bound, ForwardPrediction, OperatorPrediction, Prediction

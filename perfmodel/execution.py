@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hardware.files import UserError
+from perfmodel.costs import Call, Matmul, OperatorCost, Shape
 from perfmodel.engine import EngineProfile, OperatorHost
 from perfmodel.experts import ExpertCoverage
-from perfmodel.kernels.call import FusedMoe
+from perfmodel.kernels.call import Array, FusedMoe
 from perfmodel.model_spec import ModelSpec
-from perfmodel.operators import Array, Call, Matmul, OperatorCost, Shape, expert_matmuls
+from perfmodel.operators import expert_matmuls
 from perfmodel.precision import stored_bytes
 from runtime.config import KernelConfig
 

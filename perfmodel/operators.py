@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from perfmodel.costs import Call, Matmul, OperatorCost, Shape, cost_of, gated
 from perfmodel.experts import ExpertCoverage
 from perfmodel.kernels.call import Array as Array
 from perfmodel.kernels.call import Attention, Collective, FusedMoe
@@ -39,124 +40,6 @@ FORWARD_OPERATORS = (
 ENGINE = "engine"  # what an engine adds to a forward or a step, whatever its kernels; named beside the operators
 LOGIT_BYTES = 4  # samplers work on fp32 logits
 WIRE_BYTES = 2  # activations are exchanged in 16 bits
-
-Call = Attention | FusedMoe | Collective
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Forwards to cost: numbers or arrays that broadcast against each other."""
-
-    batch: Array  # sequences
-    slots: Array  # token slots per sequence
-    context: Array  # cached tokens per sequence
-    head_rows: Array  # rows per sequence that the LM head projects
-    pairs: Array | None = None  # how often a slot sees a slot of its sequence, at least; None: they are causal
-    head_passes: int = 1  # projections by the LM head that the rows take
-
-    @property
-    def tokens(self) -> Array:
-        """Slots of all sequences: the rows of every linear layer."""
-        return self.batch * self.slots
-
-
-def shape(
-    batch: npt.ArrayLike,
-    slots: npt.ArrayLike,
-    context: npt.ArrayLike,
-    head_rows: npt.ArrayLike,
-    pairs: Array | None = None,
-    head_passes: int = 1,
-) -> Shape:
-    """Numbers or arrays as a `Shape`."""
-    sequences, width, cached, rows = (np.asarray(a, dtype=float) for a in (batch, slots, context, head_rows))
-    return Shape(sequences, width, cached, rows, pairs, head_passes)
-
-
-@dataclass(frozen=True)
-class Matmul:
-    """`count` products [rows, inner] x [inner, outer] of one forward, over all layers."""
-
-    count: Array
-    rows: Array
-    inner: int
-    outer: int
-
-    @property
-    def flops(self) -> Array:
-        """Multiplications and additions of all of them."""
-        return 2.0 * self.count * self.rows * self.inner * self.outer
-
-
-@dataclass(frozen=True)
-class OperatorCost:
-    """The work of one operator, summed over the layers of a forward.
-
-    weight_bytes: parameters read, each once. kv_bytes: cache and state, read or written. activation_bytes: what lies
-    between operators, each written and read once; `activation_set_bytes` of them live at a time, in one layer.
-    repeat: how often a forward runs it. calls: what it is of the kernel library, each with how often it is made, where
-    it is more than its matmuls and bytes.
-    """
-
-    name: str
-    flops: Array  # masked attention scores included, as plain kernels compute them
-    least_flops: Array  # without them: no kernel can do less
-    weight_bytes: Array
-    kv_bytes: Array
-    activation_bytes: Array
-    activation_set_bytes: Array
-    matmuls: tuple[Matmul, ...] = ()
-    repeat: float = 1.0
-    calls: tuple[tuple[float, Call], ...] = ()
-    dtypes: tuple[str, str] | None = None  # weights and activations that are multiplied; None: nothing is
-
-    @property
-    def bytes(self) -> Array:
-        """Everything moved."""
-        return self.weight_bytes + self.kv_bytes + self.activation_bytes
-
-
-def expert_matmuls(spec: ModelSpec, count: Array, rows: Array) -> tuple[Matmul, ...]:
-    """Gate with up, and down, of `count` experts over all layers with `rows` tokens each."""
-    return _gated(spec.hidden_size, spec.expert_size, count, rows)
-
-
-def _gated(hidden: int, width: int, count: Array, rows: Array) -> tuple[Matmul, ...]:
-    return (Matmul(count, rows, hidden, 2 * width), Matmul(count, rows, width, hidden))
-
-
-_NOTHING = np.zeros(())
-
-
-def _cost(
-    name: str,
-    *,
-    repeat: float = 1.0,
-    weight_bytes: Array | float = 0.0,
-    kv_bytes: Array | float = 0.0,
-    activation_set_bytes: Array | float = 0.0,
-    matmuls: tuple[Matmul, ...] = (),
-    flops: Array | None = None,
-    least_flops: Array | None = None,
-    calls: tuple[tuple[float, Call], ...] = (),
-    dtypes: tuple[str, str] | None = None,
-) -> OperatorCost:
-    """Bytes are of one layer, done `repeat` times; FLOPs (default: the matmuls') of all."""
-    done = sum((m.flops for m in matmuls), _NOTHING) if flops is None else flops
-    moved = np.asarray(activation_set_bytes)
-    return OperatorCost(
-        name=name,
-        flops=done,
-        least_flops=done if least_flops is None else least_flops,
-        weight_bytes=np.asarray(repeat * weight_bytes),
-        kv_bytes=np.asarray(repeat * kv_bytes),
-        activation_bytes=np.asarray(repeat * moved),
-        activation_set_bytes=moved,
-        matmuls=matmuls,
-        repeat=repeat,
-        calls=calls,
-        dtypes=dtypes,
-    )
 
 
 @dataclass(frozen=True)
@@ -222,7 +105,7 @@ def forward_costs(
 
 def _embedding(f: _Forward) -> OperatorCost:
     hidden, tokens = f.spec.hidden_size, f.at.tokens
-    return _cost(
+    return cost_of(
         "embedding",
         weight_bytes=np.minimum(tokens, f.spec.vocab_size) * hidden * f.width,
         activation_set_bytes=tokens * hidden * (f.width + f.residual),
@@ -237,7 +120,7 @@ def _norms(f: _Forward) -> OperatorCost:
     """
     width, pairs = f.width, f.spec.layers * f.spec.norms_per_layer / 2
     passes = 3 if f.spec.architecture == "zaya" else 2
-    return _cost(
+    return cost_of(
         "norms_residual",
         repeat=pairs,
         weight_bytes=f.spec.parameters_by_component()["norms_residual"] / pairs * width,
@@ -248,7 +131,7 @@ def _norms(f: _Forward) -> OperatorCost:
 def _qkv(f: _Forward) -> OperatorCost:
     spec, tokens = f.spec, f.at.tokens
     outer = spec.query_size + 2 * spec.kv_size
-    return _cost(
+    return cost_of(
         "qkv",
         repeat=spec.layers,
         weight_bytes=spec.qkv_parameters * stored_bytes(f.precision.weights),
@@ -260,7 +143,7 @@ def _qkv(f: _Forward) -> OperatorCost:
 
 def _output(f: _Forward) -> OperatorCost:
     spec, tokens = f.spec, f.at.tokens
-    return _cost(
+    return cost_of(
         "output",
         repeat=spec.layers,
         weight_bytes=spec.output_parameters * stored_bytes(f.precision.weights),
@@ -277,7 +160,7 @@ def _cca(f: _Forward) -> OperatorCost:
     depthwise, grouped = spec.conv_widths
     heads = np.asarray(float(n * sum(spec.heads)))
     state = (depthwise + grouped - 2) * channels + spec.kv_size // 2
-    return _cost(
+    return cost_of(
         "cca",
         repeat=n,
         weight_bytes=spec.cca_parameters * f.width,
@@ -308,7 +191,7 @@ def _attention(f: _Forward) -> OperatorCost:
         call = Attention(at.batch, at.slots, seen, queries, keys, spec.head_dim, f.precision.cache)
         calls.append((float(layers), call))
     width = stored_bytes(f.precision.cache)
-    return _cost(
+    return cost_of(
         "attention",
         repeat=spec.layers,
         kv_bytes=at.batch * ((2.0 * spec.kv_size * width / spec.layers) * read),
@@ -363,7 +246,7 @@ def _router(f: _Forward) -> OperatorCost:
     else:
         inside = 2 * spec.num_experts
         matmuls = (Matmul(layers, tokens, spec.hidden_size, spec.num_experts),)
-    return _cost(
+    return cost_of(
         "router",
         repeat=n,
         weight_bytes=(spec.router_matrix_parameters + 5 * router) * f.width,
@@ -393,7 +276,7 @@ def _experts(f: _Forward) -> OperatorCost:
         weights,
         activations,
     )
-    return _cost(
+    return cost_of(
         "experts",
         repeat=n,
         weight_bytes=distinct * float(spec.expert_parameters * stored_bytes(weights)),
@@ -419,10 +302,10 @@ def _mlp(f: _Forward) -> OperatorCost:
     matmuls: tuple[Matmul, ...] = ()
     for layers, size in ((dense, spec.mlp_size), (shared, spec.shared_expert_size)):
         if layers:
-            matmuls += _gated(spec.hidden_size, size, np.asarray(layers), tokens)
+            matmuls += gated(spec.hidden_size, size, np.asarray(layers), tokens)
     mean_size = (dense * spec.mlp_size + shared * spec.shared_expert_size) / repeat
     parameters = dense * spec.mlp_parameters + shared * spec.shared_expert_parameters
-    return _cost(
+    return cost_of(
         "mlp",
         repeat=repeat,
         weight_bytes=parameters / repeat * width,
@@ -445,7 +328,7 @@ def _collective(f: _Forward) -> OperatorCost:
     if parallel.replicas > 1:
         copies = min(spec.experts_per_token, parallel.expert)
         calls.append((2.0 * spec.moe_layers, Collective(size * copies, parallel.devices, "all_to_all")))
-    return _cost("collective", calls=tuple(calls), repeat=sum(count for count, _ in calls), dtypes=f.plain)
+    return cost_of("collective", calls=tuple(calls), repeat=sum(count for count, _ in calls), dtypes=f.plain)
 
 
 def _lm_head(f: _Forward) -> OperatorCost:
@@ -453,7 +336,7 @@ def _lm_head(f: _Forward) -> OperatorCost:
     rows = at.batch * at.head_rows
     parameters = spec.vocab_size * spec.hidden_size + (spec.vocab_size if spec.lm_head_bias else 0)
     passes = np.asarray(float(at.head_passes))
-    cost = _cost(
+    cost = cost_of(
         "lm_head",
         weight_bytes=np.where(at.head_rows > 0, at.head_passes * parameters * f.width, 0.0),
         activation_set_bytes=rows * (spec.hidden_size * f.width + spec.vocab_size * LOGIT_BYTES),
@@ -463,11 +346,16 @@ def _lm_head(f: _Forward) -> OperatorCost:
     return dataclasses.replace(cost, repeat=float(at.head_passes))
 
 
+def expert_matmuls(spec: ModelSpec, count: Array, rows: Array) -> tuple[Matmul, ...]:
+    """Gate with up, and down, of `count` experts over all layers with `rows` tokens each."""
+    return gated(spec.hidden_size, spec.expert_size, count, rows)
+
+
 def sampler_cost(spec: ModelSpec, rows: npt.ArrayLike) -> OperatorCost:
     """A step's own work over the vocabulary: `rows` rows of logits (of all sequences) read once."""
-    return _cost("sampler", activation_set_bytes=np.asarray(rows, dtype=float) * spec.vocab_size * LOGIT_BYTES)
+    return cost_of("sampler", activation_set_bytes=np.asarray(rows, dtype=float) * spec.vocab_size * LOGIT_BYTES)
 
 
 def engine_cost() -> OperatorCost:
     """What an engine spends beside its kernels: nothing that a device must compute or move."""
-    return _cost(ENGINE)
+    return cost_of(ENGINE)

@@ -9,13 +9,14 @@ import numpy as np
 
 from hardware.files import UserError
 from hardware.profile import Curves, HardwareProfile
+from perfmodel.costs import Call, Matmul, OperatorCost
 from perfmodel.engine import EngineProfile, HostCosts
 from perfmodel.execution import Executed
 from perfmodel.kernels import collective
 from perfmodel.kernels.call import Array, Attention, Collective, FusedMoe, Gemm, Parts
 from perfmodel.kernels.elementwise import Elementwise
 from perfmodel.kernels.library import Family, Library, load_library
-from perfmodel.operators import Call, Matmul, OperatorCost, engine_cost
+from perfmodel.operators import engine_cost
 from perfmodel.precision import arithmetic_dtype
 from perfmodel.prediction import Bound
 from runtime.config import DTYPE_BYTES

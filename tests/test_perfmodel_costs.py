@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardware.files import UserError
+from perfmodel.costs import shape
 from perfmodel.experts import CoveragePoint, ExpertCoverage, fit_rho, parse_coverage
 from perfmodel.model_spec import ModelSpec, load_spec, spec_from_config
-from perfmodel.operators import FORWARD_OPERATORS, forward_costs, shape
+from perfmodel.operators import FORWARD_OPERATORS, forward_costs
 from perfmodel.precision import uniform
 from runtime.config import ModelConfig, RopeParameters
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from hardware.files import UserError
+from perfmodel.costs import shape
 from perfmodel.engine import load_engine
 from perfmodel.execution import execute_forward
 from perfmodel.experts import CoveragePoint, ExpertCoverage
 from perfmodel.model_spec import spec_from_config
-from perfmodel.operators import forward_costs, shape
+from perfmodel.operators import forward_costs
 from perfmodel.precision import uniform
 from perfmodel.steps import step_of
 from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, ModelConfig, Sampler, replace

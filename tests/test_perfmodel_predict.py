@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, list_profiles, load_profile
 from perfmodel.acceptance import judged, tokens_from_histogram, tokens_from_rates, tokens_per_step
+from perfmodel.costs import Matmul
 from perfmodel.decoding import Setting, predict, setting, time_forward, time_step
 from perfmodel.engine import PARAMETERS, Fit, list_engines, load_engine, save_engine
 from perfmodel.model_spec import load_spec, spec_from_config
-from perfmodel.operators import Matmul
 from perfmodel.roofline import Device
 from perfmodel.steps import STEPS, most_fillings, step_of, title
 from perfmodel.sweep import acceptance_by_draft_tokens, sweep
