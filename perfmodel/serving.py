@@ -10,7 +10,6 @@ arXiv 2403.02310). Two figures are easily confused:
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,14 +152,9 @@ def _with_prompts(
     alone = time_forward(at, np.where(count > 0, count, 1.0), prompt, 0, 1, "prefill")
     reading = total([op.seconds for op in _attention(alone)])
     attention = total([op.seconds for op in _attention(decode)]) + np.where(count > 0, reading, 0.0)
-    others = total([op.seconds for op in together.timings.kernels if op.name != "attention"])
+    others = total([op.seconds for op in together.operators if op.name != "attention"])
     return others + attention
 
 
 def _attention(forward: ForwardTiming) -> list[Timing]:
-    return [op for op in forward.timings.kernels if op.name == "attention"]
-
-
-def with_cache(at: Setting, dtype: str) -> Setting:
-    """The setting with another element type of the KV cache."""
-    return dataclasses.replace(at, precision=dataclasses.replace(at.precision, cache=dtype))
+    return [op for op in forward.operators if op.name == "attention"]
