@@ -174,7 +174,8 @@ def test_impossible_loads_are_refused(wrong: dict[str, float]) -> None:
 def held_out_errors() -> dict[str, list[float]]:
     """|predicted / measured - 1| of published served rows by engine, each from a fit to rows of other series."""
     from perfmodel.published import fits
-    from perfmodel.published.interpret import Catalog, interpret
+    from perfmodel.published.interpret import interpret
+    from perfmodel.published.names import Catalog
     from perfmodel.published.points import ServedPoint
     from perfmodel.published.rows import read_rows
 
