@@ -41,11 +41,13 @@ NANO = spec_from_config(
 )
 H100 = load_profile("h100-sxm")
 CPU = made_up_cpu()
+PROBED = dataclasses.replace(H100, measured=CPU.measured, sources={**H100.sources, "measured": "made up"})
 SETTINGS: dict[str, Setting] = {
     "h100-eager": setting(BIG, H100, "bfloat16"),
     "h100-graph": setting(BIG, H100, "bfloat16", engine="ideal-graph"),
     "mi300x-eager": setting(BIG, load_profile("mi300x"), "bfloat16"),
     "h100-nano": setting(NANO, H100, "float32"),
+    "h100-probed": setting(NANO, PROBED, "float32"),  # by its curves, without the kernel library
     **{
         f"cpu-{mode}": setting(NANO, CPU, "float32", kernels=KernelConfig({1: mode}))
         for mode in ("loop", "grouped", "gather", "dense")
