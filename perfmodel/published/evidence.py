@@ -1,4 +1,4 @@
-"""Published rows against predictions: per row, and in summary by operator, source, device and engine."""
+"""Published rows against predictions: per row, and in summary by family, operator, source, device and engine."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import numpy.typing as npt
 from perfmodel.published import fits
 from perfmodel.published.interpret import interpret
 from perfmodel.published.names import Catalog
-from perfmodel.published.points import Point, TidarThroughputPoint
+from perfmodel.published.points import KernelPoint, Point, TidarThroughputPoint
 from perfmodel.published.predict import Estimate, estimate
 from perfmodel.published.rows import Row, read_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "measurements" / "published"  # in a checkout; not packaged
 TABLES = ("gpu_measured.csv", "zaya_tidar_measured.csv")
 PREDICTED = "predicted"
-Dimension = Literal["operator", "source", "device", "engine"]
-DIMENSIONS: tuple[Dimension, ...] = ("operator", "source", "device", "engine")
+Dimension = Literal["family", "operator", "source", "device", "engine"]
+DIMENSIONS: tuple[Dimension, ...] = ("family", "operator", "source", "device", "engine")
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,9 @@ def _of(by: Dimension) -> Callable[[Result], str]:
         assert point is not None  # of a predicted row
         if by == "device":
             return point.hardware.name
+        if by == "family":  # of operators: "gemm", "served TPOT", "tidar throughput"
+            words = point.operator.split(" ")
+            return words[0] if isinstance(point, KernelPoint) else " ".join(words[:2])
         return {"operator": point.operator, "source": point.source, "engine": point.engine}[by]
 
     return name

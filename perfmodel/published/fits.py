@@ -58,9 +58,7 @@ def kernel_problem(points: Sequence[KernelPoint]) -> fitting.Problem:
 
 
 def _tidar_problem(points: Sequence[Point]) -> fitting.Problem:
-    from perfmodel.tidar import tidar_problem
-
-    return tidar_problem(points)
+    return tidar.tidar_problem(points)
 
 
 PROBLEMS: dict[type[Point], Callable[[Sequence[Point]], fitting.Problem]] = {
@@ -146,8 +144,11 @@ def fitted_text(found: FamilyFit) -> str:
         return head + yaml.safe_dump({**data, "fit": vars(found.fit)}, sort_keys=False, default_flow_style=None)
     path = list_engines()[found.family]
     data = read_yaml(path)
-    data["hosts"] = plain(with_numbers(load_engine(path), values).hosts)
-    data["hosts"] = {host: {k: v for k, v in costs.items() if v} for host, costs in data["hosts"].items()}
+    if found.family == tidar.ENGINE:
+        data |= tidar.engine_data(values)
+    else:
+        hosts = plain(with_numbers(load_engine(path), values).hosts)
+        data["hosts"] = {host: {k: v for k, v in costs.items() if v} for host, costs in hosts.items()}
     data |= {"intervals": intervals, "spread": found.fitted.spread}
     data["sources"] = {**data.get("sources", {}), "hosts": in_words(found.fit)}
     comments = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("#")]

@@ -115,9 +115,14 @@ def _kernel(row: Row, names: Catalog, family: KernelFamily) -> KernelPoint:
         label = ""
     unit = _unit(row, work)
     return KernelPoint(
-        row.id, row.source, row.series, f"{family} {label}".strip(), row.cells["engine"].split(" [")[0] or "not stated",
-        hardware, unit, _value(row), family, call,
+        row.id, row.source, row.series, f"{family} {label}".strip(), _library(row.cells["engine"]), hardware,
+         unit, _value(row), family, call,
     )  # fmt: skip
+
+
+def _library(engine: str) -> str:
+    """What a kernel comes from, without its version and the name of the kernel: "vllm", "nccl"."""
+    return re.sub(r"\s+v?\d[\w.]*|\s*\[.*", "", engine).lower() or "not stated"
 
 
 def _value(row: Row) -> float:
