@@ -36,7 +36,8 @@ class Load:
 
     sequences: requests in flight. prompt, generated: mean tokens of a request. variation: the coefficient of variation
     of the generated tokens (0: all alike); long requests are in flight for longer, so that it lengthens what is seen.
-    drawn: tokens are sampled with top-k or top-p, for which engines sort the logits; else the likeliest is taken.
+    drawn: tokens are drawn, for which engines sort the logits (top-k, top-p); else the likeliest is taken.
+    admitted: all sequences are known to be active at once; else only as many as the memory holds at their full length.
     """
 
     sequences: npt.ArrayLike
@@ -44,6 +45,7 @@ class Load:
     generated: npt.ArrayLike
     variation: float = 0.0
     drawn: bool = False
+    admitted: bool = False
 
     def __post_init__(self) -> None:
         for name in ("sequences", "prompt", "generated"):
@@ -98,10 +100,7 @@ class Served:
 
 
 def active_sequences(at: Setting, load: Load) -> Array:
-    """Requests in flight that the memory holds at their full length.
-
-    UserError where not one fits.
-    """
+    """Requests that are decoded at once. UserError where the memory does not hold one."""
     length = np.asarray(load.prompt, dtype=float) + np.asarray(load.generated, dtype=float)
     weights, hardware = weight_bytes(at), at.device.hardware
     each = memory_bytes(at, 1, length) - weights  # of one sequence, on each device of its replica
@@ -111,7 +110,8 @@ def active_sequences(at: Setting, load: Load) -> Array:
         f"weights and one request must fit {MEMORY_SHARE:.0%} of the memory of {hardware.name}, but {at.spec.name} has "
         f"{weights / 1e9:.1f} GB of weights a device and {float(np.max(each)) / 1e9:.1f} GB of cache a request",
     )
-    return np.minimum(np.asarray(load.sequences, dtype=float), most)
+    sequences = np.asarray(load.sequences, dtype=float)
+    return sequences if load.admitted else np.minimum(sequences, most)
 
 
 def serve(at: Setting, load: Load) -> Served:

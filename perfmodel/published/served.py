@@ -21,7 +21,7 @@ from runtime.config import require
 
 # Data sets that rows name without the lengths of their prompts: mean prompt tokens, and the coefficient of variation of
 # the generated ones. Assumed from the kind of request (a chat's turn; a multiple-choice question; a file around a gap):
-# the sources state the mean of what was generated alone. Tokens were drawn, not the likeliest taken.
+# the sources state the mean of what was generated alone.
 WORKLOADS: dict[str, tuple[float, float]] = {
     "lm-arena-chat": (200.0, 0.7),
     "gpqa": (280.0, 0.4),
@@ -47,11 +47,13 @@ PRIOR = {"families.gemm": 0.1, "families.moe": 0.15, "families.attention": 0.15,
 def precision_of(point: ServedPoint) -> Precision:
     """The point's precision, with what its engine chooses where that is not stated.
 
-    TensorRT-LLM keeps the cache of an fp8 or nvfp4 checkpoint in fp8, as NVIDIA publishes those. Blackwell multiplies
-    mxfp4 experts with activations in fp8.
+    TensorRT-LLM keeps the cache as the checkpoint says: in fp8 for NVIDIA's own fp8 and nvfp4 ones, those of Llama;
+    Qwen publishes fp8 checkpoints itself, which say nothing of the cache. Blackwell multiplies mxfp4 experts with
+    activations in fp8.
     """
     found = point.precision
-    if not point.cache_stated and point.engine == "tensorrt-llm" and found.weights in ("fp8", "nvfp4"):
+    narrow = found.weights in ("fp8", "nvfp4") and point.model.architecture == "llama"
+    if not point.cache_stated and point.engine == "tensorrt-llm" and narrow:
         found = dataclasses.replace(found, cache="fp8")
     if found.experts == "mxfp4" and "fp4" in {str(name) for name in point.hardware.peak_flops_per_second}:
         found = dataclasses.replace(found, expert_activations="fp8")
@@ -59,7 +61,10 @@ def precision_of(point: ServedPoint) -> Precision:
 
 
 def load_of(points: Sequence[ServedPoint]) -> Load:
-    """What the servers of points of one data set were kept busy with. UserError for a data set that is not known."""
+    """What the servers of points of one data set were kept busy with. UserError for a data set that is not known.
+
+    Rows of a data set state the sequences that were active, and drew their tokens as each model's publisher sets it.
+    """
     name = points[0].workload
     require(not name or name in WORKLOADS, f"the prompts of {name} are not known; known: {', '.join(WORKLOADS)}")
     prompt, variation = WORKLOADS.get(name, (0.0, 0.0))
@@ -69,6 +74,7 @@ def load_of(points: Sequence[ServedPoint]) -> Load:
         np.array([p.generated for p in points]),
         variation,
         drawn=bool(name),
+        admitted=bool(name),
     )
 
 
