@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from hardware.files import plain, read_yaml
-from perfmodel import fitting
+from perfmodel import fitting, tidar
 from perfmodel.engine import list_engines, load_engine
 from perfmodel.kernels.fitting import Family, family_problem
 from perfmodel.kernels.library import CLASSES, KernelFit, fit_file, load_library
@@ -57,15 +57,11 @@ def kernel_problem(points: Sequence[KernelPoint]) -> fitting.Problem:
     )
 
 
-def _tidar_problem(points: Sequence[Point]) -> fitting.Problem:
-    return tidar.tidar_problem(points)
-
-
 PROBLEMS: dict[type[Point], Callable[[Sequence[Point]], fitting.Problem]] = {
     KernelPoint: kernel_problem,  # type: ignore[dict-item]  # called with points of this type alone
     ServedPoint: served_problem,  # type: ignore[dict-item]
-    TidarForwardPoint: _tidar_problem,
-    TidarThroughputPoint: _tidar_problem,
+    TidarForwardPoint: tidar.tidar_problem,
+    TidarThroughputPoint: tidar.tidar_problem,
 }
 
 
