@@ -12,7 +12,7 @@ This takes the cost apart, one effect after the other; what remains is the token
 * kernels: the calibrated estimate of replayed graphs without a runtime (ideal-graph);
 * engine: the estimate of the publisher's engine.
 
-Measured are the publisher's own pairs of rows: the throughput over the autoregressive one of the same series, device
+Measured are the publisher's own pairs of rows: the throughput over the autoregressive one of the same run, device
 and batch. The row's acceptance length over that ratio is its step cost, so that rows of different acceptance compare.
 """
 
@@ -25,12 +25,13 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.svg import Panel, figure
+from benchmarks.svg import Dot, Panel, figure
 from hardware.files import UserError, write_atomic
 from hardware.profile import list_profiles, load_profile
 from perfmodel.breakeven import break_even
@@ -38,12 +39,15 @@ from perfmodel.contenders import Contender
 from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, setting, time_forward, time_step
 from perfmodel.kernels.call import Array
 from perfmodel.model_spec import load_spec
+from perfmodel.published.evidence import FOLDER, Result, held_out_rows
+from perfmodel.published.points import TidarThroughputPoint
+from perfmodel.published.rows import read_rows
 from perfmodel.steps import step_of
 from runtime.config import DecodingConfig
 
 MODEL = "zaya1-8b"
 HEADLINES = {"lossless": 4.6, "logit mixing": 7.7}
-DEVICES = {"h100-sxm": "H100-SXM", "mi300x": "MI300X"}  # the profile, and the name in the published rows
+DEVICES = ("h100-sxm", "mi300x")
 SAMPLERS = {
     "two_forward": DecodingConfig("two_forward", 16),
     "single_forward": DecodingConfig("single_forward", 16, proposal_levels=(0, 6, 16)),  # the publisher's three levels
@@ -51,8 +55,7 @@ SAMPLERS = {
 BATCH = tuple(2**n for n in range(10))
 CONTEXT = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 130_944)  # the last with a block below the model's 131,072
 SHOWN = (1024, 4096, 32768, 130_944)
-PUBLISHED = Path(__file__).parents[1] / "measurements" / "published" / "zaya_tidar_measured.csv"
-MODES = {"ar": "autoregressive", "tf": "two_forward", "sf": "single_forward"}
+PUBLISHED = FOLDER / "zaya_tidar_measured.csv"
 
 
 @dataclass(frozen=True)
@@ -103,17 +106,16 @@ def _read(forwards: Iterable[ForwardTiming], kv: bool = True) -> Array:
 
 @dataclass(frozen=True)
 class Measured:
-    """A published row beside the autoregressive one of its series, device and batch."""
+    """A published row beside the autoregressive one of its run, device and batch."""
 
     row: str
     hardware: str
-    sampler: str
-    levels: tuple[int, ...] | None
-    draft_tokens: int
+    decoding: DecodingConfig
     batch: int
-    context: int  # half of the generated tokens: the mean while they are generated; the prompt's are not published
+    context: float  # half of the generated tokens: the mean while they are generated; the prompt's are not published
     tokens_per_step: float
     ratio: float  # of throughput over autoregressive
+    predicted_ratio: float  # both throughputs by an engine that was fitted without their series, the drain included
 
     @property
     def step_cost(self) -> float:
@@ -121,37 +123,32 @@ class Measured:
         return self.tokens_per_step / self.ratio
 
 
-def measured_pairs(path: Path = PUBLISHED) -> list[Measured]:
-    """Every published throughput with an acceptance length whose series has an autoregressive row."""
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["metric"] == "throughput_tok_s"]
-    base = {_series(row): float(row["value"]) for row in rows if row["mode"] == "autoregressive"}
-    names = {published: name for name, published in DEVICES.items()}
+@cache
+def measured_pairs() -> tuple[Measured, ...]:
+    """Every published throughput with an acceptance length whose run has an autoregressive row."""
+    runs: dict[tuple[Any, ...], dict[str, Result]] = {}
+    for result in held_out_rows(read_rows(PUBLISHED), "series"):
+        p = result.point
+        if isinstance(p, TidarThroughputPoint):
+            key = p.prefix, p.hardware.name, p.batch, p.generated_tokens
+            runs.setdefault(key, {})[p.decoding.sampler] = result
     found = []
-    for row in rows:
-        if row["mode"] == "autoregressive" or _series(row) not in base or not row["mean_acceptance_length"]:
-            continue
-        found.append(
-            Measured(
-                row["id"],
-                names[row["hardware"]],
-                row["mode"],
-                tuple(map(int, row["proposal_levels"].split())) if row["proposal_levels"] else None,
-                int(row["draft_tokens"]),
-                int(row["batch"]),
-                int(row["generated_tokens"]) // 2,
-                float(row["mean_acceptance_length"]),
-                float(row["value"]) / base[_series(row)],
-            )
-        )
-    return found
-
-
-def _series(row: dict[str, str]) -> tuple[str, ...]:
-    """The id without its mode, its levels and its batch, with device, batch and length."""
-    words = row["id"].split("-")
-    mode = next((i for i, word in enumerate(words) if word in MODES), len(words))
-    return ("-".join(words[:mode]), row["hardware"], row["batch"], row["generated_tokens"], row["temperature"])
+    for members in runs.values():
+        base = members.pop("autoregressive", None)
+        for result in members.values():
+            p = result.point
+            if base is None or not isinstance(p, TidarThroughputPoint) or p.acceptance_length is None:
+                continue
+            measured, predicted = ((a or 0) / (b or 1) for a, b in (
+                (result.measured, base.measured), (result.predicted, base.predicted)
+            ))  # fmt: skip
+            found.append(
+                Measured(
+                    result.id, p.hardware.name, p.decoding, p.batch, p.generated_tokens / 2, p.acceptance_length,
+                    measured, predicted,
+                )
+            )  # fmt: skip
+    return tuple(found)
 
 
 def settings(device: str, engine: str) -> tuple[Setting, Setting]:
@@ -182,13 +179,14 @@ def beside_measured(engine: str) -> list[dict[str, Any]]:
     """The measured pairs, with the step cost that each stage predicts at the same batch, K, levels and context."""
     rows = []
     for pair in measured_pairs():
-        decoding = DecodingConfig(pair.sampler, pair.draft_tokens, proposal_levels=pair.levels)  # type: ignore[arg-type]
-        at = np.array(float(pair.batch)), np.array(float(pair.context))
-        costs = asdict(step_costs(*settings(pair.hardware, engine), decoding, *at))
-        predicted = {f"cost_{name}": _rounded(float(cost)) for name, cost in costs.items()}
-        facts = {name: value for name, value in asdict(pair).items() if name != "levels"}
-        facts["ratio"] = _rounded(pair.ratio)
-        rows.append({**facts, "measured_cost": _rounded(pair.step_cost), **predicted})
+        at = np.array(float(pair.batch)), np.array(pair.context)
+        costs = asdict(step_costs(*settings(pair.hardware, engine), pair.decoding, *at))
+        rows.append(
+            {"row": pair.row, "hardware": pair.hardware, "sampler": pair.decoding.sampler, "batch": pair.batch,
+             "context": pair.context, "tokens_per_step": pair.tokens_per_step, "ratio": _rounded(pair.ratio),
+             "predicted_ratio": _rounded(pair.predicted_ratio), "measured_cost": _rounded(pair.step_cost),
+             **{f"cost_{name}": _rounded(float(cost)) for name, cost in costs.items()}}
+        )  # fmt: skip
     return rows
 
 
@@ -236,20 +234,22 @@ def drawing(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], engine: str
                 for key, name in STAGES.items():
                     shown = f"engine {engine}" if key == "engine" else name
                     lines[shown] = [(float(r["batch"]), r[f"after_{key}"]) for r in cells]
-                points = [
-                    (float(p["batch"]), tokens / p["measured_cost"], f"{p['row']}: {p['ratio']}x")
+                dots = [
+                    Dot(float(p["batch"]), tokens * p[ratio] / p["tokens_per_step"], f"{p['row']}: {p[ratio]}x", full)
                     for p in pairs
+                    for ratio, full in (("predicted_ratio", False), ("ratio", True))
                     if (p["hardware"], p["sampler"]) == (device, sampler)
                     and context == min(SHOWN, key=lambda c, at=p["context"]: abs(np.log(c / at)))  # type: ignore[misc]
                 ]
-                line.append(Panel(f"{sampler}, {device}, context {context}", lines, points))
+                line.append(Panel(f"{sampler}, {device}, context {context}", lines, dots))
             panels.append(line)
     return figure(
         panels,
         f"What remains of {tokens:g}x at {tokens:g} tokens a step, as each effect is counted (7.7x: all times 1.67)",
         "batch (sequences)",
         "speedup over autoregressive decoding",
-        "measured step cost",
+        "measured",
+        "predicted without its series",
     )
 
 

@@ -5,37 +5,49 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT, GAP, LEFT, TOP = 230, 150, 46, 56, 74
 COLOURS = ("#8c8c8c", "#4c78a8", "#54a24b", "#b279a2", "#eeca3b", "#f58518", "#e45756")
 
 
+class Dot(NamedTuple):
+    """A circle, filled or hollow, and what it says when it is pointed at."""
+
+    x: float
+    y: float
+    what: str
+    filled: bool = True
+
+
 @dataclass(frozen=True)
 class Panel:
-    """One plot: lines by name as (x, y) points, None where a line is interrupted; `points` are drawn as circles."""
+    """One plot: lines by name as (x, y) points, None where a line is interrupted."""
 
     title: str
     lines: dict[str, list[tuple[float, float | None]]]
-    points: list[tuple[float, float, str]] = field(default_factory=list)  # x, y, and what it is
+    dots: list[Dot] = field(default_factory=list)
 
 
-def figure(rows: Sequence[Sequence[Panel]], title: str, x_label: str, y_label: str, marked: str) -> str:
-    """Panels in rows, all with the same axes: x logarithmic to base 2, y from 0. `marked`: what the circles are."""
+def figure(
+    rows: Sequence[Sequence[Panel]], title: str, x_label: str, y_label: str, filled: str, hollow: str = ""
+) -> str:
+    """Panels in rows, all with the same axes: x logarithmic to base 2, y from 0. filled, hollow: what the dots are."""
     panels = [p for row in rows for p in row]
     xs = [x for p in panels for line in p.lines.values() for x, _ in line]
     ys = [y for p in panels for line in p.lines.values() for _, y in line if y is not None]
-    ys += [y for p in panels for _, y, _ in p.points]
+    ys += [dot.y for p in panels for dot in p.dots]
     low, high, top = math.log2(min(xs)), math.log2(max(xs)), max(ys) * 1.06
     names = list(dict.fromkeys(name for p in panels for name in p.lines))
     columns = max(map(len, rows))
-    width, height = LEFT + columns * (WIDTH + GAP), TOP + len(rows) * (HEIGHT + GAP) + 24
+    width, height = LEFT + columns * (WIDTH + GAP), TOP + len(rows) * (HEIGHT + GAP) + 4
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         'font-size="11" fill="#222">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{LEFT}" y="18" font-size="14">{escape(title)}</text>',
-        *_legend(names, marked),
+        *_legend(names, filled, hollow),
     ]
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
@@ -57,22 +69,29 @@ def figure(rows: Sequence[Sequence[Panel]], title: str, x_label: str, y_label: s
                 for part in _unbroken(line):
                     drawn = " ".join(at(x, y) for x, y in part)
                     out.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            for x, y, what in panel.points:
-                cx, cy = at(x, y).split(",")
-                out.append(f'<circle cx="{cx}" cy="{cy}" r="3.5" fill="#222"><title>{escape(what)}</title></circle>')
+            for dot in panel.dots:
+                out.append(_circle(*at(dot.x, dot.y).split(","), dot.filled, f"<title>{escape(dot.what)}</title>"))
     out.append(f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>')
     middle = TOP + (height - TOP) / 2
     out.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
-def _legend(names: Sequence[str], marked: str) -> list[str]:
+def _circle(x: str, y: str, filled: bool, inside: str = "") -> str:
+    fill = "#222" if filled else "white"
+    return f'<circle cx="{x}" cy="{y}" r="3.5" fill="{fill}" stroke="#222" stroke-width="1.3">{inside}</circle>'
+
+
+def _legend(names: Sequence[str], filled: str, hollow: str) -> list[str]:
     out, x = [], float(LEFT)
     for i, name in enumerate(names):
         out.append(f'<rect x="{x}" y="33" width="14" height="4" fill="{COLOURS[i % len(COLOURS)]}"/>')
         out.append(f'<text x="{x + 18}" y="39">{escape(name)}</text>')
         x += 34 + 6.2 * len(name)
-    out.append(f'<circle cx="{x + 4}" cy="35" r="3.5"/><text x="{x + 13}" y="39">{escape(marked)}</text>')
+    for name, full in ((filled, True), (hollow, False)):
+        if name:
+            out.append(_circle(f"{x + 4:.1f}", "35", full) + f'<text x="{x + 13:.1f}" y="39">{escape(name)}</text>')
+            x += 30 + 6.2 * len(name)
     return out
 
 

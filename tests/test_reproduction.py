@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.reproduction import BATCH, CONTEXT, DEVICES, SAMPLERS, main, measured_pairs, settings, step_costs
-from benchmarks.svg import Panel, figure
+from benchmarks.svg import Dot, Panel, figure
 
 ENGINE = "ridgepoint-eager"
 
@@ -51,11 +51,13 @@ def test_the_published_pairs() -> None:
     first = pairs["mt5k-greedy-h100-tf-b1"]
     assert first.ratio == pytest.approx(207.554 / 79.723) and first.context == 2500
     assert first.step_cost == pytest.approx(7.562 / first.ratio)
-    assert pairs["t05-h100-sf-P4"].levels == (0, 4, 7, 11)
+    assert pairs["t05-h100-sf-P4"].decoding.proposal_levels == (0, 4, 7, 11)
     assert pairs["t05-h100-sf-P4"].ratio == pytest.approx(1055 / 1011)
     assert len(pairs) >= 10 and {p.hardware for p in pairs.values()} == set(DEVICES)
     assert "10k-off-h100-tf-b8" not in pairs  # its series has no autoregressive row
     assert all(p.step_cost > 1 for p in pairs.values())
+    errors = [abs(p.predicted_ratio / p.ratio - 1) for p in pairs.values()]
+    assert sorted(errors)[len(errors) // 2] < 0.2  # of predictions by a fit that had seen neither series
 
 
 def test_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,12 +79,16 @@ def test_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for d in devices:
         left, pays = float(d["most_remaining"]), int(d["cells_faster_than_autoregressive"])
         assert left < float(d["tokens_per_step"]) and (pays > 0) == (left > 1) and pays <= int(d["cells"])
-    assert len(circles) == 1 + len(document["measured"])  # one in the legend
+    assert len(circles) == 2 * (1 + len(document["measured"]))  # one of a kind in the legend
     assert {p.name for p in tmp_path.iterdir()} == {"table.csv", "measured.csv", "devices.csv", "figure.svg"}
 
 
 def test_a_line_is_interrupted_where_nothing_is_known() -> None:
-    panel = Panel("a < b", {"one": [(1, 1.0), (2, 2.0), (4, None), (8, 1.0), (16, 0.5)]}, [(2, 1.5, "x & y")])
+    panel = Panel(
+        "a < b",
+        {"one": [(1, 1.0), (2, 2.0), (4, None), (8, 1.0), (16, 0.5)]},
+        [Dot(2, 1.5, "x & y"), Dot(4, 1.0, "z", filled=False)],
+    )
     root = ET.fromstring(figure([[panel]], "t", "x", "y", "dots"))
     lines = [e for e in root.iter() if e.tag.endswith("polyline") and e.get("stroke-width") == "2"]
     assert [len(e.get("points", "").split()) for e in lines] == [2, 2]
