@@ -117,13 +117,18 @@ def _admissions(run: Run, active: Array) -> Array:
 
 
 def _course(run: Run, requests: Requests) -> Drain:
-    """How the run's batch empties. Only the seconds of its phases depend on how requests differ, not who is active."""
+    """How the run's batch empties. Only the steps of its phases depend on how requests differ, not who is active."""
+    return drain(run.batch, _spread(run, requests))
+
+
+def _spread(run: Run, requests: Requests) -> float:
+    """The coefficient of variation of what the run's slots have to do."""
     if isinstance(run, TidarForwardPoint):
-        return drain(run.batch, 0.0)
+        return 0.0
     uneven = requests.untold_steps if run.thinking is False else requests.steps
     lengths = requests.lengths if run.ends_early else 0.0
     spread = math.hypot(uneven if run.decoding.drafts else 0.0, lengths)
-    return drain(run.batch, spread / math.sqrt(REQUESTS_PER_SLOT) if run.refilled else spread)
+    return spread / math.sqrt(REQUESTS_PER_SLOT) if run.refilled else spread
 
 
 class _Work(NamedTuple):
@@ -182,6 +187,7 @@ def tidar_problem(points: Sequence[Point]) -> Problem:
     built = np.array([isinstance(run, TidarThroughputPoint) and run.build == BUILD for run in runs])
     decodes, blocks, singles = work.forwards.T
     forwards = np.maximum(work.forwards.sum(1), 1.0)[:, None]
+    batches = np.array([run.batch for run in runs])
 
     def predict(numbers: Mapping[str, float]) -> Array:
         def of_vendor(name: str) -> Array:
@@ -194,9 +200,9 @@ def tidar_problem(points: Sequence[Point]) -> Problem:
         in_forwards = in_forwards + of_vendor("cached_token_seconds") * work.cached
         beside = work.launches + numbers["sampler.passes"] * work.logits + numbers["sequence_seconds"] * work.sequences
         waits = numbers["requests.admission_forwards"] * work.admissions * in_forwards / forwards
-        steps = np.array([_course(run, _requests(numbers)).steps for run in runs])
+        courses = drain(batches, [_spread(run, _requests(numbers)) for run in runs])
         seconds = in_forwards + beside + waits
-        return np.where(timed, seconds[:, 0], (seconds * steps).sum(1) / committed)
+        return np.where(timed, seconds[:, 0], courses.mean_seconds(seconds) / committed)
 
     return Problem(
         predict,
