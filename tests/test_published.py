@@ -125,10 +125,12 @@ def test_a_file_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> Non
         read_rows(tmp_path / name)
 
 
-@pytest.mark.parametrize("value", ["", "fast", "nan", "NaN", "inf", "-1", "0", "1,000", "12 us", "0x10", "1e999"])
+@pytest.mark.parametrize(
+    "value", ["", "fast", "nan", "NaN", "inf", "-1", "0", "1,000", "12 us", "0x10", "1e999", "1e-12"]
+)
 def test_a_broken_value_is_the_rows_status_and_not_the_files_end(value: str, tmp_path: Path) -> None:
     broken, whole = read_rows(write(tmp_path / "a.csv", GEMM | {"value": value}, GEMM | {"id": "h"}))
-    assert broken.value is None and str(interpret(broken)).startswith("value must be a number > 0")
+    assert broken.value is None and str(interpret(broken)).startswith("value must be a number from 1e-09 to")
     assert not isinstance(interpret(whole), str)
 
 
@@ -254,6 +256,7 @@ def test_shapes_of_a_gemm(shape: str, batch: str, sizes: tuple[int, int, int]) -
         (GEMM, {"context_or_shape": "4224x2048x8192"}, "which size is M, N and K"),
         (GEMM, {"context_or_shape": "M=16"}, "N and K are needed"),
         (GEMM, {"context_or_shape": "M=16,N=0,K=4"}, "must be >= 1"),
+        (GEMM, {"context_or_shape": f"M=16,N={10**13},K=4096"}, "at most 12 digits"),
         (GEMM, {"dtype": ""}, "precision is not stated"),
         (GEMM, {"dtype": "fp4"}, "does not say what weights and activations"),
         (GEMM, {"dtype": "bf16 (presumed)"}, "not stated for certain"),

@@ -6,12 +6,15 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ridgepoint
 from hardware.files import UserError
@@ -88,6 +91,18 @@ def test_a_row_beyond_datasheet_peaks_is_found_in_either_unit() -> None:
     assert [r.below_bound for r in results] == [True, True]
     group = next(g for g in summarise(results) if g.by == "operator")
     assert group.below_bound == ("g", "r")
+
+
+@given(st.sampled_from([*KERNELS, SERVED, TIDAR]), st.floats(1e-9, 1e15), st.lists(st.integers(1, 10**12), min_size=4))
+def test_whatever_the_sizes_a_result_is_finite_or_has_a_reason(
+    cells: dict[str, str], value: float, sizes: list[int]
+) -> None:
+    """Every number in the cells that say sizes replaced, and any value."""
+    shown = iter(sizes * 8)
+    odd = {c: re.sub(r"\d+", lambda _: str(next(shown)), cells[c]) for c in ("batch", "context_or_shape") if c in cells}
+    (found,) = predicted_rows([row_of(cells | odd | {"value": repr(value)})])
+    assert all(math.isfinite(x) and x > 0 for x in numbers(found))
+    json.dumps([evidence.row_of(found), [dataclasses.asdict(g) for g in summarise([found])]], allow_nan=False)
 
 
 def test_what_a_device_cannot_do_is_a_status() -> None:

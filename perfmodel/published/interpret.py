@@ -16,7 +16,7 @@ from perfmodel.kernels.call import Attention, Collective, FusedMoe, Gemm
 from perfmodel.kernels.elementwise import Elementwise
 from perfmodel.kernels.moe import loads_of
 from perfmodel.published import tidar
-from perfmodel.published.names import Catalog, Unclear, cache_dtype, matmul_dtypes, runtime, served_precision
+from perfmodel.published.names import Catalog, Unclear, cache_dtype, matmul_dtypes, runtime, served_precision, whole
 from perfmodel.published.points import KernelFamily, KernelPoint, Point, ServedPoint, Unit
 from perfmodel.published.rows import Row, number
 
@@ -47,6 +47,7 @@ _SERVED = {
     "output_tokens_per_s_per_gpu": "total",
     "decode_tokens_per_gpu_per_s": "total",
 }
+_PROSE = ("id", "value", "source_url", "notes", "source", "note")
 _SPECULATIVE = re.compile(r"\bE(AGLE)[-\d.]*|MTP|DFlash|speculative|\bdraft\b|P-EAGLE", re.IGNORECASE)
 
 
@@ -55,6 +56,9 @@ def interpret(row: Row, catalog: Catalog | None = None) -> Point | str:
     if row.problem is not None:
         return row.problem
     names = Catalog() if catalog is None else catalog
+    for column, text in row.cells.items():
+        if column not in _PROSE and re.search(r"\d{13}", text):
+            return f"{column} must hold sizes of at most 12 digits, but is {text!r}"
     try:
         return tidar.point(row, names) if row.table == "tidar" else _gpu(row, names)
     except Unclear as reason:
@@ -145,14 +149,6 @@ def _unit(row: Row, work: dict[str, float]) -> Unit:
     return Unit(unit, rates[unit], work[metric])
 
 
-def _whole(text: str, what: str) -> int:
-    """A whole number > 0 ("16" or "16.0"); Unclear names what it should have been."""
-    value = number(text)
-    if value is None or value < 1 or value != int(value):
-        raise Unclear(f"{what} must be one whole number, but is {text!r}" if text else f"{what} is not stated")
-    return int(value)
-
-
 def _sizes(text: str) -> dict[str, int]:
     """Sizes in a shape's text by lower-case name: "M=1,N=8,K=4" and "m,n,k=1,8,4", alone or side by side."""
     found = {name.lower(): int(size) for name, size in re.findall(r"\b([A-Za-z]\w*)\s*=\s*(\d+)\b(?!,\d)", text)}
@@ -176,8 +172,8 @@ def _gemm(row: Row) -> Gemm:
     if "n" not in sizes or "k" not in sizes:
         raise Unclear(f"the shape is not stated: N and K are needed, but it is {shape!r}")
     if "m" not in sizes:
-        sizes["m"] = _whole(batch, "M (the batch)")
-    elif batch and _whole(batch, "the batch") != sizes["m"]:
+        sizes["m"] = whole(batch, "M (the batch)")
+    elif batch and whole(batch, "the batch") != sizes["m"]:
         raise Unclear(f"the batch is {batch}, but M is {sizes['m']}")
     if min(sizes["m"], sizes["n"], sizes["k"]) < 1:
         raise Unclear(f"M, N and K must be >= 1, but the shape is {shape!r}")
@@ -199,8 +195,8 @@ def _moe(row: Row, names: Catalog) -> FusedMoe:
         raise Unclear(f"expert width {inter} over TP {tensor} with {top_k} of {experts} experts cannot be")
     tokens = _sizes(shape).get("tokens")
     if tokens is None:
-        tokens = _whole(row.cells["batch"], "the number of tokens")
-    elif row.cells["batch"] and _whole(row.cells["batch"], "the batch") != tokens:
+        tokens = whole(row.cells["batch"], "the number of tokens")
+    elif row.cells["batch"] and whole(row.cells["batch"], "the batch") != tokens:
         raise Unclear(f"the batch is {row.cells['batch']}, but tokens is {tokens}")
     routing = re.search(r"\b(power_law_\d+(?:\.\d+)?|balanced|uniform)\b", f"{shape} {row.cells['notes']}")
     drawn = "benchmark_moe.py" in row.cells["notes"]  # vLLM's program: logits of the router are normal, so uniform
@@ -237,7 +233,7 @@ def _attention(row: Row) -> Attention:
     query, key, size = (int(number) for number in heads.groups())
     if not (key and size) or query % key:
         raise Unclear(f"query heads must be a multiple of KV heads: {shape!r}")
-    batch = _whole(row.cells["batch"], "the batch")
+    batch = whole(row.cells["batch"], "the batch")
     # Benchmarks of this kernel loop over one cache, so that a small one stays in a cache of the device.
     return Attention(batch, 1, context, query, key, size, cache_dtype(row.cells["dtype"]), cold=False)
 

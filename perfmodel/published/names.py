@@ -14,6 +14,7 @@ from perfmodel.engine import list_engines
 from perfmodel.model_names import model_for
 from perfmodel.model_spec import ModelSpec, known_models, load_spec
 from perfmodel.precision import Precision, quantised, uniform
+from perfmodel.published.rows import MOST, number
 
 # Other spellings of a profile's name; a profile's own name needs no entry.
 DEVICES = {
@@ -35,11 +36,21 @@ UNCLEAR = {
 ENGINES = {"vllm": "vllm", "trtllm": "tensorrt-llm", "tensorrt-llm": "tensorrt-llm", "trt-llm": "tensorrt-llm",
            "sglang": "sglang", "gpt-fast": "gpt-fast"}  # fmt: skip
 # What an engine's column may say besides its name, version, TP and EP without changing what is predicted.
-_ENGINE_NOTES = re.compile(r"\(ML\.ENERGY v\d+\)|\bv?\d+(\.\w+)+\b|\bgpt-oss-dev\b|\bFA\d\b|\bROCM_AITER_\w+|\bROCm\b")
+_ENGINE_NOTES = re.compile(
+    r"\(ML\.ENERGY v\d+\)|\bv?\d+(\.\w+)+\b\+?|\bgpt-oss-dev\b|\bFA\d\b|\bROCM_AITER_\w+|\bROCm\b"
+)
 
 
 class Unclear(Exception):
     """Why a row cannot be predicted without guessing; becomes its status."""
+
+
+def whole(text: str, what: str) -> int:
+    """A whole number from 1 to MOST ("16" or "16.0"); Unclear names what it should have been."""
+    value = number(text)
+    if value is None or not 1 <= value <= MOST or value != int(value):
+        raise Unclear(f"{what} must be one whole number, but is {text!r}" if text else f"{what} is not stated")
+    return int(value)
 
 
 def plain_name(text: str) -> str:
@@ -59,7 +70,7 @@ class Catalog:
         """A device and how many of it: "2xH200 SXM", or a profile's own name."""
         if text in self._names.values():
             return self._profile(text), 1
-        counted = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.*)", text)
+        counted = re.fullmatch(r"(?s:(?:(\d+)\s*x\s*)?(.*))", text)
         assert counted is not None  # the pattern takes any text
         count, name = int(counted[1] or 1), plain_name(counted[2])
         if not name:

@@ -77,6 +77,8 @@ def estimate(point: Point) -> Estimate | str:
         found = PREDICTORS[type(point)](point)
     except UserError as error:
         return str(error)
+    if not 0 < found.seconds < math.inf or not found.bound_seconds < math.inf:
+        return "its sizes are beyond what can be calculated"
     return found
 
 

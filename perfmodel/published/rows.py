@@ -23,6 +23,7 @@ COLUMNS: dict[Table, tuple[str, ...]] = {
         "mean_acceptance_length source note".split()
     ),
 }
+LEAST, MOST = 1e-9, 1e15  # values and sizes beyond these are no measurement of anything
 # Parts of a run's name that say device, mode, batch, drafts, levels and part of a step: columns say them too.
 _SETTING = re.compile(r"h100|mi300x|sxm|ar|tf|sf|[bcKP]\d+|verify|draft|reject|2k", re.IGNORECASE)
 
@@ -128,8 +129,8 @@ def _row(table: Table, header: list[str], cells: list[str], line: int, seen: dic
         problem = problem or f"the id {name!r} of line {line} was given in line {seen[name]}"
     seen.setdefault(name, line)
     value = number(text["value"])
-    if problem is None and (value is None or value <= 0):
-        problem = f"value must be a number > 0, but is {text['value']!r}"
+    if problem is None and (value is None or not LEAST <= value <= MOST):
+        problem = f"value must be a number from {LEAST:g} to {MOST:g}, but is {text['value']!r}"
     return Row(name, table, line, text, value if problem is None else None, problem)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hardware.files import UserError
-from perfmodel.published.names import Catalog, Unclear
+from perfmodel.published.names import Catalog, Unclear, whole
 from perfmodel.published.points import Point, TidarForwardPoint, TidarThroughputPoint, Unit
 from perfmodel.published.rows import Row, number
 from runtime.config import DecodingConfig
@@ -24,8 +24,8 @@ def point(row: Row, names: Catalog) -> Point:
         raise Unclear(f"the engine runs on one device, but the hardware is {cells['hardware']!r}")
     if _OTHER_KERNELS.search(cells["note"]):
         raise Unclear(f"the engine ran with other kernels: {cells['note']}")
-    decoding, batch = _decoding(row), _whole(cells["batch"], "the batch")
-    generated = float(_whole(cells["generated_tokens"], "generated_tokens"))
+    decoding, batch = _decoding(row), whole(cells["batch"], "the batch")
+    generated = float(whole(cells["generated_tokens"], "generated_tokens"))
     engine, measured = ENGINE, row.value
     assert measured is not None  # a row without a value has a problem, and never comes here
     if cells["metric"] in ("forward_ms", "sampler_ms"):
@@ -63,7 +63,7 @@ def _decoding(row: Row) -> DecodingConfig:
     try:
         if mode == "autoregressive":
             return DecodingConfig(temperature=temperature)
-        drafts = _whole(cells["draft_tokens"], "draft_tokens")
+        drafts = whole(cells["draft_tokens"], "draft_tokens")
         if mode == "two_forward":
             return DecodingConfig("two_forward", drafts, temperature=temperature)
         if not re.fullmatch(r"\d+( \d+)*", cells["proposal_levels"]):
@@ -72,13 +72,6 @@ def _decoding(row: Row) -> DecodingConfig:
         return DecodingConfig("single_forward", drafts, temperature=temperature, proposal_levels=levels)
     except UserError as error:
         raise Unclear(str(error)) from error
-
-
-def _whole(text: str, what: str) -> int:
-    value = number(text)
-    if value is None or value < 1 or value != int(value):
-        raise Unclear(f"{what} must be one whole number, but is {text!r}" if text else f"{what} is not stated")
-    return int(value)
 
 
 def _part(row: Row, batch: int, decoding: DecodingConfig) -> str:
