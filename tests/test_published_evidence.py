@@ -181,6 +181,12 @@ def test_a_point_that_is_held_out_alone_is_predicted_by_its_series() -> None:
     assert again[first] == alone[first]
 
 
+def test_the_one_series_of_an_engine_is_fitted_to_nothing() -> None:
+    rows = [row for row in evidence.shipped_rows() if row.cells.get("engine", "").startswith("sglang 0.5.6.post2")]
+    results = [*held_out_rows(rows, "series"), *predicted_rows(rows)]
+    assert {r.fit for r in results if r.status == "predicted"} == {"not fitted"}
+
+
 def test_a_lone_group_cannot_be_held_out() -> None:
     rows = [row for row in of_family("moe") if "aiconfigurator" in row.cells["source_url"]]
     assert {r.fit for r in held_out_rows(rows, "source")} == {"fitted"}
@@ -213,9 +219,12 @@ def test_the_shipped_fits_are_of_the_shipped_rows() -> None:
     """A row that is read in another way, or not at all, needs another fit."""
     points = evidence.fitted_points()
     for family, members in fits.by_family(points).items():
+        count, series = len(members), len({points[i].series for i in members})
         if family in CLASSES:
             fit = load_library().evidence[family].fit
-            assert (fit.rows, fit.series) == (len(members), len({points[i].series for i in members})), family
+            assert (fit.rows, fit.series) == (count, series), family
+        else:
+            assert f"fitted to {count} rows of {series} series" in load_engine(family).sources["hosts"]
 
 
 def test_no_shipped_row_is_beyond_datasheet_peaks_unexplained() -> None:

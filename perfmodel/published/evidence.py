@@ -123,10 +123,17 @@ def fitted_ids(folder: Path = FOLDER) -> frozenset[str] | None:
 
 
 def fitted_points(folder: Path = FOLDER) -> list[Point]:
-    """The shipped rows that fits use: those that can be interpreted and that are not odd."""
+    """The shipped rows that fits use: interpreted, not odd, and not of the one series that their family has."""
     catalog, odd = Catalog(), Oddities(folder)
     found = [interpret(row, catalog) for row in shipped_rows(folder) if odd.of(row) is None]
-    return [point for point in found if not isinstance(point, str)]
+    points = [point for point in found if not isinstance(point, str)]
+    enough = {
+        position
+        for members in fits.by_family(points).values()
+        if len({points[i].series for i in members}) >= fits.LEAST_SERIES
+        for position in members
+    }
+    return [point for position, point in enumerate(points) if position in enough]
 
 
 def predicted_rows(rows: Sequence[Row], folder: Path = FOLDER) -> list[Result]:
@@ -153,10 +160,11 @@ def held_out_rows(rows: Sequence[Row], split: fits.Split, folder: Path = FOLDER)
         for i, (row, found) in enumerate(zip(rows, shipped, strict=True))
         if isinstance(found, Estimate) and odd.of(row) is None
     ]
+    known = fitted_ids(folder) or frozenset()
     seconds = dict(zip(used, fits.held_out([points[i] for i in used], split), strict=True))  # type: ignore[misc]
     results = []
     for i, (row, point, found) in enumerate(zip(rows, points, shipped, strict=True)):
-        apart, fit = seconds.get(i), "fitted" if odd.of(row) is None else "not fitted"
+        apart, fit = seconds.get(i), "fitted" if row.id in known else "not fitted"
         if apart is not None and isinstance(found, Estimate):
             found, fit = Estimate(apart, found.bound_seconds, found.spread), f"held out by {split}"
         results.append(_result(row, point, found, fit, odd.of(row)))

@@ -24,6 +24,7 @@ from runtime.config import require
 
 Split = Literal["point", "series", "source"]
 SPLITS: tuple[Split, ...] = ("point", "series", "source")
+LEAST_SERIES = 2  # of a fit: with one there is nothing to tell how far off another is
 
 
 def family_of(point: Point) -> str:
@@ -113,7 +114,10 @@ def fit_family(points: Sequence[Point], draws: int) -> FamilyFit:
     points = [p for p in points if isinstance(estimate(p), Estimate)]  # not what its device cannot do
     names = [p.series for p in points]
     series = len(set(names))
-    require(series >= 2, f"a fit of {family} needs rows of two series, but has {len(points)} of {series}")
+    require(
+        series >= LEAST_SERIES,
+        f"a fit of {family} needs rows of {LEAST_SERIES} series, but has {len(points)} of {series}",
+    )
     what = problem(points)
     fitted = fitting.fit(what, draws=draws, groups=fitting.folds(names))
     errors = np.abs(fitting.held_out(what, fitting.folds(names)) / what.measured - 1)
