@@ -23,199 +23,14 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.headline import DEVICES, HEADLINES, SAMPLERS, SHOWN, STAGES, beside_measured, by_device, table
 from benchmarks.svg import Dot, Panel, figure
 from hardware.files import UserError, write_atomic
-from hardware.profile import list_profiles, load_profile
-from perfmodel.breakeven import break_even
-from perfmodel.contenders import Contender
-from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, setting, time_forward, time_step
-from perfmodel.kernels.call import Array
-from perfmodel.model_spec import load_spec
-from perfmodel.published.evidence import FOLDER, Result, held_out_rows
-from perfmodel.published.points import TidarThroughputPoint
-from perfmodel.published.rows import read_rows
-from perfmodel.steps import step_of
-from runtime.config import DecodingConfig
-
-MODEL = "zaya1-8b"
-HEADLINES = {"lossless": 4.6, "logit mixing": 7.7}
-DEVICES = ("h100-sxm", "mi300x")
-SAMPLERS = {
-    "two_forward": DecodingConfig("two_forward", 16),
-    "single_forward": DecodingConfig("single_forward", 16, proposal_levels=(0, 6, 16)),  # the publisher's three levels
-}
-BATCH = tuple(2**n for n in range(10))
-CONTEXT = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 130_944)  # the last with a block below the model's 131,072
-SHOWN = (1024, 4096, 32768, 130_944)
-PUBLISHED = FOLDER / "zaya_tidar_measured.csv"
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a step costs in autoregressive steps after each effect: [batch, context], NaN where it does not fit."""
-
-    experts: Array
-    kv: Array
-    forwards: Array
-    arithmetic: Array
-    kernels: Array
-    engine: Array
-
-
-STAGES = {
-    "experts": "experts read",
-    "kv": "KV reads",
-    "forwards": "all forwards",
-    "arithmetic": "arithmetic",
-    "kernels": "kernels",
-    "engine": "engine",
-}
-
-
-def step_costs(ideal: Setting, real: Setting, decoding: DecodingConfig, batch: Array, context: Array) -> Costs:
-    """The cost of a step after each effect, over arrays of batches and contexts that broadcast."""
-    slots = decoding.draft_tokens + 1
-    step, single = (time_step(ideal, step_of(d), batch, context) for d in (decoding, decoding.autoregressive))
-    one, block = single.forwards, (time_forward(ideal, batch, slots, context, slots, "verify"),)
-    engine, engine_single = (time_step(real, step_of(d), batch, context) for d in (decoding, decoding.autoregressive))
-    fits = memory_bytes(ideal, batch, context + decoding.slots) <= ideal.device.hardware.main_memory.capacity_bytes
-    found = (
-        _read(block, kv=False) / _read(one, kv=False),
-        _read(block) / _read(one),
-        _read(step.forwards) / _read(one),
-        step.bound_seconds / single.bound_seconds,
-        step.seconds / single.seconds,
-        engine.seconds / engine_single.seconds,
-    )
-    return Costs(*(np.where(fits, cost, np.nan) for cost in found))
-
-
-def _read(forwards: Iterable[ForwardTiming], kv: bool = True) -> Array:
-    """Bytes of weights, and of the cache, that forwards read."""
-    costs = [(op.executed.cost, f.times) for f in forwards for op in f.operators]
-    return sum((n * (c.weight_bytes + (c.kv_bytes if kv else 0.0)) for c, n in costs), np.zeros(()))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A published row beside the autoregressive one of its run, device and batch."""
-
-    row: str
-    hardware: str
-    decoding: DecodingConfig
-    batch: int
-    context: float  # half of the generated tokens: the mean while they are generated; the prompt's are not published
-    tokens_per_step: float
-    ratio: float  # of throughput over autoregressive
-    predicted_ratio: float  # both throughputs by an engine that was fitted without their series, the drain included
-
-    @property
-    def step_cost(self) -> float:
-        """Autoregressive steps that a step took."""
-        return self.tokens_per_step / self.ratio
-
-
-@cache
-def measured_pairs() -> tuple[Measured, ...]:
-    """Every published throughput with an acceptance length whose run has an autoregressive row."""
-    runs: dict[tuple[Any, ...], dict[str, Result]] = {}
-    for result in held_out_rows(read_rows(PUBLISHED), "series"):
-        p = result.point
-        if isinstance(p, TidarThroughputPoint):
-            key = p.prefix, p.hardware.name, p.batch, p.generated_tokens
-            runs.setdefault(key, {})[p.decoding.sampler] = result
-    found = []
-    for members in runs.values():
-        base = members.pop("autoregressive", None)
-        for result in members.values():
-            p = result.point
-            if base is None or not isinstance(p, TidarThroughputPoint) or p.acceptance_length is None:
-                continue
-            measured, predicted = ((a or 0) / (b or 1) for a, b in (
-                (result.measured, base.measured), (result.predicted, base.predicted)
-            ))  # fmt: skip
-            found.append(
-                Measured(
-                    result.id, p.hardware.name, p.decoding, p.batch, p.generated_tokens / 2, p.acceptance_length,
-                    measured, predicted,
-                )
-            )  # fmt: skip
-    return tuple(found)
-
-
-def settings(device: str, engine: str) -> tuple[Setting, Setting]:
-    """ZAYA1-8B on a device without a runtime, and with the engine."""
-    spec, hardware = load_spec(MODEL), load_profile(device)
-    return tuple(setting(spec, hardware, "bfloat16", engine=name) for name in ("ideal-graph", engine))  # type: ignore[return-value]
-
-
-def table(engine: str) -> list[dict[str, Any]]:
-    """A row for each device, sampler, batch and context and each headline, with what remains after every effect."""
-    batch, context = np.array(BATCH, dtype=float)[:, None], np.array(CONTEXT, dtype=float)[None, :]
-    rows = []
-    for device in DEVICES:
-        ideal, real = settings(device, engine)
-        for sampler, decoding in SAMPLERS.items():
-            costs = asdict(step_costs(ideal, real, decoding, batch, context))
-            for claim, tokens in HEADLINES.items():
-                for i, j in np.ndindex(len(BATCH), len(CONTEXT)):
-                    left = {f"after_{name}": _rounded(tokens / cost[i, j]) for name, cost in costs.items()}
-                    rows.append(
-                        {"hardware": device, "sampler": sampler, "headline": claim, "batch": BATCH[i],
-                         "context": CONTEXT[j], "tokens_per_step": tokens, **left}
-                    )  # fmt: skip
-    return rows
-
-
-def beside_measured(engine: str) -> list[dict[str, Any]]:
-    """The measured pairs, with the step cost that each stage predicts at the same batch, K, levels and context."""
-    rows = []
-    for pair in measured_pairs():
-        at = np.array(float(pair.batch)), np.array(pair.context)
-        costs = asdict(step_costs(*settings(pair.hardware, engine), pair.decoding, *at))
-        rows.append(
-            {"row": pair.row, "hardware": pair.hardware, "sampler": pair.decoding.sampler, "batch": pair.batch,
-             "context": pair.context, "tokens_per_step": pair.tokens_per_step, "ratio": _rounded(pair.ratio),
-             "predicted_ratio": _rounded(pair.predicted_ratio), "measured_cost": _rounded(pair.step_cost),
-             **{f"cost_{name}": _rounded(float(cost)) for name, cost in costs.items()}}
-        )  # fmt: skip
-    return rows
-
-
-def by_device() -> list[dict[str, Any]]:
-    """For every GPU that has a profile, without a runtime: in how many cells each headline holds, and the most left."""
-    spec, rows = load_spec(MODEL), []
-    for name in list_profiles():
-        hardware = load_profile(name)
-        if hardware.kind != "gpu":
-            continue
-        at = setting(spec, hardware, "bfloat16", engine="ideal-graph")
-        for sampler, decoding in SAMPLERS.items():
-            tried = [Contender(decoding, HEADLINES["lossless"])]
-            found = break_even(at, tried, BATCH, CONTEXT, headlines=tuple(HEADLINES.values()))
-            for claim, headline in zip(HEADLINES, found.headlines, strict=True):
-                i, j = np.unravel_index(int(np.nanargmax(headline.remaining)), headline.remaining.shape)
-                rows.append(
-                    {"hardware": name, "sampler": sampler, "headline": claim,
-                     "tokens_per_step": headline.tokens_per_step, "cells": int(found.fits.sum()),
-                     "cells_faster_than_autoregressive": int((headline.remaining > 1).sum()),
-                     "cells_where_it_holds": int(headline.holds.sum()),
-                     "most_remaining": _rounded(float(headline.remaining[i, j])),
-                     "batch": found.batch[i], "context": found.context[j]}
-                )  # fmt: skip
-    return rows
-
-
-def _rounded(value: float) -> float | None:
-    return None if np.isnan(value) else float(f"{value:.4g}")
 
 
 def drawing(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], engine: str) -> str:
@@ -262,6 +77,35 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def in_words(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], devices: list[dict[str, Any]]) -> str:
+    """The figures of the page as Markdown: a few cells of the table, what is left at most, and the measured pairs."""
+    errors = [abs(p["predicted_ratio"] / p["ratio"] - 1) for p in pairs]
+    right = sum((p["predicted_ratio"] > 1) == (p["ratio"] > 1) for p in pairs)
+    most = max((d for d in devices if d["headline"] == "lossless"), key=lambda d: d["most_remaining"])
+    held = sum(d["cells_where_it_holds"] for d in devices)
+    lines = [
+        "What remains of 4.6x, effect by effect (written by `python -m benchmarks.reproduction`):",
+        "",
+        summary(rows),
+        f"Without a runtime, a headline holds in {held} of {sum(d['cells'] for d in devices)} cells of all GPUs, "
+        f"samplers and headlines. The most that is left of 4.6x is {most['most_remaining']:.1f}x: {most['sampler']} on "
+        f"{most['hardware']} at batch {most['batch']}, context {most['context']:,}.",
+        "",
+        f"Measured and predicted ratios of throughput over autoregressive decoding, {len(pairs)} pairs of published "
+        f"rows; each throughput is predicted by an engine fitted without its series. Mean error {np.mean(errors):.0%}, "
+        f"median {np.median(errors):.0%}; whether the sampler is faster is said rightly in {right}.",
+        "",
+        "| row | batch | tokens a step | measured | predicted | measured cost of a step |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {p['row']} | {p['batch']} | {p['tokens_per_step']:.2f} | {p['ratio']:.2f}x "
+            f"| {p['predicted_ratio']:.2f}x | {p['measured_cost']:.1f} |"
+            for p in pairs
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def summary(rows: list[dict[str, Any]]) -> str:
     """The lossless headline at a few cells, as Markdown."""
     lines = [
@@ -277,19 +121,21 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write table, pairs and figure, and print the summary; returns the exit code."""
+    """Write the tables and the figure, and print the page's figures; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="zyphra-vllm", help="the engine of the last stage")
-    parser.add_argument("--out", type=Path, help="a folder for table.csv, measured.csv, devices.csv and figure.svg")
+    parser.add_argument("--out", type=Path, help="a folder for the tables (.csv), figures.md and figure.svg")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     chosen = parser.parse_args(arguments)
-    rows, pairs = table(chosen.engine), beside_measured(chosen.engine)
+    rows, pairs, devices = table(chosen.engine), beside_measured(chosen.engine), by_device()
     if chosen.out is not None:
         write_atomic(chosen.out / "table.csv", as_csv(rows))
         write_atomic(chosen.out / "measured.csv", as_csv(pairs))
-        write_atomic(chosen.out / "devices.csv", as_csv(by_device()))
+        write_atomic(chosen.out / "devices.csv", as_csv(devices))
+        write_atomic(chosen.out / "figures.md", in_words(rows, pairs, devices))
         write_atomic(chosen.out / "figure.svg", drawing(rows, pairs, chosen.engine))
-    print(json.dumps({"table": rows, "measured": pairs}) if chosen.json else summary(rows))
+    document = {"table": rows, "measured": pairs, "devices": devices}
+    print(json.dumps(document) if chosen.json else in_words(rows, pairs, devices), end="\n" if chosen.json else "")
     return 0
 
 

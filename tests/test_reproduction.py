@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.reproduction import BATCH, CONTEXT, DEVICES, SAMPLERS, main, measured_pairs, settings, step_costs
+from benchmarks.headline import BATCH, CONTEXT, DEVICES, SAMPLERS, measured_pairs, settings, step_costs
+from benchmarks.reproduction import main
 from benchmarks.svg import Dot, Panel, figure
 
 ENGINE = "ridgepoint-eager"
@@ -80,7 +81,13 @@ def test_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         left, pays = float(d["most_remaining"]), int(d["cells_faster_than_autoregressive"])
         assert left < float(d["tokens_per_step"]) and (pays > 0) == (left > 1) and pays <= int(d["cells"])
     assert len(circles) == 2 * (1 + len(document["measured"]))  # one of a kind in the legend
-    assert {p.name for p in tmp_path.iterdir()} == {"table.csv", "measured.csv", "devices.csv", "figure.svg"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "table.csv",
+        "measured.csv",
+        "devices.csv",
+        "figures.md",
+        "figure.svg",
+    }
 
 
 def test_a_line_is_interrupted_where_nothing_is_known() -> None:
