@@ -11,7 +11,7 @@ import typer
 
 from hardware.files import plain
 from hardware.profile import load_profile
-from perfmodel import analysis_cli, evidence_cli
+from perfmodel import analysis_cli, evidence_cli, serving_cli
 from perfmodel import cli_options as options
 from perfmodel.terminal import Json, ms, print_json, print_table
 from runtime.config import Workload
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command()(predict)
     app.command()(sweep)
     analysis_cli.register(app)
+    serving_cli.register(app)
     evidence_cli.register(app)
 
 

@@ -10,6 +10,7 @@ arXiv 2403.02310). Two figures are easily confused:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, time_forward, time_step, weight_bytes
+from perfmodel.model_spec import require_context
 from perfmodel.operators import Array
 from perfmodel.roofline import Timing, total
 from perfmodel.steps import step_of
@@ -115,9 +117,13 @@ def active_sequences(at: Setting, load: Load) -> Array:
 
 
 def serve(at: Setting, load: Load) -> Served:
-    """The steady state of a load on a model, device and engine."""
-    active = active_sequences(at, load)
+    """The steady state of a load on a model, device and engine.
+
+    UserError for requests longer than the model's context, and where the memory does not hold one.
+    """
     prompt, generated = np.asarray(load.prompt, dtype=float), np.asarray(load.generated, dtype=float)
+    require_context(at.spec, math.ceil(float(np.max(prompt + generated))))
+    active = active_sequences(at, load)
     decoding = DecodingConfig(temperature=1.0 if load.drawn else 0.0)
     step = time_step(at, step_of(decoding), active, load.context)
     decode, beside = step.forwards[0], step.beside.seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ridgepoint
 from hardware.files import UserError
 from hardware.profile import load_profile
 from perfmodel.decoding import Setting, setting, time_prefill
@@ -45,7 +47,7 @@ SETTINGS = {
 @given(
     st.sampled_from(sorted(SETTINGS)),
     st.floats(1, 300),
-    st.floats(1, 12_000),
+    st.floats(1, 9000),
     st.floats(2, 4000),
     st.sampled_from(["sequences", "prompt"]),
     st.floats(1, 4),
@@ -167,7 +169,7 @@ def test_every_engine_serves_on_every_device(engine: str, device: str) -> None:
 @pytest.mark.parametrize("wrong", [{"sequences": 0}, {"prompt": 0}, {"generated": 0.5}, {"variation": -1.0}])
 def test_impossible_loads_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"must hold, but got"):
-        Load(**{"sequences": 4, "prompt": 10, "generated": 10, **wrong})
+        dataclasses.replace(Load(4, 10, 10), **wrong)  # type: ignore[arg-type]  # a field by its name
 
 
 @cache
@@ -196,3 +198,32 @@ def test_rows_of_series_that_no_fit_saw(engine: str) -> None:
     errors = held_out_errors()[engine]
     assert len(errors) > 15
     assert np.mean(errors) < 0.14 and np.median(errors) < 0.12
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every figure for every number of requests in flight, as a table or one JSON document."""
+    given = ["serving", "--model", "qwen3-30b-a3b", "--hardware", "h200", "--weights", "fp8", "--prompt", "512"]
+    assert ridgepoint.main([*given, "--sequences", "2,64", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["engine"] == "vllm" and [r["sequences"] for r in document["rows"]] == [2, 64]
+    found = serve(at("qwen3-30b-a3b", "h200", weights="fp8"), Load(np.array([2, 64]), 512, 1024))
+    for i, row in enumerate(document["rows"]):
+        assert row["mean_tpot_seconds"] == pytest.approx(float(found.mean_tpot_seconds[i]))
+        assert row["active"] == row["sequences"]
+    assert ridgepoint.main(given) == 0
+    assert "mean TPOT ms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--prompt", "300000"], "must hold, but got 301024 > 131072"),
+        (["--sequences", "0"], "sequences >= 1 must hold"),
+        (["--engine", "vllm", "--hardware", "l40s", "--model", "llama-3.1-70b"], "weights and one request must fit"),
+        (["--engine", "ridgepoint-cpu"], "runs on a cpu"),
+    ],
+)
+def test_the_command_refuses(extra: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ridgepoint.main(["serving", "--model", "llama-3.1-8b", "--hardware", "h100-sxm", *extra]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.out == "" and len(said.err.strip().splitlines()) == 1
