@@ -1,4 +1,4 @@
-"""The headline of ZAYA1-8B-Diffusion taken apart: what a step costs as each effect is counted, beside what was measured.
+"""The headline of ZAYA1-8B-Diffusion taken apart: what a step costs as each effect is counted, and as measured.
 
 See `benchmarks.reproduction`, which writes it down.
 """
