@@ -265,6 +265,16 @@ def _print_published(
                 if g.by == by
             ],
         )
+    worst = sorted((r for r in results if r.point), key=lambda r: -abs(r.error))[:10]
+    print_table(
+        "largest errors",
+        ("row", "of", "measured", "predicted", "unit", "error", "fit"),
+        [
+            (r.id, r.point.series, f"{r.measured:.4g}", f"{r.predicted:.4g}", r.unit, f"{r.error:+.0%}", r.fit or "")
+            for r in worst
+            if r.point
+        ],
+    )
     if sign.comparable:
         print(f"faster than autoregressive or not: right in {sign.right} of {sign.comparable} comparable rows")
     for r in results:

@@ -216,6 +216,11 @@ def test_a_new_profile_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
     assert point(GEMM, hardware="Next GPU").hardware == new
     assert point(GEMM, hardware="next-gpu").hardware == new
+    monkeypatch.delenv("RIDGEPOINT_HOME")
+    path = str(tmp_path / "hardware" / "next-gpu.yaml")
+    assert point(GEMM, hardware=path).hardware == new
+    assert point(SERVED, hardware=f"2x{path}").devices == 2
+    assert "cannot read" in str(found(GEMM, hardware=str(tmp_path / "none.yaml")))
 
 
 def test_a_gemm_is_read_with_its_precision() -> None:
@@ -443,6 +448,7 @@ def test_a_model_by_its_config(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     assert point(SERVED, model_or_op=str(path)).model.hidden_size == 64
+    assert point(SERVED, model_or_op=f"{tmp_path}/").model.hidden_size == 64
     assert "unknown model" in str(found(SERVED, model_or_op=str(tmp_path / "none.json")))
 
 

@@ -67,7 +67,7 @@ class Catalog:
     _names: dict[str, str] = field(default_factory=lambda: {plain_name(n): n for n in list_profiles()})
 
     def device(self, text: str) -> tuple[HardwareProfile, int]:
-        """A device and how many of it: "2xH200 SXM", or a profile's own name."""
+        """A device and how many of it: "2xH200 SXM", a profile's own name, or the path of one's YAML file."""
         if text in self._names.values():
             return self._profile(text), 1
         counted = re.fullmatch(r"(?s:(?:(\d+)\s*x\s*)?(.*))", text)
@@ -77,31 +77,36 @@ class Catalog:
             raise Unclear("the hardware is not stated")
         if count < 1:
             raise Unclear(f"{text!r} are no devices")
+        if name.endswith((".yaml", ".yml")):
+            return self._profile(counted[2].strip()), count
         if name in UNCLEAR:
             raise Unclear(f"hardware {text!r} is not one device: {UNCLEAR[name]}")
-        if re.search(r"presumably|not stated|not shown|class|series|any|/", name):
-            raise Unclear(f"hardware {text!r} is not stated for certain")
-        if "(" in name:
-            raise Unclear(f"hardware {text!r} is a variant that has no profile")
         profile = DEVICES.get(name) or self._names.get(name)
+        if profile is None and re.search(r"\b(presumably|not stated|not shown|class|series|any)\b|/", name):
+            raise Unclear(f"hardware {text!r} is not stated for certain")
+        if profile is None and "(" in name:
+            raise Unclear(f"hardware {text!r} is a variant that has no profile")
         if profile is None or profile not in self._names.values():
             raise Unclear(f"hardware {text!r} has no profile; known: {', '.join(sorted(self._names.values()))}")
         return self._profile(profile), count
 
     def _profile(self, name: str) -> HardwareProfile:
         if name not in self._profiles:
-            self._profiles[name] = load_profile(name)
+            try:
+                self._profiles[name] = load_profile(name)
+            except UserError as error:
+                raise Unclear(str(error)) from error
         return self._profiles[name]
 
     def model(self, text: str) -> ModelSpec:
-        """A built-in model, another name of one, or the path of a config.json."""
+        """A built-in model, another name of one, or the path of a config.json or of a folder with one."""
         name = model_for(text) or text
-        if name not in known_models() and not name.endswith(".json"):
+        if name not in known_models() and not name.endswith((".json", "/")):
             raise Unclear(f"model {text!r} is not known")
         if name not in self._specs:
             try:
                 self._specs[name] = load_spec(name)
-            except UserError as error:
+            except (UserError, RuntimeError, ValueError) as error:  # the latter two: no home folder, no such path
                 raise Unclear(str(error)) from error
         return self._specs[name]
 
