@@ -383,6 +383,7 @@ def test_lengths_that_were_counted_win_over_nominal_ones() -> None:
         ({"model_or_op": "Llama-3.1-70B EAGLE-3"}, "speculation"),
         ({"model_or_op": "Llama-3.1-70B distilled"}, "'distilled' changes"),
         ({"notes": "MTP speculative, accept length 3"}, "speculation"),
+        ({"notes": "read from a draft copy of the post", "context_or_shape": ""}, "prompt and generated tokens"),
         ({"engine": "vllm 0.12.0"}, "how 2 devices share the model"),
         ({"engine": "vllm 0.12.0 TP4"}, "do not use 2 devices"),
         ({"engine": "vllm 0.12.0 TP1"}, "do not use 2 devices"),

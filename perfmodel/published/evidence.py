@@ -21,6 +21,7 @@ from perfmodel.published.names import Catalog
 from perfmodel.published.points import KernelPoint, Point, TidarThroughputPoint
 from perfmodel.published.predict import Estimate, estimate
 from perfmodel.published.rows import Row, read_rows
+from runtime.config import require
 
 FOLDER = Path(__file__).resolve().parents[2] / "measurements" / "published"  # in a checkout; not packaged
 TABLES = ("gpu_measured.csv", "zaya_tidar_measured.csv")
@@ -111,6 +112,7 @@ class Oddities:
 
 def shipped_rows(folder: Path = FOLDER) -> list[Row]:
     """The published rows of a checkout; UserError elsewhere."""
+    require(folder.is_dir(), "the published rows are part of a checkout (measurements/published), and this is none")
     return [row for name in TABLES for row in read_rows(folder / name)]
 
 

@@ -48,7 +48,7 @@ _SERVED = {
     "decode_tokens_per_gpu_per_s": "total",
 }
 _PROSE = ("id", "value", "source_url", "notes", "source", "note")
-_SPECULATIVE = re.compile(r"\bE(AGLE)[-\d.]*|MTP|DFlash|speculative|\bdraft\b|P-EAGLE", re.IGNORECASE)
+_SPECULATIVE = re.compile(r"EAGLE|\bMTP\b|DFlash|speculative", re.IGNORECASE)
 
 
 def interpret(row: Row, catalog: Catalog | None = None) -> Point | str:
@@ -303,10 +303,8 @@ def _lengths(row: Row) -> tuple[float | None, float, str]:
 def _served(row: Row, names: Catalog) -> ServedPoint:
     cells = row.cells
     words = cells["model_or_op"].split()
-    if (
-        _SPECULATIVE.search(f"{cells['model_or_op']} {cells['engine']} {cells['notes']}")
-        and "no spec" not in cells["model_or_op"]
-    ):
+    said = f"{cells['model_or_op']} {cells['engine']} {cells['notes']}"
+    if _SPECULATIVE.search(said) and "no spec" not in said:
         raise Unclear("a draft model's speculation is not modelled")
     hardware, devices = names.device(cells["hardware"])
     if not words:
