@@ -34,6 +34,7 @@ def explain(
     acceptance_length: options.Length = None,
     acceptance_rate: options.Rate = None,
     acceptance_histogram: options.Histogram = None,
+    known_acceptance: options.KnownAcceptance = None,
     levels: options.Levels = None,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
@@ -58,7 +59,7 @@ def explain(
         sampler, draft_tokens, None if levels is None else [levels], steps, threshold, steps_per_block, verify,
         temperature=temperature,
     )  # fmt: skip
-    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram)
+    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram, known_acceptance)
     device = load_profile(hardware)
     precision = options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype)
     at = options.setting_of(model, device, precision, expert_coverage, engine, tensor_parallel, expert_parallel)
@@ -85,6 +86,7 @@ def breakeven(
     acceptance_length: options.Length = None,
     acceptance_rate: options.Rate = None,
     acceptance_histogram: options.Histogram = None,
+    known_acceptance: options.KnownAcceptance = None,
     levels: options.LevelSets = None,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
@@ -114,7 +116,7 @@ def breakeven(
     )
     samplers = options.names("sampler", sampler)
     require("autoregressive" not in samplers, "autoregressive decoding is what a break-even map compares with")
-    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram)
+    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram, known_acceptance)
     chosen = options.decodings_of(samplers, max(drafts), levels, steps, threshold, steps_per_block, verify)
     sets = [options.levels_of(text) for text in levels] if levels else None
     tried = [contenders(decoding, acceptance, drafts, sets) for decoding in chosen]

@@ -42,6 +42,7 @@ def predict(
     acceptance_length: options.Length = None,
     acceptance_rate: options.Rate = None,
     acceptance_histogram: options.Histogram = None,
+    known_acceptance: options.KnownAcceptance = None,
     levels: options.Levels = None,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
@@ -71,7 +72,8 @@ def predict(
         sampler, draft_tokens, None if levels is None else [levels], steps, threshold, steps_per_block, verify,
         mixing_weight=mixing_weight, temperature=temperature,
     )  # fmt: skip
-    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram)
+    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram, known_acceptance)
+    form = acceptance.of(decoding) if acceptance.known else acceptance
     element: Any = options.dtype_of(dtype, device)
     prediction = run(
         load_spec(model),
@@ -79,9 +81,9 @@ def predict(
         Workload(batch=batch, prompt_tokens=max(1, context), dtype=element),
         decoding,
         context=context,
-        acceptance_length=acceptance.length,
-        histogram=acceptance.histogram,
-        acceptance_rates=acceptance.rates,
+        acceptance_length=form.length,
+        histogram=form.histogram,
+        acceptance_rates=form.rates,
         fillings=steps_per_block,
         expert_coverage=expert_coverage,
         engine=engine,
@@ -89,8 +91,11 @@ def predict(
         parallel=Parallel(tensor_parallel, expert_parallel),
     )
     if as_json:
-        return print_json(plain(prediction) | {"economics": BASIS})
+        named = {"acceptance": plain(acceptance.known)} if acceptance.known else {}
+        return print_json(plain(prediction) | named | {"economics": BASIS})
     _print_prediction(prediction)
+    if acceptance.known:
+        print(f"accepted drafts as in {acceptance.known}")
 
 
 def sweep(
@@ -103,6 +108,7 @@ def sweep(
     acceptance_length: options.Length = None,
     acceptance_rate: options.Rate = None,
     acceptance_histogram: options.Histogram = None,
+    known_acceptance: options.KnownAcceptance = None,
     levels: options.LevelSets = None,
     steps: options.Steps = None,
     threshold: options.Threshold = None,
@@ -136,7 +142,7 @@ def sweep(
     )
     samplers = options.names("sampler", sampler)
     chosen = options.decodings_of(samplers, max(drafts), levels, steps, threshold, steps_per_block, verify)
-    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram)
+    acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram, known_acceptance)
     jobs = options.settings_of(chosen, levels, drafts, acceptance)
     devices = [load_profile(name) for name in options.names("hardware", hardware)]
     stored = [options.precision_of(dtype, d, weights, expert_weights, activations, cache_dtype) for d in devices]

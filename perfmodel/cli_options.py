@@ -49,6 +49,9 @@ Rate = Annotated[
     str | None, typer.Option(help="Probability that a draft is accepted if all before it were: one, or one per draft.")
 ]
 Histogram = Annotated[str | None, typer.Option(help="Steps that accepted 0, 1, 2... drafts, as numbers with commas.")]
+KnownAcceptance = Annotated[
+    str | None, typer.Option("--acceptance", help="A known acceptance by name: aime25-on, aime25-off, zaya-nano-t1...")
+]
 DType = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, float32 on a CPU).")
 ]
@@ -93,14 +96,18 @@ def levels_of(text: str | None) -> tuple[int, ...] | None:
     return None if text in (None, "dense") else tuple(numbers("levels", text or "", int))
 
 
-def acceptance_of(length: float | None, rate: str | None, histogram: str | None) -> Acceptance:
+def acceptance_of(
+    length: float | None, rate: str | None, histogram: str | None, known_name: str | None = None
+) -> Acceptance:
     """Whatever form acceptance was given in."""
     from perfmodel.contenders import Acceptance
+    from perfmodel.known_acceptance import load_acceptance
 
     return Acceptance(
         length,
         None if rate is None else tuple(numbers("acceptance-rate", rate, float)),
         None if histogram is None else tuple(numbers("acceptance-histogram", histogram, float)),
+        None if known_name is None else load_acceptance(known_name),
     )
 
 
@@ -221,10 +228,10 @@ def settings_of(
 
     Autoregressive decoding drafts nothing, so that it takes part once. UserError for acceptance that no sampler takes.
     """
-    from perfmodel.acceptance import judged, tokens_per_step
+    from perfmodel.acceptance import judged
 
-    if not any(map(judged, decodings)):  # then it is refused
-        tokens_per_step(decodings[0], length=acceptance.length, histogram=acceptance.histogram, rates=acceptance.rates)
+    if not any(map(judged, decodings)):
+        acceptance.checked(decodings[0])  # refuses it
     jobs = []
     for decoding in decodings:
         sets = [levels_of(text) for text in levels or ()] if decoding.sampler == "single_forward" else []

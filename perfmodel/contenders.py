@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from perfmodel.acceptance import histogram_from_rates, judged, tokens_per_step
-from runtime.config import DecodingConfig, replace, require
+from perfmodel.known_acceptance import KnownAcceptance
+from runtime.config import DecodingConfig, Sampler, replace, require
 from runtime.levels import optimal
 
 MOST_LEVELS = 6  # of the level sets that are chosen from a histogram, beside all levels
@@ -15,31 +16,43 @@ Levels = tuple[int, ...] | None  # None: all
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What is known of how many drafts are accepted: at most one form, as for `acceptance.tokens_per_step`.
+    """What is known of how many drafts are accepted: at most one form, as for `acceptance.tokens_per_step`, or a name.
 
     A length is that of one setting, so it says nothing of another K or level set. Rates and histograms are those of
-    fresh drafts; a histogram stands for a smaller K too: what accepted more drafts accepts all of the fewer ones.
+    fresh drafts; a histogram stands for a smaller K too: what accepted more drafts accepts all of the fewer ones. A
+    known acceptance says for which samplers and K it is known.
     """
 
     length: float | None = None
     rates: tuple[float, ...] | None = None
     histogram: tuple[float, ...] | None = None
+    known: KnownAcceptance | None = None
 
-    @property
-    def given(self) -> bool:
-        """Whether anything is known."""
-        return (self.length, self.rates, self.histogram) != (None, None, None)
+    def __post_init__(self) -> None:
+        given = (self.length, self.rates, self.histogram) != (None, None, None)
+        require(self.known is None or not given, "a known acceptance takes no length, rates or histogram beside it")
+
+    def of(self, decoding: DecodingConfig) -> Acceptance:
+        """What is known of one setting. UserError for a sampler or a K that a known acceptance says nothing of."""
+        k = decoding.draft_tokens
+        if self.known is not None:
+            return Acceptance(histogram=tuple(self.known.histogram(decoding.sampler, k)))
+        rates = self.rates if self.rates is None or len(self.rates) == 1 else self.rates[:k]
+        return Acceptance(self.length, rates, self._folded(k))
 
     def tokens(self, decoding: DecodingConfig) -> float:
         """Tokens that a step commits. UserError where a sampler needs acceptance and has none, or an impossible one."""
-        if not judged(decoding):
-            return tokens_per_step(decoding)
-        k = decoding.draft_tokens
-        rates = self.rates if self.rates is None or len(self.rates) == 1 else self.rates[:k]
-        return tokens_per_step(decoding, length=self.length, rates=rates, histogram=self._folded(k))
+        return self.of(decoding).checked(decoding) if judged(decoding) else tokens_per_step(decoding)
 
-    def shares(self, draft_tokens: int) -> list[float] | None:
-        """Steps by drafts accepted, 0 .. K: None where only a length, or nothing, is known."""
+    def checked(self, decoding: DecodingConfig) -> float:
+        """The same, and a UserError for a sampler that takes no acceptance where some is given."""
+        own = self.of(decoding)
+        return tokens_per_step(decoding, length=own.length, rates=own.rates, histogram=own.histogram)
+
+    def shares(self, sampler: Sampler, draft_tokens: int) -> list[float] | None:
+        """Steps by fresh drafts accepted, 0 .. K: None where only a length, or nothing, is known."""
+        if self.known is not None:
+            return self.known.histogram(sampler, draft_tokens)
         if self.rates is not None:
             return histogram_from_rates(self.rates if len(self.rates) == 1 else self.rates[:draft_tokens], draft_tokens)
         folded = self._folded(draft_tokens)
@@ -88,7 +101,7 @@ def contenders(
 
 
 def _sensible(acceptance: Acceptance, draft_tokens: int) -> list[Levels]:
-    shares = acceptance.shares(draft_tokens)
+    shares = acceptance.shares("single_forward", draft_tokens)
     if shares is None:
         return [None]
     chosen: list[Levels] = [optimal(shares, count) for count in range(1, min(MOST_LEVELS, draft_tokens) + 1)]

@@ -205,7 +205,7 @@ def _changed(point: _Point, acceptance: Acceptance) -> Iterator[tuple[str, Calla
         for other in (2 * k, k // 2):
             if other >= 1:
                 yield f"K {other}", partial(_with_drafts, point, acceptance, other)
-    shares = acceptance.shares(k) if decoding.sampler == "single_forward" and acceptance.length is None else None
+    shares = acceptance.shares("single_forward", k) if decoding.sampler == "single_forward" else None
     if shares is not None:
         for levels in dict.fromkeys((optimal(shares, 1), optimal(shares, min(4, k + 1)), tuple(range(k + 1)))):
             if levels != decoding.levels:

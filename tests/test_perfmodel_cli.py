@@ -248,6 +248,23 @@ def test_a_long_sweep_shows_its_progress_on_stderr(
     assert len(json.loads(out)["rows"]) == 8 and "operating points" in err
 
 
+def test_a_known_acceptance_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [*WHERE, "--sampler", "two_forward", "--acceptance", "aime25-off"]
+    assert ridgepoint.main(["predict", *chosen, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["acceptance_length"] == pytest.approx(9.68, rel=1e-3) and document["acceptance"]["source"]
+    assert ridgepoint.main(["predict", *chosen]) == 0
+    assert "AIME 2025" in capsys.readouterr().out
+    assert ridgepoint.main(["sweep", *chosen, "--draft-tokens", "4,32", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [r["acceptance_length"] for r in rows] == pytest.approx([1.44, 12.97], rel=1e-3)
+    for command in ("predict", "explain", "sweep", "breakeven"):
+        assert ridgepoint.main([command, *chosen, "--acceptance", "mine"]) == 2
+        assert "aime25-off" in capsys.readouterr().err
+    assert ridgepoint.main(["predict", *WHERE, "--acceptance", "aime25-off"]) == 2
+    assert "autoregressive" in capsys.readouterr().err
+
+
 FOUR = {
     "predict": "--batch 2 --context 500 --sampler two_forward --acceptance-length 4",
     "explain": "--batch 2 --context 500 --sampler two_forward --acceptance-rate 0.8",

@@ -22,6 +22,7 @@ from perfmodel.breakeven import HOLDS, SamplerMap, break_even
 from perfmodel.contenders import Acceptance, Contender, contenders
 from perfmodel.decoding import predict, setting
 from perfmodel.economics import economics
+from perfmodel.known_acceptance import load_acceptance
 from perfmodel.model_spec import load_spec
 from perfmodel.sweep import sweep, time_points
 from perfmodel.tables import write_table
@@ -164,7 +165,8 @@ def test_acceptance_of_several_settings() -> None:
     counted = Acceptance(histogram=(4, 0, 0, 2, 2))
     found = contenders(TWO, counted, [1, 3, 4])
     assert [c.acceptance_length for c in found] == pytest.approx([1.5, 2.5, 1 + (6 + 8) / 8])
-    assert counted.shares(3) == [4, 0, 0, 4] and counted.shares(5) == [4, 0, 0, 2, 2, 0]
+    assert counted.shares("two_forward", 3) == [4, 0, 0, 4]
+    assert counted.shares("two_forward", 5) == [4, 0, 0, 2, 2, 0]
     rated = contenders(SINGLE, Acceptance(rates=(0.8,)), [2, 8])
     assert {len(c.decoding.levels) for c in rated if c.decoding.draft_tokens == 2} == {1, 2, 3}
     by_levels = {len(c.decoding.levels): c.acceptance_length for c in rated if c.decoding.draft_tokens == 8}
@@ -178,6 +180,21 @@ def test_acceptance_of_several_settings() -> None:
         contenders(SINGLE, Acceptance(rates=(0.8,)), [4], [(0, 8)])
     with pytest.raises(UserError, match="exactly one of"):
         contenders(TWO, Acceptance(), [4])
+
+
+def test_a_known_acceptance_says_what_it_was_measured_of() -> None:
+    published = Acceptance(known=load_acceptance("aime25-off"))
+    found = {c.decoding.draft_tokens: c.acceptance_length for c in contenders(TWO, published, [4, 16])}
+    assert found == pytest.approx({4: 1.44, 16: 9.68}, rel=1e-3)
+    (dense, *sparse) = contenders(SINGLE, published, [16])
+    assert dense.acceptance_length == pytest.approx(10.19, rel=1e-3)
+    assert sparse and all(c.acceptance_length < dense.acceptance_length for c in sparse)
+    with pytest.raises(UserError, match="K is 64"):
+        contenders(TWO, published, [64])
+    with pytest.raises(UserError, match="denoising"):
+        contenders(DecodingConfig("denoising", verify=True), published, [16])
+    with pytest.raises(UserError, match="beside it"):
+        Acceptance(length=3.0, known=load_acceptance("aime25-off"))
 
 
 @pytest.fixture(scope="module")
