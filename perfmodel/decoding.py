@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from hardware.files import UserError
 from hardware.profile import HardwareProfile
-from perfmodel.acceptance import tokens_per_step
+from perfmodel.acceptance import judged, tokens_per_step
+from perfmodel.closed_batch import closed_batch_throughput
 from perfmodel.costs import shape
 from perfmodel.economics import economics
 from perfmodel.engine import EngineProfile, HostCosts, engine_for
@@ -263,13 +265,16 @@ def predict(
     kernels: KernelConfig | None = None,
     precision: Precision | None = None,
     parallel: Parallel = ALONE,
+    request_spread: float | None = None,
 ) -> Prediction:
     """Predict one step of `decoding` with `context` cached tokens per sequence, `workload.batch` sequences kept going.
 
     A sampler whose drafts are verified needs one form of acceptance. fillings: the mean number of forwards that fill
     a denoising block, where a confidence threshold ends them before the most. precision: what the model is served in,
-    where it is not `workload.dtype` throughout. UserError: acceptance missing or impossible, context beyond the
-    model's, weights and caches that do not fit the memory, unknown names, and what `setting` refuses.
+    where it is not `workload.dtype` throughout. request_spread: the coefficient of variation of the steps that
+    requests of a closed batch take (None: the engine's); where none is rejected, they are alike. UserError: acceptance
+    missing or impossible, context beyond the model's, weights and caches that do not fit the memory, unknown names,
+    and what `setting` refuses.
     """
     batch = workload.batch
     require(context >= 1, f"context >= 1 must hold, but got {context}")
@@ -291,6 +296,11 @@ def predict(
     seconds, bound, single = float(step.seconds), float(step.bound_seconds), float(baseline.seconds)
     between = interval(at, step)
     rate = batch * committed / seconds
+    closed: float | None = rate
+    if judged(decoding) and request_spread != 0:
+        spread = at.engine.requests.steps if request_spread is None and at.engine.requests else request_spread
+        steps = partial(_step_seconds, at, parts, context)
+        closed = None if spread is None else float(closed_batch_throughput(steps, batch, committed, spread))
     costs = economics(hardware, rate, parallel.devices)
     return Prediction(
         model=spec.name,
@@ -316,10 +326,15 @@ def predict(
         ridge_point_flops_per_byte=at.device.ridge_point,
         precision=str(at.precision),
         parallel=parallel,
+        closed_batch_tokens_per_second=closed,
         step_seconds_interval=None if between is None else (float(between[0]), float(between[1])),
         joules_per_million_tokens=_optional(costs.joules_per_million_tokens),
         dollars_per_million_tokens=_optional(costs.dollars_per_million_tokens),
     )
+
+
+def _step_seconds(at: Setting, step: Step, context: int, active: Array) -> Array:
+    return np.broadcast_to(time_step(at, step, active, context).seconds, active.shape)
 
 
 def _optional(value: Array | None) -> float | None:

@@ -64,7 +64,7 @@ class Prediction:
     step_seconds: float
     bound_step_seconds: float
     bound: Bound
-    tokens_per_second: float  # all sequences of the batch together
+    tokens_per_second: float  # all sequences of the batch together, in the steady state: slots kept full
     bound_tokens_per_second: float
     autoregressive_step_seconds: float
     speedup_over_autoregressive: float
@@ -72,6 +72,8 @@ class Prediction:
     ridge_point_flops_per_byte: float
     precision: str  # element types, as `precision.Precision` names them
     parallel: Parallel
+    # Of a fixed set of requests run to the end, the last ones alone; None: how requests differ is not known.
+    closed_batch_tokens_per_second: float | None
     step_seconds_interval: tuple[float, float] | None  # meant to hold 80% of measured steps; None: spread not known
     joules_per_million_tokens: float | None  # estimates, see `perfmodel.economics`; None where the profile lacks them
     dollars_per_million_tokens: float | None

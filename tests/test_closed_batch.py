@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardware.files import UserError
+from hardware.profile import load_profile
 from perfmodel.closed_batch import Array, closed_batch_throughput, drain, steady_throughput
+from perfmodel.decoding import predict
+from perfmodel.model_spec import load_spec
+from perfmodel.prediction import Prediction
+from runtime.config import DecodingConfig, Workload
 
 BATCH = st.integers(1, 512)
 CV = st.floats(0, 1.2)
@@ -97,3 +102,23 @@ def test_refuses_what_is_no_batch() -> None:
         drain(0, 0.3)
     with pytest.raises(UserError, match=r"cv >= 0 must hold, but got -0\.1"):
         drain(4, -0.1)
+
+
+def test_a_prediction_names_both_answers() -> None:
+    """Of an engine that says how requests differ; where none does, the spread is the caller's to give."""
+    two = DecodingConfig("two_forward", 16)
+
+    def found(decoding: DecodingConfig, engine: str, batch: int = 16, spread: float | None = None) -> Prediction:
+        return predict(
+            load_spec("zaya1-8b"), load_profile("h100-sxm"), Workload(batch, 1000), decoding, context=1000,
+            acceptance_length=5.0 if decoding.drafts else None, engine=engine, request_spread=spread,
+        )  # fmt: skip
+
+    drained = found(two, "zyphra-vllm")
+    assert drained.closed_batch_tokens_per_second is not None
+    assert drained.closed_batch_tokens_per_second < 0.8 * drained.tokens_per_second
+    assert found(two, "ideal-graph").closed_batch_tokens_per_second is None
+    even = found(two, "zyphra-vllm", spread=0.0)
+    assert even.closed_batch_tokens_per_second == pytest.approx(even.tokens_per_second)
+    for alike in (found(DecodingConfig(), "zyphra-vllm"), found(two, "zyphra-vllm", batch=1)):
+        assert alike.closed_batch_tokens_per_second == pytest.approx(alike.tokens_per_second)
