@@ -59,6 +59,10 @@ def predict(
     expert_parallel: options.ExpertParallel = 1,
     expert_coverage: options.Coverage = "uniform",
     engine: options.Engine = None,
+    request_spread: Annotated[
+        float | None,
+        typer.Option(help="How unlike requests of a closed batch are: variation of their steps over the mean."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Predict one decoding step: its time, what binds it, tokens per second and the speedup over autoregression."""
@@ -89,6 +93,7 @@ def predict(
         engine=engine,
         precision=options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype),
         parallel=Parallel(tensor_parallel, expert_parallel),
+        request_spread=request_spread,
     )
     if as_json:
         named = {"acceptance": plain(acceptance.known)} if acceptance.known else {}
@@ -292,6 +297,8 @@ def _print_prediction(p: Prediction) -> None:
     print(f"step     {ms(p.step_seconds)} ms (roofline {ms(p.bound_step_seconds)} ms{within}), {p.bound}")
     rate = f"{p.tokens_per_second:.0f} tokens/s (roofline {p.bound_tokens_per_second:.0f})"
     print(f"rate     {rate}, {p.tokens_per_forward:.2f} tokens a forward")
+    if p.closed_batch_tokens_per_second is not None and w.batch > 1:
+        print(f"closed   {p.closed_batch_tokens_per_second:.0f} tokens/s where requests that finish are not replaced")
     print(
         f"speedup  {p.speedup_over_autoregressive:.2f}x over autoregressive decoding "
         f"({ms(p.autoregressive_step_seconds)} ms a token)"
