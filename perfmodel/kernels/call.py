@@ -131,19 +131,29 @@ def matmul_rate(hardware: HardwareProfile, dtype: str) -> float:
 
 
 def overlapped(memory: npt.ArrayLike, compute: npt.ArrayLike, sharpness: float = 3.0) -> tuple[Array, Array]:
-    """Seconds of two streams of work that run at the same time, each one's part of the whole.
-
-    The whole is (memory^s + compute^s)^(1/s): the longer one, and somewhat more where both are about as long, since
-    neither fills the other's gaps perfectly. Never less than the longer one, nor more than their sum.
-    """
+    """Seconds of two streams of work that run at the same time, each one's part of the whole (`together`)."""
     one, other = floats(memory, compute)
-    longest = np.maximum(np.maximum(one, other), 1e-30)
-    ratio = (np.minimum(one, other) / longest) ** sharpness
-    whole = longest * (1 + ratio) ** (1 / sharpness)
+    whole, ratio = _together(one, other, sharpness)
     more = whole / (1 + ratio)
     less = whole - more
     first = one >= other
     return np.where(first, more, less), np.where(first, less, more)
+
+
+def together(memory: Array, compute: Array, sharpness: float) -> Array:
+    """Seconds of two streams of work that run at the same time.
+
+    (memory^s + compute^s)^(1/s): the longer one, and somewhat more where both are about as long, since neither fills
+    the other's gaps perfectly. Never less than the longer one, nor more than their sum.
+    """
+    return _together(memory, compute, sharpness)[0]
+
+
+def _together(one: Array, other: Array, sharpness: float) -> tuple[Array, Array]:
+    """The whole, and (shorter / longer)^s. Powers by exp2 and log2, which NumPy vectorises."""
+    longest = np.maximum(np.maximum(one, other), 1e-30)
+    ratio = np.exp2(sharpness * np.log2(np.maximum(np.minimum(one, other) / longest, 1e-30)))
+    return longest * np.exp2(np.log2(1 + ratio) / sharpness), ratio
 
 
 def require_positive(kernels: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,10 +16,12 @@ from perfmodel.kernels.call import (
     matmul_rate,
     overlapped,
     require_positive,
+    together,
 )
 from perfmodel.precision import arithmetic_dtype, stored_bytes
 
 _OUTPUT_BYTES = 2.0
+_MANY = 1000  # numbers of rows from which it pays to time each distinct one once: a grid's batches x slots repeat
 # Rows and columns of a tile, and in how many parts of k it is summed: what a library's heuristic picks from.
 _CHOICES = np.array(
     [(64, 64, 1), (64, 64, 2), (64, 64, 4), (64, 128, 1), (64, 128, 2), (64, 128, 4), (64, 128, 8), (128, 128, 1),
@@ -71,7 +73,13 @@ class GemmKernels:
 
     def time(self, call: Gemm, hardware: HardwareProfile) -> Parts:
         """Seconds of the layer inside a graph. Arrays broadcast; UserError where the device lacks the dtypes."""
-        m, n, k = floats(call.m, call.n, call.k)
+        rows = np.asarray(call.m, dtype=float)
+        if rows.size > _MANY and np.ndim(call.n) == np.ndim(call.k) == 0:
+            distinct, where = np.unique(rows, return_inverse=True)
+            if distinct.size < rows.size:
+                parts = self.time(replace(call, m=distinct), hardware)
+                return Parts(*(seconds[where].reshape(rows.shape) for seconds in parts))
+        m, n, k = floats(rows, call.n, call.k)
         memory, compute, extra = self._best(call, hardware, m, n, k)
         overhead = extra + self.launch_nodes * hardware.graph_node_seconds
         width = stored_bytes(call.activations)
@@ -81,29 +89,30 @@ class GemmKernels:
         return Parts(memory, compute, overhead)
 
     def _best(self, call: Gemm, hardware: HardwareProfile, *sizes: Array) -> tuple[Array, Array, Array]:
-        """Memory, compute and added seconds of the quickest choice; choices stand on a last axis."""
-        m, n, k = (size[..., None] for size in sizes)
+        """Memory, compute and added seconds of the quickest choice; choices stand on a first axis."""
+        m, n, k = sizes
+        rows, columns, splits, tile = (x.reshape(-1, *[1] * m.ndim) for x in (_ROWS, _COLUMNS, _PARTS, _TILE))
         width, units, main = stored_bytes(call.activations), hardware.compute_units, self._bandwidth(hardware)
         weights = n * k * stored_bytes(call.weights)
         others = m * k * width + m * n * _OUTPUT_BYTES
         rate = main if call.cold else self._cached(hardware, weights + others)
         # Continuous in n, so that a column more never brings a whole tile's bandwidth with it.
-        streaming = np.maximum(1.0, n / _COLUMNS) * _PARTS / (units * self.busy_units_share)
+        streaming = np.maximum(1.0, n / columns) * splits / (units * self.busy_units_share)
         moving = (weights / np.minimum(1.0, streaming) + others) / rate
-        waves = np.ceil(np.ceil(m / _ROWS) * np.ceil(n / _COLUMNS) * _PARTS / units)
-        cost = _TILE + self.tile_edge * (_ROWS + _COLUMNS)
-        cost = cost * (_TILE / cost)[-1]  # so that the last and largest reaches the device's rate
-        multiplying = waves * (2 * cost * k / _PARTS) / (self._flops_per_second(call, hardware) / units)
-        sums = np.where(_PARTS > 1, _PARTS, 0.0) * m * n * 8 / (main * self.partial_sums_share)
+        waves = np.ceil(np.ceil(m / rows) * np.ceil(n / columns) * splits / units)
+        cost = tile + self.tile_edge * (rows + columns)
+        cost = cost * (tile / cost)[-1]  # so that the last and largest reaches the device's rate
+        multiplying = waves * (2 * cost * k / splits / (self._flops_per_second(call, hardware) / units))
+        sums = m * (np.where(splits > 1, splits, 0.0) * n * 8 / (main * self.partial_sums_share))
         added = waves * self.wave_seconds + sums
-        memory, compute = overlapped(moving, multiplying, self.sharpness)
-        total = memory + compute + added
+        total = together(moving, multiplying, self.sharpness) + added
         if width < _OUTPUT_BYTES and hardware.vendor == "NVIDIA":
-            total = np.where(m <= (_8_BIT_M if width >= 1 else _4_BIT_M), total, np.inf)
-        best = np.argmin(total, -1)[..., None]
-        of_all = (np.broadcast_to(seconds, total.shape) for seconds in (memory, compute, added))
-        found = [np.take_along_axis(seconds, best, -1)[..., 0] for seconds in of_all]
-        return found[0], found[1], found[2]
+            most = (_8_BIT_M if width >= 1 else _4_BIT_M).reshape(tile.shape)
+            total = np.where(m <= most, total, np.inf)
+        best = np.argmin(total, 0)[None]
+        of_all = (np.broadcast_to(seconds, total.shape) for seconds in (moving, multiplying, added))
+        moving, multiplying, added = (np.take_along_axis(seconds, best, 0)[0] for seconds in of_all)
+        return *overlapped(moving, multiplying, self.sharpness), added
 
     def _bandwidth(self, hardware: HardwareProfile) -> float:
         share = self.memory_share * (self.amd_memory_share if hardware.vendor == "AMD" else 1.0)
