@@ -36,12 +36,12 @@ class Drain:
 def drain(batch: npt.ArrayLike, cv: npt.ArrayLike) -> Drain:
     """The phases of `batch` requests whose steps have the coefficient of variation `cv`; arrays broadcast.
 
-    Steps are gamma-distributed; the i-th request to finish takes the quantile (i - 3/8) / (batch + 1/4) of them, close
-    to its mean over draws (Blom 1958). Within 2% of drawn batches, 5% for two requests. One request, or cv 0, never
+    Steps are lognormal; the i-th request to finish takes the quantile (i - 3/8) / (batch + 1/4) of them, close to its
+    mean over draws (Blom 1958): within 1% of drawn batches at a cv of 0.35, 6% at 0.9. One request, or cv 0, never
     drains.
     UserError unless batch >= 1 and cv >= 0.
     """
-    from scipy.special import gammaincinv
+    from scipy.special import ndtri
 
     size, spread = np.broadcast_arrays(
         np.asarray(batch, dtype=float)[..., None], np.asarray(cv, dtype=float)[..., None]
@@ -49,9 +49,8 @@ def drain(batch: npt.ArrayLike, cv: npt.ArrayLike) -> Drain:
     require(bool((size >= 1).all()), f"batch >= 1 must hold, but got {size.min():g}")
     require(bool((spread >= 0).all()), f"cv >= 0 must hold, but got {spread.min():g}")
     left = 0.5 + (size - 1) * np.linspace(1, 0, POINTS) ** 2  # from batch - 1/2, when the first finishes, to 1/2
-    shape = 1 / np.maximum(spread, 1e-6) ** 2
-    finished = gammaincinv(shape, 1 - (left + 1 / 8) / (size + 1 / 4)) / shape
-    steps = np.diff(np.where(spread > 1e-4, finished, 1.0), prepend=0.0)
+    width = np.sqrt(np.log1p(spread**2))
+    steps = np.diff(np.exp(width * ndtri(1 - (left + 1 / 8) / (size + 1 / 4))), prepend=0.0)
     active = np.concatenate([size, np.maximum(np.rint((left[..., 1:] + left[..., :-1]) / 2), 1)], -1)
     return Drain(active, steps * size / (active * steps).sum(-1, keepdims=True))
 

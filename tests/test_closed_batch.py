@@ -26,6 +26,11 @@ def step(fixed: float, each: float, power: float = 1.0) -> Callable[[Array], Arr
     return lambda active: fixed + each * active**power
 
 
+def lognormal(random: np.random.Generator, cv: float, shape: tuple[int, ...]) -> Array:
+    """Steps of drawn requests with a coefficient of variation."""
+    return random.lognormal(0, np.sqrt(np.log1p(cv**2)), shape)
+
+
 @given(BATCH, CV)
 def test_no_work_is_lost(batch: int, cv: float) -> None:
     course = drain(batch, cv)
@@ -67,10 +72,10 @@ def test_a_fixed_step_waits_for_the_slowest_request() -> None:
     """Against requests drawn one by one: the time is the slowest one's, on average."""
     random = np.random.default_rng(0)
     for batch, cv in ((2, 0.3), (8, 0.9), (16, 0.8), (64, 0.3), (256, 0.5)):
-        steps = random.gamma(1 / cv**2, cv**2, (4000, batch))
+        steps = lognormal(random, cv, (4000, batch))
         slowest = steps.max(1).mean() / steps.mean()
         found = float(drain(batch, cv).steps.sum())
-        assert found == pytest.approx(slowest, rel=0.03)
+        assert found == pytest.approx(slowest, rel=0.02 if cv < 0.5 else 0.07)
 
 
 def test_the_whole_course_equals_drawn_requests() -> None:
@@ -79,7 +84,7 @@ def test_the_whole_course_equals_drawn_requests() -> None:
     seconds = step(0.02, 0.002, 0.8)
     totals, works = [], []
     for _ in range(400):
-        finished = np.sort(random.gamma(1 / cv**2, cv**2, batch))
+        finished = np.sort(lognormal(random, cv, (batch,)))
         phases = np.diff(finished, prepend=0.0)
         totals.append((seconds(np.arange(batch, 0, -1.0)) * phases).sum())
         works.append(finished.mean())
