@@ -9,6 +9,7 @@ tokens per second, speedup, memory and cost. NumPy works on one thread here. `pr
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -29,8 +30,10 @@ from perfmodel.model_spec import load_spec
 from perfmodel.sweep import sweep
 from runtime.config import DecodingConfig, require
 
-BATCH = tuple(range(1, 101))
-CONTEXT = tuple(range(500, 50_001, 500))
+GRIDS: dict[str, tuple[Sequence[int], Sequence[int]]] = {  # batches and contexts
+    "100 batches, 100 contexts": (range(1, 101), range(500, 50_001, 500)),
+    "1000 batches, one context": (range(1, 1001), (4096,)),  # the hardest: what does not depend on it is shared by few
+}
 DRAFT_TOKENS = tuple(range(1, 17))
 SAMPLERS = {
     "autoregressive": DecodingConfig(),
@@ -51,14 +54,16 @@ def seconds_of(run: Callable[[], object], repeats: int) -> list[float]:
     return found
 
 
-def sweep_speed(at: Setting, decoding: DecodingConfig, repeats: int) -> dict[str, Any]:
+def sweep_speed(
+    at: Setting, decoding: DecodingConfig, batch: Sequence[int], context: Sequence[int], repeats: int
+) -> dict[str, Any]:
     """Points per second of one sweep: the median over repeats, and each repeat's seconds."""
     drafts: Sequence[int] = DRAFT_TOKENS if decoding.drafts else (16,)
 
     def run() -> None:
-        sweep(at, decoding, batch=BATCH, context=CONTEXT, draft_tokens=drafts, acceptance_length=1.0)
+        sweep(at, decoding, batch=batch, context=context, draft_tokens=drafts, acceptance_length=1.0)
 
-    points = len(BATCH) * len(CONTEXT) * len(drafts)
+    points = len(batch) * len(context) * len(drafts)
     seconds = seconds_of(run, repeats)
     return {"points": points, "points_per_second": points / statistics.median(seconds), "seconds": seconds}
 
@@ -75,16 +80,16 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _arguments(arguments)
     require(chosen.repeats >= 1, f"repeats >= 1 must hold, but got {chosen.repeats}")
     devices = chosen.hardware.split(",")
-    progress = counting(len(devices) * len(SAMPLERS) + 1)
+    progress = counting(len(devices) * len(SAMPLERS) * len(GRIDS) + 1)
     load = os.getloadavg()[0]
     sweeps = []
     for name in devices:
         hardware = load_profile(name)
         dtype = "bfloat16" if hardware.kind == "gpu" else "float32"
         at = setting(load_spec(chosen.model), hardware, dtype, engine=chosen.engine)
-        for sampler, decoding in SAMPLERS.items():
-            found = sweep_speed(at, decoding, chosen.repeats)
-            sweeps.append({"hardware": name, "engine": at.engine.name, "sampler": sampler, **found})
+        for (sampler, decoding), (grid, axes) in itertools.product(SAMPLERS.items(), GRIDS.items()):
+            found = sweep_speed(at, decoding, *axes, chosen.repeats)
+            sweeps.append({"hardware": name, "engine": at.engine.name, "sampler": sampler, "grid": grid, **found})
             progress(len(sweeps))
     wall = predict_seconds(chosen.model, devices[0], chosen.repeats)
     progress(len(sweeps) + 1)
@@ -95,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "device": fingerprint(),
         "load_average": load,  # of the last minute: other work slows these figures down
-        "grid": {"batch": len(BATCH), "context": len(CONTEXT), "draft_tokens": len(DRAFT_TOKENS)},
+        "draft_tokens": len(DRAFT_TOKENS),
         "sweeps": sweeps,
         "predict": {"seconds_median": statistics.median(wall), "seconds": wall},
     }
@@ -107,9 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _table(document: dict[str, Any]) -> str:
-    lines = ["| device | engine | sampler | points/s |", "| --- | --- | --- | ---: |"]
+    lines = ["| device | engine | sampler | grid | points/s |", "| --- | --- | --- | --- | ---: |"]
     for s in document["sweeps"]:
-        lines.append(f"| {s['hardware']} | {s['engine']} | {s['sampler']} | {s['points_per_second']:,.0f} |")
+        lines.append(
+            f"| {s['hardware']} | {s['engine']} | {s['sampler']} | {s['grid']} | {s['points_per_second']:,.0f} |"
+        )
     lines.append(f"\none `ridgepoint predict` from the shell: {document['predict']['seconds_median']:.2f} s")
     lines.append(f"load average before: {document['load_average']:.1f}")
     return "\n".join(lines) + "\n"

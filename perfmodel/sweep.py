@@ -100,13 +100,11 @@ def time_points(
     context: npt.ArrayLike,
     *,
     fillings: float | None = None,
-    baseline: Array | None = None,
 ) -> Points:
     """Steps of `decodings` at batches and contexts: arrays that broadcast with one of the settings in the last axis.
 
     The settings are of one sampler and differ in K, proposal levels and denoising steps alone. fillings: as for
-    `decoding.predict`. baseline: seconds of the autoregressive step at the same points, where they are known.
-    UserError for contexts beyond the model's.
+    `decoding.predict`. UserError for contexts beyond the model's.
     """
     first = decodings[0]
     require(
@@ -124,14 +122,13 @@ def time_points(
     sequences, cached = np.asarray(batch, dtype=float), np.asarray(context, dtype=float)
     require_context(at.spec, int(np.max(cached + step.reach)))
     timed = time_step(at, step, sequences, cached)
-    if baseline is None:
-        baseline = time_step(at, step_of(first.autoregressive), sequences, cached).seconds
+    baseline = time_step(at, step_of(first.autoregressive), sequences, cached) if first.drafts else timed
     slots = np.maximum.reduce(np.broadcast_arrays(*(f.slots for f in timed.forwards)))
     needed = memory_bytes(at, sequences, cached + slots)
     return Points(
         step_seconds=timed.seconds,
         bound_step_seconds=timed.bound_seconds,
-        autoregressive_step_seconds=baseline,
+        autoregressive_step_seconds=baseline.seconds,
         experts_per_layer=np.maximum.reduce(np.broadcast_arrays(*(f.experts_per_layer for f in timed.forwards))),
         fits=np.asarray(needed <= at.device.hardware.main_memory.capacity_bytes),
     )
