@@ -192,3 +192,14 @@ def test_rows_of_unseen_series_are_predicted_as_well_as_the_file_says() -> None:
     assert (np.log1p(found) <= evidence.spread).mean() > 0.7
     roofline = errors(seconds_of([(p.call, p.hardware) for p in points()], gemm.bound))
     assert roofline[bfloat16].mean() > 3 * found[bfloat16].mean()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 1e5])
+def test_a_grid_of_rows_is_timed_like_each_of_them(scale: float) -> None:
+    """Repeated numbers of rows are timed once, whole or not, small or large."""
+    rows = scale * np.random.default_rng(0).integers(1, 300, (60, 1, 40))
+    whole = LINEAR.time(Gemm(rows, 2048, 4096), H100)
+    for place in ((0, 0, 0), (59, 0, 39), (31, 0, 7)):
+        alone = LINEAR.time(Gemm(rows[place], 2048, 4096), H100)
+        for found, expected in zip(whole, alone, strict=True):
+            assert found.shape == rows.shape and found[place] == pytest.approx(float(expected))

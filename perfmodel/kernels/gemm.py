@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from hardware.profile import HardwareProfile
 from perfmodel.kernels.call import (
@@ -75,7 +76,7 @@ class GemmKernels:
         """Seconds of the layer inside a graph. Arrays broadcast; UserError where the device lacks the dtypes."""
         rows = np.asarray(call.m, dtype=float)
         if rows.size > _MANY and np.ndim(call.n) == np.ndim(call.k) == 0:
-            distinct, where = np.unique(rows, return_inverse=True)
+            distinct, where = _distinct(rows)
             if distinct.size < rows.size:
                 parts = self.time(replace(call, m=distinct), hardware)
                 return Parts(*(seconds[where].reshape(rows.shape) for seconds in parts))
@@ -141,6 +142,16 @@ class GemmKernels:
             share *= self.amd_compute_share
         peaks = {str(name): rate for name, rate in hardware.peak_flops_per_second.items()}
         return min(matmul_rate(hardware, dtype) * share, peaks[dtype])
+
+
+def _distinct(rows: Array) -> tuple[Array, npt.NDArray[np.intp]]:
+    """`np.unique` with its inverse, for whole numbers without sorting."""
+    whole = rows.astype(np.intp)
+    if not (whole == rows).all() or whole.max() > 100 * rows.size or whole.min() < 0:
+        return np.unique(rows, return_inverse=True)
+    seen = np.zeros(whole.max() + 1, bool)
+    seen[whole] = True
+    return np.flatnonzero(seen).astype(float), (np.cumsum(seen) - 1)[whole]
 
 
 def bound(call: Gemm, hardware: HardwareProfile) -> Array:
