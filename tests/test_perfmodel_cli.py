@@ -24,19 +24,14 @@ PREDICT = (
 ).split()
 
 
-def test_predict_in_a_second_without_torch() -> None:
-    """From the shell: one JSON document, in less than a second (best of three: the machine may be busy), torch-free."""
+def test_predict_without_slow_libraries() -> None:
+    """From the shell: one JSON document, and nothing slow imported (`benchmarks.sweep_speed` times it)."""
     program = (
         f"import sys, ridgepoint; code = ridgepoint.main({[*PREDICT, '--json']!r})\n"
         "print(sorted({'torch', 'scipy', 'pandas'} & set(sys.modules)), file=sys.stderr); sys.exit(code)\n"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        assert run.stderr == "[]\n"
-    assert min(seconds) < 1.0
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stderr == "[]\n"
     document = json.loads(run.stdout)
     wanted = "step_seconds bound_step_seconds tokens_per_second speedup_over_autoregressive bound experts_per_layer"
     assert {*wanted.split(), "operators"} <= set(document)
