@@ -282,7 +282,7 @@ def test_maps_refuse_impossible_axes(batch: list[int], context: list[int], part:
 def test_the_benchmark_counts_operating_points(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every point once: batch x context, times K where a sampler drafts. The speed itself is for benchmarks to judge."""
+    """Every point once: batch x context, times K where a sampler drafts. Its speed is not judged here."""
     monkeypatch.setattr(sweep_speed, "GRIDS", {"small": (range(1, 41), range(500, 50_001, 500))})
     monkeypatch.setattr(sweep_speed, "predict_seconds", lambda model, hardware, repeats: [0.5] * repeats)
     assert sweep_speed.main(["--hardware", "h100-sxm", "--repeats", "3", "--json"]) == 0
