@@ -43,9 +43,11 @@ class MemoryLevel:
     capacity_bytes: float
     peak_bandwidth_bytes_per_second: float | None = None
     achieved_bandwidth_bytes_per_second: float | None = None
+    reported_bytes: float | None = None  # what the driver says there is: vendors' "80 GB" may be less 80 GiB
 
     def __post_init__(self) -> None:
         _positive(self, "capacity_bytes", "peak_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second")
+        _positive(self, "reported_bytes")
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,12 @@ class HardwareProfile:
     def main_memory(self) -> MemoryLevel:
         """The last and largest level."""
         return self.memory[-1]
+
+    @property
+    def usable_memory_bytes(self) -> float:
+        """Main memory that the driver offers, where that is known; else its datasheet capacity."""
+        memory = self.main_memory
+        return memory.capacity_bytes if memory.reported_bytes is None else memory.reported_bytes
 
     def curves(self, threads: int | None = None) -> Curves:
         """The measured curves for a thread count; None: the most threads that were measured."""
