@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from hardware.files import UserError
-from hardware.profile import HardwareProfile, list_profiles, load_profile, user_folder
+from hardware.profile import DType, HardwareProfile, list_profiles, load_profile, user_folder
+
+# Figures in the order of the bundled files.
+_GROUPS = (
+    *("compute_units", "warp_size", "shared_memory_bytes", "clock_hertz", "peak_flops_per_second"),
+    *("achieved_flops_per_second", "memory", "launch_seconds", "graph_node_seconds", "interconnect", "tdp_watts"),
+    "price_dollars_per_hour",
+)
+_OF_LEVELS_AND_LINKS = (
+    *("devices", "capacity_bytes", "reported_bytes", "peak_bandwidth_bytes_per_second"),
+    *("pair_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second", "latency_seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +39,9 @@ class Summary:
 def known_profiles() -> tuple[dict[str, HardwareProfile], list[str]]:
     """The known profiles by name, and what is wrong with each file that breaks a rule: the others still work."""
     found, broken = {}, []
-    for name, path in sorted(list_profiles().items()):
+    for name in sorted(list_profiles()):
         try:
-            found[name] = load_profile(path)
+            found[name] = load_profile(name)
         except UserError as error:
             broken.append(str(error))
     return found, broken
@@ -63,11 +76,13 @@ def compared(profiles: dict[str, HardwareProfile]) -> dict[str, dict[str, float 
         figures = {k: v for k, v in profile.figures().items() if not k.startswith("measured.")}
         columns[label] = {k.replace(main, "memory.main.", 1): v for k, v in figures.items()}
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    return {name: {label: column.get(name) for label, column in columns.items()} for name in sorted(names, key=_order)}
+    order = _order(profiles.values())
+    names.sort(key=lambda name: [order[part] for part in name.split(".")])
+    return {name: {label: column.get(name) for label, column in columns.items()} for name in names}
 
 
-def _order(name: str) -> tuple[int, str]:
-    """Figures of a group together, in the order of the file; main memory after the caches."""
-    groups = ("compute_units", "warp_size", "shared_memory", "clock", "peak", "achieved", "memory", "interconnect")
-    group = next((place for place, start in enumerate(groups) if name.startswith(start)), len(groups))
-    return group, name.replace("memory.main.", "memory.~")
+def _order(profiles: Iterable[HardwareProfile]) -> dict[str, int]:
+    """The place of each part of a figure's name, as in the bundled files; main memory stands after all caches."""
+    caches = [level.name for profile in profiles for level in profile.memory[:-1]]
+    words = (*_GROUPS, *get_args(DType), *caches, "main", *_OF_LEVELS_AND_LINKS)
+    return {word: place for place, word in enumerate(dict.fromkeys(words))}

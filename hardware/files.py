@@ -8,16 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tempfile
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
 import yaml
 
 T = TypeVar("T")
+_DEEPEST = 500
 _FastLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser where PyYAML was built with it
 
 
@@ -50,24 +53,42 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Parse a YAML mapping (safe loader: no tags, no code). Raises UserError with the path and the line."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no path at all
         raise UserError(f"cannot read {path}: {error}") from error
     try:
+        if _nesting(text) > _DEEPEST:
+            raise RecursionError
         data = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits, a 13th month
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a mapping, but holds {type(data).__name__}")
     return data
 
 
+def _nesting(text: str) -> int:
+    """The most that a YAML text can be nested: by its brackets, or by what its lines start with.
+
+    The C parser recurses without a limit: a hundred thousand brackets end the process.
+    """
+    depths = list(accumulate(1 if c in "[{" else -1 for c in re.findall(r"[\[\]{}]", text)))
+    starts = (len(line) - len(line.lstrip(" -?:")) for line in text.splitlines())
+    return max(max(depths, default=0) - min(depths, default=0), max(starts, default=0))
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Parse a JSON object. Raises UserError with the path and the place."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    except json.JSONDecodeError as error:
+    try:
+        data = json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply") from error
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold an object, but holds {type(data).__name__}")
@@ -158,6 +179,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         }
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where)
+    if isinstance(value, int) and value.bit_length() > 63:  # beyond any array, and perhaps beyond printing
+        raise UserError(f"{where}: must be a whole number below 2**63, but has {value.bit_length()} bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e9 (no dot) as text

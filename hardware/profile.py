@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,11 +23,43 @@ def check_name(name: str) -> None:
         raise UserError(f"name must be one word without slashes, but is {name!r}")
 
 
+# The most that a figure of each unit can plausibly be, by the end of its name: what lies beyond is a slip of the unit.
+_MOST = {
+    "bytes_per_second": 1e15,
+    "flops_per_second": 1e18,
+    "bytes": 1e14,
+    "_seconds": 1.0,
+    "seconds": 1e4,  # of one matmul that a probe timed
+    "watts": 1e5,
+    "dollars_per_hour": 1e4,
+    "hertz": 1e11,
+    "compute_units": 1e5,
+    "warp_size": 1024.0,
+    "devices": 1e5,
+    "": 1e9,
+}
+
+
+def _check_figure(name: str, value: float | None, unit: str) -> None:
+    most = next(most for end, most in _MOST.items() if unit.endswith(end))
+    if value is None:
+        return
+    if not value > 0:
+        raise UserError(f"{name} > 0 must hold, but got {value}")
+    if value > most:
+        raise UserError(f"{name} <= {most:g} must hold, but got {value}")
+
+
 def _positive(owner: Any, *names: str) -> None:
+    """Figures above zero and not above what is plausible of their unit; None is no figure."""
     for name in names:
-        value = getattr(owner, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name} > 0 must hold, but got {value}")
+        _check_figure(name, getattr(owner, name), name)
+
+
+def _words(owner: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(owner, name).strip():
+            raise UserError(f"{name} must be words, but is {getattr(owner, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -46,6 +77,7 @@ class MemoryLevel:
     reported_bytes: float | None = None  # what the driver says there is: vendors' "80 GB" may be less 80 GiB
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         _positive(self, "capacity_bytes", "peak_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second")
         _positive(self, "reported_bytes")
 
@@ -133,7 +165,8 @@ class Interconnect:
 
     def __post_init__(self) -> None:
         bandwidths = ("peak_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second")
-        _positive(self, *bandwidths, "pair_bandwidth_bytes_per_second", "latency_seconds")
+        _words(self, "name")
+        _positive(self, *bandwidths, "pair_bandwidth_bytes_per_second", "latency_seconds", "devices")
         if self.devices < 2:
             raise UserError(f"devices >= 2 must hold, but got {self.devices}")
         if (self.pair_bandwidth_bytes_per_second or 0) > self.peak_bandwidth_bytes_per_second:
@@ -181,10 +214,10 @@ class HardwareProfile:
         _positive(self, "compute_units", "warp_size", "shared_memory_bytes", "launch_seconds", "graph_node_seconds")
         _positive(self, "tdp_watts", "price_dollars_per_hour", "clock_hertz")
         check_name(self.name)
+        _words(self, "vendor", "compile_target")
         for group in ("peak_flops_per_second", "achieved_flops_per_second"):
             for dtype, rate in getattr(self, group).items():
-                if not 0 < rate < math.inf:
-                    raise UserError(f"{group}.{dtype} > 0 must hold, but got {rate}")
+                _check_figure(f"{group}.{dtype}", rate, group)
         if not self.peak_flops_per_second:
             raise UserError("peak_flops_per_second must have at least one dtype")
         for dtype, rate in self.achieved_flops_per_second.items():
@@ -313,7 +346,8 @@ def list_profiles() -> dict[str, Path]:
 def load_profile(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
     """Read a profile by name, or from a path that ends in .yaml or .yml.
 
-    UserError: an unknown name (lists the known), or a file that breaks a rule (names the file, the key and the rule).
+    UserError: an unknown name (lists the known), a file that breaks a rule (names the file, the key and the rule), or
+    one that is known by another name than it gives itself: what is known of a device goes by that name.
     """
     text = os.fspath(name_or_path)
     if text.endswith((".yaml", ".yml")):
@@ -323,7 +357,10 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
         if text not in profiles:
             raise known("hardware", text, profiles)
         path = profiles[text]
-    return build(HardwareProfile, read_yaml(path), str(path))
+    profile = build(HardwareProfile, read_yaml(path), str(path))
+    if path.stem != profile.name and not text.endswith((".yaml", ".yml")):
+        raise UserError(f"{path}: name must be the file's, {path.stem!r}, but is {profile.name!r}")
+    return profile
 
 
 def save_profile(profile: HardwareProfile, path: str | os.PathLike[str]) -> Path:

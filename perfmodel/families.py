@@ -38,8 +38,8 @@ class Keys:
         self.used.add(name)
         return self.data.get(name)
 
-    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number >= least; an absent or null key is `default`, or an error where there is none."""
+    def count(self, name: str, default: int | None = None, least: int = 1, most: int = 10**9) -> int:
+        """A whole number from least to most; an absent or null key is `default`, or an error where there is none."""
         value = self.get(name)
         value = default if value is None else value
         require(value is not None, f"{self.where}: missing key {name!r}")
@@ -48,7 +48,12 @@ class Keys:
             f"{self.where}: {name} must be a whole number >= {least}, but is {value!r}",
         )
         assert isinstance(value, int)  # as was just required
+        require(value <= most, f"{self.where}: {name} <= {most} must hold, but is {value}")
         return value
+
+    def layers(self, name: str) -> int:
+        """The number of layers, few enough to list them."""
+        return self.count(name, most=10_000)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """true or false."""
@@ -119,7 +124,7 @@ def _decoder(keys: Keys) -> dict[str, Any]:
         "router_size": 0,
         "conv_widths": (0, 0),
         "max_context": keys.count("max_position_embeddings"),
-        "window_by_layer": (None,) * keys.count("num_hidden_layers"),
+        "window_by_layer": (None,) * keys.layers("num_hidden_layers"),
         "tied_embedding": keys.flag("tie_word_embeddings"),
     }
 
@@ -199,7 +204,12 @@ def _qwen3_moe(keys: Keys) -> dict[str, Any]:
     base = _experts(keys, _decoder(keys), ("num_experts", "num_local_experts"), "moe_intermediate_size")
     layers = len(base["window_by_layer"])
     keys.count("max_window_layers", layers, least=0)  # published, but this family's attention ignores it
-    step, only = keys.count("decoder_sparse_step", 1), keys.get("mlp_only_layers") or []
+    step, only = keys.count("decoder_sparse_step", 1), keys.get("mlp_only_layers")
+    only = [] if only is None else only
+    require(
+        isinstance(only, list) and all(type(i) is int for i in only),
+        f"{keys.where}: mlp_only_layers must be a list of layer numbers, but is {only!r}",
+    )
     dense = sum((i + 1) % step != 0 or i in only for i in range(layers))
     width = keys.count("intermediate_size") if dense or keys.get("intermediate_size") is not None else 0
     own = {"dense_layers": dense, "mlp_size": width if dense else 0}
@@ -262,7 +272,7 @@ def _llada(keys: Keys) -> dict[str, Any]:
         "router_size": 0,
         "conv_widths": (0, 0),
         "max_context": keys.count("max_sequence_length"),
-        "window_by_layer": (None,) * keys.count("n_layers"),
+        "window_by_layer": (None,) * keys.layers("n_layers"),
         "tied_embedding": keys.flag("weight_tying"),
         "attention_bias": bias or keys.flag("include_qkv_bias"),
         "output_bias": bias,
@@ -345,12 +355,17 @@ def spec_from_json(path: Path, name: str) -> ModelSpec:
     kind = data.get("model_type")
     if kind == "zaya":
         return spec_from_config(model_config_from_json(path), name)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise known(f"model_type in {path}", str(kind), (*FAMILIES, "zaya"))
     family = FAMILIES[kind]
-    for architecture in data.get("architectures") or ():
+    architectures = data.get("architectures")
+    require(
+        architectures is None or (isinstance(architectures, list) and all(isinstance(a, str) for a in architectures)),
+        f"{path}: architectures must be a list of names, but is {architectures!r}",
+    )
+    for architecture in architectures or ():
         if architecture not in family.architectures:
-            raise known(f"architecture of {kind} in {path}", str(architecture), family.architectures)
+            raise known(f"architecture of {kind} in {path}", architecture, family.architectures)
     keys = Keys(data, str(path))
     sizes = family.read(keys) | {"quantisation": _quantisation(keys)}
     keys.finish(family.harmless)

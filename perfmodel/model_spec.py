@@ -245,8 +245,12 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
     if name in known_models():
         built_in = _BUILT_IN / f"{name}.json"
         return spec_from_json(built_in if built_in.exists() else _BUNDLED_CHECKPOINTS / name / "config.json", name)
-    path = Path(name).expanduser()
-    if not path.exists():
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError):  # too long for a path, or the home of nobody
+        exists = False
+    if not exists:
         raise known("model", name, known_models())
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():

@@ -43,17 +43,18 @@ class Whole:
 GOOD: dict[str, Any] = {"rate": 1, "active": True, "kind": "a", "pair": [1, "x"], "parts": [{"size": 3}]}
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
+integers = st.integers(1 - 2**63, 2**63 - 1)
 parts = st.builds(Part, st.integers(0, 10**9), st.none() | st.text())
 wholes = st.builds(
     Whole,
     rate=numbers,
     active=st.booleans(),
     kind=st.sampled_from(["a", "b"]),
-    pair=st.tuples(st.integers(), st.text()),
+    pair=st.tuples(integers, st.text()),
     parts=st.lists(parts, max_size=4).map(tuple),
     rates=st.dictionaries(st.text(), numbers, max_size=3),
-    buckets=st.dictionaries(st.integers(), st.text(), max_size=3),
-    stop=st.none() | st.integers() | st.lists(st.integers()),
+    buckets=st.dictionaries(integers, st.text(), max_size=3),
+    stop=st.none() | integers | st.lists(integers),
 )
 
 
@@ -90,6 +91,8 @@ def test_plain_is_json(whole: Whole) -> None:
         ({"rates": {"x": []}}, ["rates.x", "must be a float"]),
         ({"rates": []}, ["rates", "must be a mapping"]),
         ({"stop": "end"}, ["stop", "'end'"]),
+        ({"rate": 10**400}, ["rate", "2**63", "1329 bits"]),
+        ({"pair": [-(10**5000), "x"]}, ["pair[0]", "2**63", "bits"]),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_place_and_rule(change: dict[str, Any], words: list[str]) -> None:
@@ -121,6 +124,11 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ("a: [1\n", ["not valid YAML", "line"]),
         ("- 1\n", ["must hold a mapping", "list"]),
         ("", ["must hold a mapping"]),
+        ("a: " + "9" * 5000, ["not valid YAML", "digits"]),
+        ("a: 2026-13-45", ["not valid YAML", "month"]),
+        ("a: " + "[" * 100_000, ["nested too deeply"]),
+        ("a: '" + "]" * 100_000 + "'\nb: " + "[" * 100_000, ["nested too deeply"]),
+        ("a:\n  " + "- " * 100_000, ["nested too deeply"]),
         ("a: !!python/object/apply:os.getpid []\n", ["not valid YAML", "python"]),
     ],
 )
@@ -133,7 +141,16 @@ def test_bad_yaml_is_one_line_with_the_path(tmp_path: Path, text: str, words: li
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "word"), [('{"a": 1', "line 1"), ("[1]", "must hold an object")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ('{"a": 1', "line 1"),
+        ("[1]", "must hold an object"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON: .*digits"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+    ids=["cut", "list", "digits", "deep"],
+)
 def test_bad_json_is_one_line_with_the_path(tmp_path: Path, text: str, word: str) -> None:
     path = write_atomic(tmp_path / "bad.json", text)
     with pytest.raises(UserError, match=word) as error:
@@ -144,7 +161,7 @@ def test_bad_json_is_one_line_with_the_path(tmp_path: Path, text: str, word: str
 @pytest.mark.parametrize("read", [read_yaml, read_json])
 def test_unreadable_files_are_named(tmp_path: Path, read: Any) -> None:
     binary = write_atomic(tmp_path / "binary", b"\xff\xfe\x00")
-    for path in (tmp_path / "absent", tmp_path, binary):
+    for path in (tmp_path / "absent", tmp_path, binary, tmp_path / ("x" * 5000)):
         with pytest.raises(UserError, match="cannot read") as error:
             read(path)
         assert str(path) in str(error.value)

@@ -115,6 +115,17 @@ def test_unknown_keys_are_named_wherever_they_are() -> None:
         ({"peak_flops_per_second": {}, "achieved_flops_per_second": {}}, ["peak_flops_per_second", "at least one"]),
         ({"achieved_flops_per_second": {"bfloat16": 1308e12}}, ["achieved_flops_per_second.bfloat16", "1308"]),
         ({"warp_size": 64.5}, ["warp_size", "64.5"]),
+        ({"vendor": ""}, ["vendor must be words", "''"]),
+        ({"compile_target": " "}, ["compile_target must be words"]),
+        ({"compute_units": 10**30}, ["compute_units", "2**63"]),
+        ({"compute_units": 10**15}, ["compute_units <= 100000 must hold, but got 1000000000000000"]),
+        ({"tdp_watts": 10**400}, ["tdp_watts", "2**63"]),
+        ({"tdp_watts": 1e6}, ["tdp_watts <= 100000 must hold", "1000000"]),
+        ({"price_dollars_per_hour": 1e6}, ["price_dollars_per_hour <= 10000 must hold"]),
+        ({"clock_hertz": 2.1e18}, ["clock_hertz <= 1e+11 must hold"]),
+        ({"launch_seconds": 2.1}, ["launch_seconds <= 1 must hold, but got 2.1"]),
+        ({"shared_memory_bytes": 10**15}, ["shared_memory_bytes <= 1e+14 must hold"]),
+        ({"peak_flops_per_second": {"bfloat16": 1e21}}, ["peak_flops_per_second.bfloat16 <= 1e+18 must hold"]),
         ({"compute_units": True}, ["compute_units", "True"]),
     ],
 )
@@ -139,6 +150,40 @@ def test_levels_must_be_ordered_unique_and_below_their_peak() -> None:
     assert "memory.hbm" in rejected(changed)
 
 
+@pytest.mark.parametrize(
+    ("level", "key", "value", "words"),
+    [
+        (0, "capacity_bytes", 1e20, "capacity_bytes <= 1e+14 must hold"),
+        (2, "peak_bandwidth_bytes_per_second", 5.3e18, "peak_bandwidth_bytes_per_second <= 1e+15 must hold"),
+        (2, "reported_bytes", -1.0, "reported_bytes > 0 must hold"),
+        (1, "name", "", "name must be one word"),
+    ],
+)
+def test_levels_have_names_and_plausible_figures(level: int, key: str, value: Any, words: str) -> None:
+    changed = data()
+    changed["memory"][level][key] = value
+    message = rejected(changed)
+    assert f"memory[{level}]" in message and words in message
+
+
+def test_links_have_names() -> None:
+    changed = data()
+    changed["interconnect"]["name"] = ""
+    assert "interconnect: name must be words, but is ''" in rejected(changed)
+
+
+def test_memory_is_what_the_driver_reports_where_that_is_known() -> None:
+    changed = data()
+    changed["memory"][2] |= {"capacity_bytes": 192e9}
+    changed["memory"][2].pop("reported_bytes", None)
+    changed["sources"].pop("memory.hbm.reported_bytes", None)
+    assert build(HardwareProfile, changed, "some.yaml").usable_memory_bytes == 192e9
+    changed["memory"][2] |= {"reported_bytes": 206e9}
+    assert "memory.hbm.reported_bytes has none" in rejected(changed)
+    changed["sources"]["memory.hbm.reported_bytes"] = "https://example.org"
+    assert build(HardwareProfile, changed, "some.yaml").usable_memory_bytes == 206e9
+
+
 def test_a_source_of_nothing_or_without_text_is_an_error() -> None:
     changed = data()
     changed["sources"]["memory.l3"] = "https://example.org"
@@ -158,6 +203,14 @@ def test_the_users_profile_wins_over_a_bundled_one(home: Path) -> None:
     write_atomic(home / "hardware" / "mi300x.yaml", yaml.safe_dump(data() | {"tdp_watts": 600.0}))
     assert load_profile("mi300x").tdp_watts == 600
     assert load_profile("h100-sxm").tdp_watts == 700
+
+
+def test_a_known_profile_has_the_name_of_its_file(home: Path) -> None:
+    """Else what is known of one device, such as an engine's costs there, would be taken for the other's."""
+    path = write_atomic(home / "hardware" / "mygpu.yaml", yaml.safe_dump(data()))
+    with pytest.raises(UserError, match=r"mygpu\.yaml: name must be the file's, 'mygpu', but is 'mi300x'"):
+        load_profile("mygpu")
+    assert load_profile(path).name == "mi300x"  # asked for by path, it goes by its own name
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

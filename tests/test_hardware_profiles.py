@@ -220,6 +220,29 @@ def test_devices_are_compared_figure_by_figure(capsys: pytest.CaptureFixture[str
         assert sum(values[name] is not None for values in figures.values()) == len(profile.figures())
 
 
+def test_figures_are_compared_in_the_order_of_the_files(capsys: pytest.CaptureFixture[str]) -> None:
+    """Caches from the fastest on, then main memory, whichever device is named first."""
+    for names in (("mi300x", "h200", "l40s"), ("l40s", "h200", "mi300x")):
+        figures = list(document(capsys, "hardware", "compare", *names)["figures"])
+        levels = [name.split(".")[1] for name in figures if name.startswith("memory.")]
+        assert list(dict.fromkeys(levels)) == ["l2", "infinity_cache", "main"]
+        dtypes = [name.split(".")[1] for name in figures if name.startswith("peak_flops")]
+        assert dtypes == ["float32", "bfloat16", "float16", "fp8", "int8"]
+        groups = list(dict.fromkeys(name.split(".")[0] for name in figures))
+        assert groups.index("clock_hertz") < groups.index("memory") < groups.index("interconnect")
+        assert groups[-2:] == ["tdp_watts", "price_dollars_per_hour"]
+        assert sum(name.startswith("memory.l2.") for name in figures) == 3
+
+
+def test_a_file_under_another_name_is_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_atomic(folder / "mygpu.yaml", device(name="h200"))
+    assert ridgepoint.main(["hardware", "list", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "'mygpu', but is 'h200'" in err and set(json.loads(out)) == BUNDLED
+    assert ridgepoint.main(["predict", "--model", "zaya1-8b", "--hardware", "mygpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("columns", [60, 100, 400])
 def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -154,6 +154,13 @@ def test_quantised_checkpoints(tmp_path: Path) -> None:
     [
         ({"model_type": "mamba"}, "unknown model_type .*'mamba'; known: .*qwen3_moe.*zaya"),
         ({"model_type": None}, "unknown model_type"),
+        ({"model_type": ["llama"]}, "unknown model_type"),
+        ({"model_type": {}}, "unknown model_type"),
+        ({"architectures": 5}, "architectures must be a list of names, but is 5"),
+        ({"architectures": [5]}, "architectures must be a list of names"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of names, but is 'LlamaForCausalLM'"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers <= 10000 must hold, but is 1000000000000"),
+        ({"vocab_size": 10**400}, "vocab_size <= 1000000000 must hold"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "unknown architecture .*; known: LlamaForCausalLM"),
         ({"num_experts": 8}, "unknown key 'num_experts'"),
         ({"n_routed_experts": 8}, "unknown key 'n_routed_experts'"),
@@ -179,6 +186,10 @@ def test_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     [
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok <= 5"),
         ("qwen3_moe", {"num_experts": None}, "missing key 'num_experts'"),
+        ("qwen3_moe", {"mlp_only_layers": 5}, "mlp_only_layers must be a list of layer numbers, but is 5"),
+        ("qwen3_moe", {"mlp_only_layers": ["a"]}, "mlp_only_layers must be a list of layer numbers"),
+        ("qwen3_moe", {"mlp_only_layers": {"a": 1}}, "mlp_only_layers must be a list of layer numbers"),
+        ("qwen3_moe", {"mlp_only_layers": [True]}, "mlp_only_layers must be a list of layer numbers"),
         ("qwen3_moe", {"num_local_experts": 7}, "must be equal"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "unknown key 'shared_expert_intermediate_size'"),
         ("gpt_oss", {"layer_types": ["full_attention"]}, "one entry for each of 4 layers"),
@@ -189,6 +200,21 @@ def test_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
 def test_refused_of_other_families(kind: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         spec_of(small(kind, **change), tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_a_config_that_no_parser_takes_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"config\.json") as error:
+        load_spec(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/model", "\0"], ids=["long", "home", "null"])
+def test_what_cannot_be_a_path_is_an_unknown_model(name: str) -> None:
+    with pytest.raises(UserError, match=r"unknown model .*; known: .*llama"):
+        load_spec(name)
 
 
 def test_other_blocks_of_llada_are_refused(tmp_path: Path) -> None:
