@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -89,6 +90,33 @@ def test_achieved_figures_exist_for_every_dtype_and_level_and_are_plausible(prof
     known = [peak for peak in peaks if peak]
     assert known == sorted(known, reverse=True)
     assert 100 < profile.peak_flops_per_second["bfloat16"] / main.peak_bandwidth_bytes_per_second < 500  # ridge point
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_no_published_rate_passes_a_peak(profile: HardwareProfile) -> None:
+    """Of the best matmuls that others measured on the device."""
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8", "int8": "int8"}
+    tables = Path(__file__).parents[1] / "measurements" / "published" / "gpu_measured.csv"
+    with tables.open(encoding="utf-8", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["kind"] == "A" and row["unit"] == "TFLOPS"]
+    of_device = {"a100-80gb-sxm": "A100 SXM 80GB", "h100-pcie": "H100 PCIe"} | {
+        name: f"{name.split('-')[0].upper()} SXM" for name in ("b200", "h100-sxm", "h200")
+    }
+    device = of_device.get(profile.name, profile.name.replace("-", " ").upper())
+    measured = [row for row in rows if row["hardware"] == device and "peak" not in row["metric"]]
+    measured = [row for row in measured if row["dtype"] in names]
+    assert measured
+    peaks = {str(dtype): rate for dtype, rate in profile.peak_flops_per_second.items()}
+    for row in measured:
+        assert float(row["value"]) * 1e12 <= peaks[names[row["dtype"]]], row["id"]
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+def test_what_a_driver_reports_is_near_the_capacity(profile: HardwareProfile) -> None:
+    """Vendors' decimal gigabytes are binary ones less a reserve, and less a sixteenth for ECC of GDDR."""
+    assert 0.99 * profile.main_memory.capacity_bytes < profile.usable_memory_bytes
+    assert profile.usable_memory_bytes < 1.075 * profile.main_memory.capacity_bytes
+    assert profile.memory[0].capacity_bytes % (1 << 19) == 0  # caches are binary on every device
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
