@@ -48,7 +48,7 @@ def explain(
     cache_dtype: options.CacheDType = None,
     tensor_parallel: options.TensorParallel = 1,
     expert_parallel: options.ExpertParallel = 1,
-    expert_coverage: options.Coverage = "uniform",
+    expert_coverage: options.Coverage = None,
     engine: options.Engine = None,
     as_json: Json = False,
 ) -> None:
@@ -99,7 +99,7 @@ def breakeven(
     cache_dtype: options.CacheDType = None,
     tensor_parallel: options.TensorParallel = 1,
     expert_parallel: options.ExpertParallel = 1,
-    expert_coverage: options.Coverage = "uniform",
+    expert_coverage: options.Coverage = None,
     engine: options.Engine = None,
     headlines: Annotated[
         str, typer.Option(help="Tokens per step claimed as speedups: numbers with commas.")

@@ -107,4 +107,5 @@ def calibrate(
         fit=Fit(hardware.name, source, date, round(error, 4), points),
         intervals={**engine.intervals, **intervals},
         spread=spread if spread is not None else engine.spread,
+        spreads={} if spread is not None else engine.spreads,
     )

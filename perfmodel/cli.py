@@ -57,7 +57,7 @@ def predict(
     cache_dtype: options.CacheDType = None,
     tensor_parallel: options.TensorParallel = 1,
     expert_parallel: options.ExpertParallel = 1,
-    expert_coverage: options.Coverage = "uniform",
+    expert_coverage: options.Coverage = None,
     engine: options.Engine = None,
     request_spread: Annotated[
         float | None,
@@ -126,7 +126,7 @@ def sweep(
     cache_dtype: options.CacheDType = None,
     tensor_parallel: options.TensorParallel = 1,
     expert_parallel: options.ExpertParallel = 1,
-    expert_coverage: options.Coverage = "uniform",
+    expert_coverage: options.Coverage = None,
     engine: options.Engine = None,
     out: Annotated[Path | None, typer.Option(help="Write a .csv or .parquet instead of printing a table.")] = None,
     as_json: Json = False,

@@ -69,7 +69,11 @@ CacheDType = Annotated[
 TensorParallel = Annotated[int, typer.Option(help="Devices of one node that share every layer's matrices.")]
 ExpertParallel = Annotated[int, typer.Option(help="Devices of one node that the experts are dealt out to.")]
 Coverage = Annotated[
-    str, typer.Option(help="uniform, uniform(SKIP_SHARE), correlated(RHO), all, min or measured:FILE.json.")
+    str | None,
+    typer.Option(
+        help="uniform, uniform(SKIP_SHARE), correlated(RHO), zipf(EXPONENT), all, min or measured:FILE.json "
+        "(default: the engine's)."
+    ),
 ]
 Engine = Annotated[
     str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the kind of device).")
@@ -195,7 +199,7 @@ def setting_of(
     model: str,
     device: HardwareProfile,
     precision: Precision,
-    coverage: str,
+    coverage: str | None,
     engine: str | None,
     tensor_parallel: int,
     expert_parallel: int,

@@ -50,6 +50,10 @@ class Setting:
         """What the engine adds on this device."""
         return self.engine.host_costs(self.device.hardware)
 
+    def spread(self, forward: str = "") -> float | None:
+        """The engine's spread of steps of this model, and of those that begin with a kind of forward."""
+        return self.engine.spread_of(forward, "moe" if self.spec.moe_layers else "dense")
+
 
 @dataclass(frozen=True)
 class ForwardTiming:
@@ -126,7 +130,7 @@ def interval(at: Setting, timing: ForwardTiming | StepTiming) -> tuple[Array, Ar
     direction at once, which is wider than errors that partly cancel; what is not from the library errs by
     UNKNOWN_SPREAD. Nothing can be faster than the bound.
     """
-    wide: Array | float | None = at.engine.known_spread
+    wide: Array | float | None = at.spread(timing.forwards[0].name if isinstance(timing, StepTiming) else "")
     if wide is None:
         library = at.device.library
         if library is None:
@@ -144,18 +148,19 @@ def setting(
     hardware: HardwareProfile,
     precision: Precision | str,
     *,
-    expert_coverage: ExpertCoverage | str = "uniform",
+    expert_coverage: ExpertCoverage | str | None = None,
     engine: EngineProfile | str | None = None,
     kernels: KernelConfig | None = None,
     parallel: Parallel = ALONE,
 ) -> Setting:
-    """Resolve names and defaults: our engine for the kind of hardware, and the kernels that the engine names.
+    """Resolve names and defaults: our engine for the kind of hardware, and the kernels and coverage that it names.
 
     precision: a dtype stands for everything in it. UserError for unknown names, a dtype without a peak on the device,
     sizes that do not divide over the devices, and more devices than the profile's interconnect joins.
     """
-    coverage = parse_coverage(expert_coverage) if isinstance(expert_coverage, str) else expert_coverage
     found = engine_for(hardware, engine)
+    named = expert_coverage or found.expert_coverage
+    coverage = parse_coverage(named) if isinstance(named, str) else named
     chosen = kernels or found.kernels
     stored = uniform(precision) if isinstance(precision, str) else precision
     device = Device(hardware, stored.head, chosen.threads)
@@ -260,7 +265,7 @@ def predict(
     histogram: Sequence[float] | None = None,
     acceptance_rates: Sequence[float] | None = None,
     fillings: float | None = None,
-    expert_coverage: ExpertCoverage | str = "uniform",
+    expert_coverage: ExpertCoverage | str | None = None,
     engine: EngineProfile | str | None = None,
     kernels: KernelConfig | None = None,
     precision: Precision | None = None,

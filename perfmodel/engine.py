@@ -12,6 +12,7 @@ import yaml
 
 from hardware.files import UserError, build, known, plain, read_yaml, write_atomic
 from hardware.profile import HardwareProfile
+from perfmodel.experts import parse_coverage
 from perfmodel.kernels.library import Family
 from perfmodel.operators import FORWARD_OPERATORS
 from perfmodel.steps import FORWARDS, WORK_ENTRIES
@@ -137,8 +138,10 @@ class EngineProfile:
     reading the KV cache and of moving activations.
     hosts: by device, vendor or "default", the most specific one alone counts. intervals: 90% intervals of fitted host
     costs, as "h100-sxm.forward_seconds". spread: 80% of measured steps that no fit had seen lie within the estimate
-    times or over exp(spread); None: that of the kernels. builds: of the engine, by commit, that take another time for
-    forwards of several slots: their factor on what `hosts` says every such forward costs.
+    times or over exp(spread); None: that of the kernels. spreads: the same for steps of a kind, where enough were
+    measured: those that begin with a forward of this name, or of "moe" or "dense" models. builds: of the engine, by
+    commit, that take another time for forwards of several slots: their factor on what `hosts` says every such forward
+    costs.
     """
 
     name: str
@@ -156,10 +159,13 @@ class EngineProfile:
     hosts: dict[str, HostCosts] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     spread: float | None = None
+    spreads: dict[str, float] = field(default_factory=dict)
     requests: Requests | None = None  # None: not known
     builds: dict[str, float] = field(default_factory=dict)
+    expert_coverage: str = "uniform"  # of a prediction that names none: that under which the engine was fitted
 
     def __post_init__(self) -> None:
+        parse_coverage(self.expert_coverage)
         for name in self.operators:
             if name not in DESCRIBED:
                 raise known("entry of operators", name, DESCRIBED)
@@ -176,6 +182,10 @@ class EngineProfile:
         for name, value in self.scale.items():
             require(0 < value < math.inf, f"scale.{name} > 0 must hold, but got {value}")
         require(self.spread is None or self.spread >= 0, f"spread >= 0 must hold, but got {self.spread}")
+        for name, value in self.spreads.items():
+            if name not in (*FORWARDS, "moe", "dense"):
+                raise known("kind of spreads", name, (*FORWARDS, "moe", "dense"))
+            require(value >= 0, f"spreads.{name} >= 0 must hold, but got {value}")
         for name, (low, high) in self.intervals.items():
             require(low <= high, f"intervals.{name} must be [low, high], but is [{low}, {high}]")
         groups = {"operators", "experts", "sampler", "view_share", "scale"} | ({"hosts"} if self.hosts else set())
@@ -231,6 +241,10 @@ class EngineProfile:
             return 1.9 * self.fit.median_absolute_error
         return self.spread
 
+    def spread_of(self, *kinds: str) -> float | None:
+        """The spread of the first of these kinds that has one of its own, else that of all steps."""
+        return next((self.spreads[kind] for kind in kinds if kind in self.spreads), self.known_spread)
+
     def scale_of(self, parameter: Parameter) -> float:
         """The calibrated factor, 1 where none was fitted."""
         return self.scale.get(parameter, 1.0)
@@ -270,7 +284,7 @@ def _resolved(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return data
     engines = list_engines()
-    if base not in engines:
+    if not isinstance(base, str) or base not in engines:
         raise known(f"engine that {path} is like:", str(base), engines)
     above = engines[base]
     require(above not in (*seen, path), f"{path}: an engine cannot be like itself")

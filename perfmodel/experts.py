@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +20,8 @@ from runtime.config import require
 from runtime.routing import RoutingFacts, read_routing
 
 Array = npt.NDArray[np.float64]
-Kind = Literal["uniform", "all", "min", "correlated", "measured"]
-_KINDS = ("uniform", "all", "min", "correlated", "measured")
+Kind = Literal["uniform", "all", "min", "correlated", "zipf", "measured"]
+_KINDS = ("uniform", "all", "min", "correlated", "zipf", "measured")
 _FORM = re.compile(r"(?P<kind>[a-z]+)(?:\((?P<number>[^)]*)\)|:(?P<path>.+))?")
 
 
@@ -41,9 +41,10 @@ class ExpertCoverage:
     """Distinct experts of a layer that a forward of batch x slots tokens touches.
 
     uniform: every token picks an expert independently and evenly. correlated: each further token of a sequence's block
-    repeats an earlier choice with probability `rho`, else picks evenly. all, min: the two limits that published tools
-    assume (every expert; as few as tokens allow one each, min(E, T)). measured: points recorded by the runtime, those
-    of `of(kind)` where it names one, and interpolated.
+    repeats an earlier choice with probability `rho`, else picks evenly. zipf: every token picks independently, the r-th
+    most popular expert of a layer in proportion to r^-exponent (0: evenly). all, min: the two limits that published
+    tools assume (every expert; as few as tokens allow one each, min(E, T)). measured: points recorded by the runtime,
+    those of `of(kind)` where it names one, and interpolated.
     `skip_share` is the share of tokens routed to the skip expert, which reads nothing (measured counts exclude it).
     `experts` is what the recorded model has, where that is known.
     """
@@ -53,9 +54,11 @@ class ExpertCoverage:
     skip_share: float = 0.0
     measured: tuple[CoveragePoint, ...] = ()
     experts: int | None = None
+    exponent: float = 0.0
 
     def __post_init__(self) -> None:
         require(0 <= self.rho <= 1, f"0 <= rho <= 1 must hold, but got {self.rho}")
+        require(0 <= self.exponent <= 5, f"0 <= exponent <= 5 must hold, but got {self.exponent}")
         require(0 <= self.skip_share < 1, f"0 <= skip_share < 1 must hold, but got {self.skip_share}")
         if self.kind != "measured":
             return
@@ -83,8 +86,9 @@ class ExpertCoverage:
 
         uniform: E (1 - (1 - p)^T) with p = k (1 - skip_share) / E, T = batch * slots, where every token takes k =
         `per_token` different ones. correlated: the same with 1 + (slots - 1)(1 - rho) independent choices per
-        sequence. Raises UserError beyond what was measured, and for another number of experts than the recorded
-        model's.
+        sequence. zipf: sum over experts of 1 - exp(-T c r^-exponent), with the c that makes it k (1 - skip_share) for
+        one token (a token's k different choices as the first k of E exponential clocks). Raises UserError beyond what
+        was measured, and for another number of experts than the recorded model's.
         """
         batch, slots = np.asarray(batch, dtype=float), np.asarray(slots, dtype=float)
         tokens = batch * slots
@@ -98,6 +102,9 @@ class ExpertCoverage:
                 f"expert coverage was measured on a model of {self.experts} experts, but this one has {experts}",
             )
             return np.minimum(self._interpolate(batch, slots, experts), experts)
+        if self.kind == "zipf":
+            logs, hit = _zipf(self.exponent, per_token * (1 - self.skip_share), experts)
+            return np.interp(np.log2(np.maximum(tokens, _LEAST_TOKENS)), logs, hit)
         choices = batch * (1 + (slots - 1) * (1 - self.rho)) if self.kind == "correlated" else tokens
         rate = per_token * (1 - self.skip_share) / experts
         return experts * -np.expm1(choices * math.log1p(-rate)) if rate < 1 else np.full(tokens.shape, float(experts))
@@ -129,18 +136,25 @@ class ExpertCoverage:
         """The name a prediction carries; `parse_coverage` reads it back, except for measured pairs."""
         if self.kind == "correlated":
             return f"correlated({self.rho:g})"
+        if self.kind == "zipf":
+            return f"zipf({self.exponent:g})"
         return f"uniform({self.skip_share:g})" if self.kind == "uniform" and self.skip_share else self.kind
 
 
 def parse_coverage(text: str) -> ExpertCoverage:
-    """Read `uniform`, `uniform(SKIP_SHARE)`, `correlated(RHO)`, `all`, `min` or `measured:FILE.json`.
+    """Read `uniform`, `uniform(SKIP_SHARE)`, `correlated(RHO)`, `zipf(EXPONENT)`, `all`, `min` or
+    `measured:FILE.json`.
 
     The file holds routing facts (`runtime.routing`), which `python -m benchmarks.routing` writes.
     """
     match = _FORM.fullmatch(text)
     kind = match["kind"] if match else ""
     if match is None or kind not in _KINDS:
-        raise known("expert coverage", text, (*_KINDS[:3], "uniform(SKIP_SHARE)", "correlated(RHO)", "measured:FILE"))
+        raise known(
+            "expert coverage",
+            text,
+            (*_KINDS[:3], "uniform(SKIP_SHARE)", "correlated(RHO)", "zipf(EXPONENT)", "measured:FILE"),
+        )
     if kind == "measured":
         require(match["path"] is not None, "measured expert coverage needs its file: measured:FILE.json")
         return load_measured(Path(match["path"]))
@@ -149,6 +163,9 @@ def parse_coverage(text: str) -> ExpertCoverage:
     if kind == "correlated":
         require(number is not None, "correlated expert coverage needs its correlation: correlated(0.3)")
         return ExpertCoverage("correlated", rho=number or 0.0)
+    if kind == "zipf":
+        require(number is not None, "zipf expert coverage needs its exponent: zipf(0.9)")
+        return ExpertCoverage("zipf", exponent=number or 0.0)
     if kind == "uniform":
         return ExpertCoverage("uniform", skip_share=number or 0.0)
     require(number is None, f"{kind} expert coverage takes no number, but got {text!r}")
@@ -189,6 +206,26 @@ def fit_rho(measured: ExpertCoverage, experts: int) -> float:
         return float(((said - distinct) ** 2).sum())
 
     return min(np.linspace(0, 1, 1001).tolist(), key=error)
+
+
+_LEAST_TOKENS = 2.0**-10
+_OCTAVE = 64  # points between which a curve over tokens is linear in their logarithm: within 1e-4 of an expert's share
+
+
+@lru_cache(maxsize=64)
+def _zipf(exponent: float, per_token: float, experts: int) -> tuple[Array, Array]:
+    """Logarithms (base 2) of numbers of tokens, up to where every expert is hit, and the distinct experts at each."""
+    if per_token >= experts:
+        return np.zeros(1), np.full(1, float(experts))
+    shares = np.arange(1.0, experts + 1) ** -exponent
+    low, high = -40.0, 40.0  # of the logarithm of c
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if -np.expm1(-math.exp(middle) * shares).sum() < per_token else (low, middle)
+    rates = math.exp(high) * shares
+    last = math.ceil(math.log2(40 / rates[-1]))
+    logs = np.arange(round(math.log2(_LEAST_TOKENS)) * _OCTAVE, max(last, 1) * _OCTAVE + 1) / _OCTAVE
+    return logs, -np.expm1(-np.exp2(logs)[:, None] * rates).sum(1)
 
 
 def _curves(points: Sequence[CoveragePoint], experts: int, one: float) -> dict[float, Callable[[Array], Array]]:

@@ -276,7 +276,7 @@ def _from_library(
     zero = np.zeros(())
     memory, compute, overhead, called = zero, zero, zero, zero
     family: Family = "elementwise"
-    moved = op.moved_bytes
+    moved, lives = op.moved_bytes, op.cost.activation_set_bytes
     if op.calls:
         for count, call in op.calls:
             family = _FAMILY[type(call)]
@@ -297,14 +297,16 @@ def _from_library(
             overhead = overhead + count * parts.overhead
             called = called + count
     else:
-        moved = moved + op.weight_bytes + op.cost.kv_bytes
+        streamed = op.weight_bytes + op.cost.kv_bytes
+        moved, lives = moved + streamed, lives + streamed
         compute = op.cost.flops / device.achieved_flops
     factor = costs.factor(family)
     rate_of_memory, rate_of_compute = _scales(family, engine)
     fused = np.minimum(op.launches / np.maximum(called, 1.0), 1.0)
     memory, compute = memory * (factor / rate_of_memory), compute * (factor / rate_of_compute)
     overhead = overhead * (factor * fused)
-    alone = library.elementwise.time(Elementwise(moved, np.maximum(op.launches - called, 0.0)), device.hardware)
+    rest = Elementwise(moved, np.maximum(op.launches - called, 0.0), lives)
+    alone = library.elementwise.time(rest, device.hardware)
     apart = costs.factor("elementwise")
     memory = memory + alone.memory * (apart / engine.scale_of("activations"))
     return family, Parts(memory, compute, overhead + alone.overhead * apart)

@@ -10,6 +10,7 @@ from hardware.files import plain
 from hardware.profile import load_profile
 from perfmodel import cli_options as options
 from perfmodel.terminal import Json, ms, print_json, print_table
+from runtime.config import DecodingConfig
 
 FIGURES = ("active", "mean_tpot_seconds", "median_itl_seconds", "decode_seconds", "prompt_seconds", "bound_seconds",
            "output_tokens_per_second")  # fmt: skip
@@ -35,7 +36,7 @@ def serving(
     cache_dtype: options.CacheDType = None,
     tensor_parallel: options.TensorParallel = 1,
     expert_parallel: options.ExpertParallel = 1,
-    expert_coverage: options.Coverage = "uniform",
+    expert_coverage: options.Coverage = None,
     engine: Annotated[str, typer.Option(help="A known engine, or its YAML file.")] = "vllm",
     as_json: Json = False,
 ) -> None:
@@ -51,7 +52,9 @@ def serving(
     precision = options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype)
     at = options.setting_of(model, device, precision, expert_coverage, engine, tensor_parallel, expert_parallel)
     numbers = options.numbers("sequences", sequences, float)
-    load = Load(np.array(numbers), prompt, generated, variation, drawn=temperature > 0)
+    load = Load(
+        np.array(numbers), prompt, generated, variation, drawn=DecodingConfig(temperature=temperature).temperature > 0
+    )
     found = serve(at, load)
     rows = [
         {name: float(np.broadcast_to(getattr(found, name), len(numbers))[i]) for name in FIGURES}
@@ -61,13 +64,14 @@ def serving(
               "parallel": plain(at.parallel), "expert_coverage": str(at.coverage), "prompt": prompt,
               "generated": generated, "variation": variation, "temperature": temperature}  # fmt: skip
     if as_json:
-        spread = at.engine.known_spread
+        spread = at.spread()
         return print_json(
             header | {"spread": spread, "rows": [{"sequences": n, **r} for n, r in zip(numbers, rows, strict=True)]}
         )
+    experts = f", experts {at.coverage}" if at.spec.moe_layers else ""
     print_table(
-        f"{at.spec.name} ({at.precision}) on {device.name}, {at.parallel}, {at.engine.name}: prompts of {prompt:g}, "
-        f"{generated:g} generated",
+        f"{at.spec.name} ({at.precision}) on {device.name}, {at.parallel}, {at.engine.name}{experts}: prompts of "
+        f"{prompt:g}, {generated:g} generated",
         ("in flight", "active", "mean TPOT ms", "median ITL ms", "step ms", "bound ms", "prompt ms", "tokens/s"),
         [
             (

@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from hardware.profile import HardwareProfile
 from perfmodel.closed_batch import Drain, drain
-from perfmodel.decoding import ForwardTiming, Setting, StepTiming, setting, time_step
+from perfmodel.decoding import ForwardTiming, Setting, StepTiming, require_memory, setting, time_step
 from perfmodel.engine import EngineProfile, Requests, load_engine
 from perfmodel.fitting import Problem
-from perfmodel.model_spec import load_spec
+from perfmodel.model_spec import load_spec, require_context
 from perfmodel.published.points import Point, TidarForwardPoint, TidarThroughputPoint
 from perfmodel.roofline import Timings
 from perfmodel.steps import step_of
@@ -35,20 +35,18 @@ KERNELS = "ideal-graph"  # the engine without costs of its own, to which the fit
 REQUESTS_PER_SLOT = 10  # of the published runs whose slots are filled again: "n_sample=10"
 FORWARD_WEIGHT = 4.0  # of a forward timed on the device, where no request differs from another
 OUTLIER = 0.08
-VENDORS = (
-    "NVIDIA",
-    "AMD",
-)  # the host, and attention over several slots, differ between CUDA and ROCm; the rest does not
+VENDORS = ("NVIDIA", "AMD")  # the host, and attention over several slots, differ between CUDA and ROCm
 
 # What a fit starts from and falls back to, each with the log-scale distance that costs as much as a row off by OUTLIER.
-# single_seconds: beyond forward_seconds, where single_forward's many layouts are not captured in a graph.
+# single_seconds: beyond forward_seconds, where single_forward's many layouts are not captured in a graph. families.moe:
+# held close, since experts that were read much faster than the library says would exceed the memory's rate.
 START: dict[str, tuple[float, float]] = {
     "NVIDIA.forward_seconds": (10e-3, 1.0),
     "AMD.forward_seconds": (14e-3, 1.0),
     "NVIDIA.cached_token_seconds": (0.2e-6, 1.0),
     "AMD.cached_token_seconds": (5e-6, 1.0),
-    "NVIDIA.families.moe": (1.0, 0.15),
-    "AMD.families.moe": (1.0, 0.15),
+    "NVIDIA.families.moe": (1.0, 0.08),
+    "AMD.families.moe": (1.0, 0.08),
     "single_seconds": (15e-3, 0.5),
     "token_seconds": (10e-6, 1.0),
     "sequence_seconds": (20e-6, 1.0),
@@ -70,9 +68,13 @@ class Estimated(NamedTuple):
 
 
 def estimate(run: Run, engine: EngineProfile | None = None) -> Estimated:
-    """A run by the engine (None: the bundled one) in its build. The bound is that of a batch that is kept full."""
+    """A run by the engine (None: the bundled one) in its build. The bound is that of a batch that is kept full.
+
+    UserError where its last steps are beyond the model's context or the device's memory.
+    """
     engine = engine or _bundled()
-    spread, requests = engine.known_spread or 0.0, engine.requests or Requests()
+    _require_room(run, engine)
+    spread, requests = engine.spread_of(_kind(run)) or 0.0, engine.requests or Requests()
     course = _course(run, requests)
     if isinstance(run, TidarForwardPoint):
         part = _parts(_step(_setting(run.hardware, engine), run, course.active), run)[0]
@@ -83,6 +85,13 @@ def estimate(run: Run, engine: EngineProfile | None = None) -> Estimated:
     tokens = run.batch * _committed(run)
     least = np.broadcast_to(step.bound_seconds, course.active.shape)[0]
     return Estimated(float(course.mean_seconds(step.seconds + waits)) / tokens, float(least) / tokens, spread)
+
+
+def _require_room(run: Run, engine: EngineProfile) -> None:
+    """Of all requests at once, though some of a batch may have ended, and others replaced, before the last steps."""
+    at, generated = _setting(run.hardware, engine), math.ceil(run.generated_tokens)
+    require_context(at.spec, generated + int(np.max(step_of(run.decoding).reach)))
+    require_memory(at, run.batch, generated, run.decoding.slots)
 
 
 @cache
@@ -103,6 +112,11 @@ def _parts(step: StepTiming, run: Run) -> list[ForwardTiming | Timings]:
     if isinstance(run, TidarThroughputPoint):
         return [*step.forwards, step.beside]
     return [step.beside] if run.part == "sampler" else [f for f in step.forwards if f.name == run.part]
+
+
+def _kind(run: Run) -> str:
+    """What its spread is that of: steps that begin with this forward; parts of steps are too few for one."""
+    return step_of(run.decoding).forwards[0].name if isinstance(run, TidarThroughputPoint) else ""
 
 
 def _committed(run: Run) -> float:
@@ -212,6 +226,7 @@ def tidar_problem(points: Sequence[Point]) -> Problem:
         {name: prior for name, (_, prior) in START.items()},
         OUTLIER,
         np.where([run.operator == "tidar forward_ms" for run in runs], FORWARD_WEIGHT, 1.0),
+        [_kind(run) for run in runs],
     )
 
 

@@ -119,6 +119,5 @@ class _ScaledCoverage(ExpertCoverage):
 
 def scale_coverage(coverage: ExpertCoverage, factor: float) -> ExpertCoverage:
     """Coverage that reads `factor` times the experts, up to all of them."""
-    return _ScaledCoverage(
-        coverage.kind, coverage.rho, coverage.skip_share, coverage.measured, coverage.experts, factor=factor
-    )
+    own = {field.name: getattr(coverage, field.name) for field in fields(ExpertCoverage)}
+    return _ScaledCoverage(**own, factor=factor)

@@ -11,7 +11,8 @@ import pytest
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, list_profiles, load_profile
 from perfmodel import fitting
-from perfmodel.kernels.call import Array, Parts
+from perfmodel.decoding import ForwardTiming, Setting
+from perfmodel.kernels.call import Array, FusedMoe, Parts, main_bandwidth
 from perfmodel.kernels.fitting import values_of
 from perfmodel.kernels.library import Family, load_library
 from perfmodel.published import fits
@@ -44,6 +45,22 @@ def held_out_errors(family: Family) -> Array:
 def rows_below_their_bound(family: Family, bound: Any) -> list[str]:
     """Ids of rows that claim to be faster than datasheet peaks allow."""
     return [p.id for p in points(family) if p.measured_seconds < float(bound(p.call, p.hardware))]
+
+
+def reading_over_achieved(forward: ForwardTiming, at: Setting) -> float:
+    """Seconds in which an engine's experts read and multiply, over those of their weights at the achieved bandwidth.
+
+    By the library and the engine's factor alone, whatever a bound then makes of them.
+    """
+    (experts,) = (op for op in forward.operators if op.name == "experts")
+    assert at.device.library is not None
+    seconds = 0.0
+    for count, call in experts.executed.calls:
+        assert isinstance(call, FusedMoe)
+        parts = at.device.library.moe.time(call, at.device.hardware)
+        seconds += float(np.sum(count * (parts.memory + parts.compute)))
+    least = float(np.sum(experts.executed.weight_bytes)) / main_bandwidth(at.device.hardware)
+    return at.host_costs.factor("moe") * seconds / least
 
 
 def assert_fitted(family: Family) -> None:

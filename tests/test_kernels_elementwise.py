@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hardware.files import UserError
 from hardware.profile import HardwareProfile
 from perfmodel.kernels import elementwise
+from perfmodel.kernels.call import main_bandwidth
 from perfmodel.kernels.elementwise import Elementwise, ElementwiseKernels
 from perfmodel.kernels.library import load_library
 from tests.kernel_rows import DEVICES, assert_fitted, assert_parts, held_out_errors, rows_below_their_bound
@@ -38,6 +39,17 @@ def test_a_tiny_kernel_is_its_launch_and_a_huge_one_its_bytes() -> None:
         tiny, huge = KERNELS.time(Elementwise(2.0), device), KERNELS.time(Elementwise(1e11), device)
         assert tiny.overhead > 0.99 * tiny.seconds and huge.memory > 0.99 * huge.seconds
         assert float(tiny.seconds) > device.graph_node_seconds
+
+
+def test_no_stream_beyond_the_caches_is_faster_than_the_device_achieves() -> None:
+    """Whatever share is fitted to small kernels, whose bytes the one before left in a cache."""
+    quick = ElementwiseKernels(node_share=1.0, bandwidth_share=3.0)
+    for device in DEVICES:
+        held = sum(level.capacity_bytes for level in device.memory[:-1])
+        few, some, more = (quick.time(Elementwise(size), device).memory for size in (held, held + 1e9, held + 2e9))
+        assert more - some == pytest.approx(some - few)
+        assert 1e9 / (more - some) <= main_bandwidth(device) * (1 + 1e-9)
+        assert few == pytest.approx(held / (3 * main_bandwidth(device)))
 
 
 def test_arrays_agree_with_numbers() -> None:

@@ -46,6 +46,30 @@ def test_known_numbers_are_found_again_and_a_far_start_is_left() -> None:
     assert fitting.solve(held)["compute_share"] == pytest.approx(start.compute_share, rel=0.02)
 
 
+def test_an_interval_holds_its_value_and_narrows_with_what_is_known() -> None:
+    """Also where a draw of few series leaves a number nearer to its start than all of them do."""
+    random, lengths = np.random.default_rng(0), np.linspace(1, 9, 40)
+
+    def problem(noise: float) -> fitting.Problem:
+        measured = (2e-3 + 5e-3 * lengths) * np.exp(noise * random.standard_normal(40))
+        series = [str(i % 4) for i in range(40)]
+        start = {"fixed": 5e-3, "each": 5e-3}
+        return fitting.Problem(
+            lambda n: n["fixed"] + n["each"] * lengths, measured, series, start, 0.3, kinds=["few"] * 9 + ["many"] * 31
+        )
+
+    widths = []
+    for noise in (0.02, 0.2):
+        found = fitting.fit(problem(noise), draws=20)
+        for name, value in found.values.items():
+            low, high = found.intervals[name]
+            assert low <= value <= high, name
+        widths.append(found.intervals["each"][1] / found.intervals["each"][0])
+        assert set(found.spreads) == {"many"}
+        assert found.spreads["many"] == pytest.approx(1.28 * noise, rel=0.5)
+    assert widths[0] < widths[1]
+
+
 def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(UserError, match="measured seconds"):
         family_problem(TRUE, CALLS, [1.0], ["one"])

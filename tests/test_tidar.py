@@ -22,6 +22,7 @@ from perfmodel.published.points import TidarForwardPoint, TidarThroughputPoint, 
 from perfmodel.published.rows import read_rows
 from perfmodel.steps import step_of
 from runtime.config import DecodingConfig
+from tests.kernel_rows import reading_over_achieved
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "measurements" / "published" / "zaya_tidar_measured.csv"
 POINTS = [interpret(row) for row in read_rows(PUBLISHED)]
@@ -62,7 +63,7 @@ def beats_autoregressive(seconds: Sequence[float]) -> list[tuple[str, bool]]:
 
 def test_throughput_of_series_that_the_fit_had_not_seen(problem: Problem, unseen: Array) -> None:
     errors = error(unseen, problem, RATE)
-    assert errors.mean() <= 0.10
+    assert errors.mean() <= 0.09
     assert np.median(errors) <= 0.06
 
 
@@ -94,10 +95,20 @@ def test_no_run_is_faster_than_its_bound(problem: Problem) -> None:
 
 
 def test_the_stated_interval_holds_most_unseen_runs(problem: Problem, unseen: Array) -> None:
-    spread = load_engine("zyphra-vllm").spread
-    assert spread is not None
-    inside = np.abs(np.log(unseen / problem.measured)) <= spread
-    assert 0.7 <= inside.mean() <= 0.9
+    """Of all, and of the kinds that have a spread of their own."""
+    engine, left = load_engine("zyphra-vllm"), np.abs(np.log(unseen / problem.measured))
+    assert engine.spread is not None and problem.kinds is not None
+    assert 0.7 <= (left <= engine.spread).mean() <= 0.9
+    assert set(engine.spreads) == {"decode", "draft"}
+    for kind, spread in engine.spreads.items():
+        assert 0.7 <= (left <= spread)[[k == kind for k in problem.kinds]].mean() <= 0.9
+
+
+def test_no_experts_are_read_faster_than_the_device_achieves() -> None:
+    for run in RUNS:
+        at = setting(load_spec("zaya1-8b"), run.hardware, "bfloat16", engine="zyphra-vllm")
+        for forward in time_step(at, step_of(run.decoding), run.batch, run.generated_tokens / 2).forwards:
+            assert reading_over_achieved(forward, at) >= 1, run.id
 
 
 def run(**changes: Any) -> TidarThroughputPoint:
@@ -105,7 +116,7 @@ def run(**changes: Any) -> TidarThroughputPoint:
     point = TidarThroughputPoint(
         "made up", "here", "series", "tidar throughput two_forward", "zyphra-vllm", load_profile("h100-sxm"),
         Unit("tok/s", 1.0, 1.0), 1.0, DecodingConfig("two_forward", 16), 16, 4000.0, 6.0,
-        refilled=False, ends_early=False, thinking=None, jobs=1, build="0bfa5c58", prefix="made up",
+        refilled=False, ends_early=False, thinking=None, build="0bfa5c58", prefix="made up",
     )  # fmt: skip
     return dataclasses.replace(point, **changes)
 

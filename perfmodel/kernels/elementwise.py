@@ -8,24 +8,26 @@ import numpy as np
 import numpy.typing as npt
 
 from hardware.profile import HardwareProfile
-from perfmodel.kernels.call import Parts
+from perfmodel.kernels.call import Array, Parts, main_bandwidth
 from runtime.config import require
 
 
 @dataclass(frozen=True)
 class Elementwise:
-    """`launches` kernels that together move `size_bytes`, read and written."""
+    """`launches` kernels that together move `size_bytes`, read and written; `set_bytes` live at a time (None: all)."""
 
     size_bytes: npt.ArrayLike
     launches: npt.ArrayLike = 1.0
+    set_bytes: npt.ArrayLike | None = None
 
 
 @dataclass(frozen=True)
 class ElementwiseKernels:
-    """launches * fixed + bytes / (share * achieved bandwidth of main memory).
+    """launches * fixed + bytes / rate: the achieved bandwidth of main memory for what the caches cannot hold.
 
     node_share: fixed seconds of a kernel over the profile's seconds per graph node, which include the gap to the
-    kernel before. bandwidth_share: more than 1 where what the kernel before wrote is still in a cache.
+    kernel before. bandwidth_share: of that bandwidth, for bytes that the caches together hold; more than 1 where what
+    the kernel before wrote is still there. No more than 1 of it counts for what is beyond the caches.
     """
 
     node_share: float
@@ -38,12 +40,9 @@ class ElementwiseKernels:
 
     def time(self, call: Elementwise, hardware: HardwareProfile) -> Parts:
         """Seconds on a device. Arrays broadcast."""
-        memory = hardware.main_memory
-        rate = memory.achieved_bandwidth_bytes_per_second or memory.peak_bandwidth_bytes_per_second
-        assert rate is not None  # a profile without a peak is refused when it is read
-        moved = np.maximum(
-            np.asarray(call.size_bytes, dtype=float) / (rate * self.bandwidth_share), bound(call, hardware)
-        )
+        rate, size = main_bandwidth(hardware), np.asarray(call.size_bytes, dtype=float)
+        beyond = _beyond_caches(call, hardware)
+        moved = (size - beyond) / (rate * self.bandwidth_share) + beyond / (rate * min(self.bandwidth_share, 1.0))
         fixed = np.asarray(call.launches, dtype=float) * (self.node_share * hardware.graph_node_seconds)
         return Parts(moved, np.zeros(()), fixed)
 
@@ -52,9 +51,16 @@ START = ElementwiseKernels(node_share=3.0, bandwidth_share=1.0)  # a launch, a l
 PRIOR = 0.5  # few rows show them
 
 
-def bound(call: Elementwise, hardware: HardwareProfile) -> npt.NDArray[np.float64]:
+def _beyond_caches(call: Elementwise, hardware: HardwareProfile) -> Array:
+    """Bytes that the caches together cannot hold: the same share of all as of those that live at a time."""
+    size = np.asarray(call.size_bytes, dtype=float)
+    lives = size if call.set_bytes is None else np.asarray(call.set_bytes, dtype=float)
+    held = sum(level.capacity_bytes for level in hardware.memory[:-1])
+    return size * (1 - np.minimum(1.0, held / np.maximum(lives, 1.0)))
+
+
+def bound(call: Elementwise, hardware: HardwareProfile) -> Array:
     """Seconds of the bytes that the caches together cannot hold, at the main memory's datasheet peak."""
     peak = hardware.main_memory.peak_bandwidth_bytes_per_second
     assert peak is not None  # a profile without it is refused when it is read
-    held = sum(level.capacity_bytes for level in hardware.memory[:-1])
-    return np.maximum(0.0, np.asarray(call.size_bytes, dtype=float) - held) / peak
+    return _beyond_caches(call, hardware) / peak

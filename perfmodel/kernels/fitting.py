@@ -29,6 +29,7 @@ class Family(Protocol):
 
 F = TypeVar("F", bound=Family)
 Timed = tuple[Any, HardwareProfile]  # a call of the family, all its sizes scalars, and where it ran
+_FIXED = (str, bool, type(None))  # fields of a call that are no sizes
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def _joined(calls: Sequence[Timed]) -> list[_Joined]:
     """Calls that differ in sizes only (equal names and switches, equal device) as one call of arrays each."""
     groups: dict[Any, list[int]] = {}
     for row, (call, hardware) in enumerate(calls):
-        fixed = tuple(value for value in vars(call).values() if isinstance(value, (str, bool)))
+        fixed = tuple(value for value in vars(call).values() if isinstance(value, _FIXED))
         groups.setdefault((type(call), hardware.name, fixed), []).append(row)
     joined = []
     for rows in groups.values():
@@ -50,7 +51,7 @@ def _joined(calls: Sequence[Timed]) -> list[_Joined]:
         sizes = {
             name: np.array([getattr(calls[row][0], name) for row in rows], dtype=float)
             for name, value in vars(first).items()
-            if not isinstance(value, (str, bool))
+            if not isinstance(value, _FIXED)
         }
         joined.append(_Joined(dataclasses.replace(first, **sizes), hardware, np.array(rows)))
     return joined

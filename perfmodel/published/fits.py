@@ -150,6 +150,8 @@ def fitted_text(found: FamilyFit) -> str:
         hosts = plain(with_numbers(load_engine(path), values).hosts)
         data["hosts"] = {host: {k: v for k, v in costs.items() if v} for host, costs in hosts.items()}
     data |= {"intervals": intervals, "spread": found.fitted.spread}
+    if found.fitted.spreads:
+        data["spreads"] = found.fitted.spreads
     data["sources"] = {**data.get("sources", {}), "hosts": in_words(found.fit)}
     comments = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.startswith("#")]
     return "".join(comments) + yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=118)

@@ -12,6 +12,8 @@ from hardware.files import UserError
 from perfmodel.kernels.library import Library, load_library
 from perfmodel.published.points import KernelPoint, Point, ServedPoint, TidarForwardPoint, TidarThroughputPoint
 
+BEYOND = "its sizes are beyond what can be calculated"
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -48,11 +50,11 @@ def kernel_bound(point: KernelPoint) -> float:
 
 def served_estimate(point: ServedPoint) -> Estimate:
     """A served model by its engine's profile; UserError where it does not fit the devices."""
-    from perfmodel.published.served import UNKNOWN_SPREAD, engine_of, served_seconds
+    from perfmodel.published.served import UNKNOWN_SPREAD, engine_of, kind_of, served_seconds
 
     engine = engine_of(point.engine)
     seconds, bound = served_seconds([point], {point.engine: engine})
-    return Estimate(float(seconds[0]), float(bound[0]), engine.known_spread or UNKNOWN_SPREAD)
+    return Estimate(float(seconds[0]), float(bound[0]), engine.spread_of(kind_of(point)) or UNKNOWN_SPREAD)
 
 
 def tidar_estimate(point: TidarForwardPoint | TidarThroughputPoint) -> Estimate:
@@ -75,10 +77,14 @@ def estimate(point: Point) -> Estimate | str:
     load_library()  # outside of what follows: a broken file is not the row's fault
     try:
         found = PREDICTORS[type(point)](point)
+        predicted, bound, low, high = found.in_unit(point)
     except UserError as error:
         return str(error)
-    if not 0 < found.seconds < math.inf or not found.bound_seconds < math.inf:
-        return "its sizes are beyond what can be calculated"
+    except (ArithmeticError, MemoryError):
+        return BEYOND
+    values = (found.seconds, predicted, low, high, 1.0 if bound is None else bound)
+    if not all(0 < value < math.inf for value in values) or not found.bound_seconds < math.inf:
+        return BEYOND
     return found
 
 

@@ -40,8 +40,9 @@ START = {
     "exchange_seconds": 1e-4,
     "exchange_token_seconds": 5e-7,
 }
-# How far, on a logarithmic scale, a fitted figure may reasonably be from there.
-PRIOR = {"families.gemm": 0.1, "families.moe": 0.15, "families.attention": 0.15, "families.collective": 0.2,
+# How far, on a logarithmic scale, a fitted figure may reasonably be from there. Experts are held close: kernels that
+# come this near to the memory's rate have little to gain, so that fewer distinct experts must explain shorter steps.
+PRIOR = {"families.gemm": 0.1, "families.moe": 0.05, "families.attention": 0.15, "families.collective": 0.2,
          "families.elementwise": 0.3}  # fmt: skip
 
 
@@ -59,6 +60,11 @@ def precision_of(point: ServedPoint) -> Precision:
     if found.experts == "mxfp4" and "fp4" in {str(name) for name in point.hardware.peak_flops_per_second}:
         found = dataclasses.replace(found, expert_activations="fp8")
     return found
+
+
+def kind_of(point: ServedPoint) -> str:
+    """What the point's spread is that of."""
+    return "moe" if point.model.moe_layers else "dense"
 
 
 def load_of(points: Sequence[ServedPoint]) -> Load:
@@ -138,23 +144,24 @@ def _start(path: str, own: float) -> float:
 def served_problem(points: Sequence[ServedPoint]) -> fitting.Problem:
     """Host costs and factors of one engine fitted to its served points.
 
-    A step's time is linear in them but where a larger part hides a smaller; so it is expanded around the engine's own.
+    A step's time is linear in them but where a larger part hides a smaller; so it is expanded around their start.
     """
-    engine = engine_of(points[0].engine)
-    own = numbers_of(engine)
-    require(len(own) > 0, f"engine {engine.name} has no host costs to fit")
+    bundled = engine_of(points[0].engine)
+    start = {path: _start(path, value) for path, value in numbers_of(bundled).items()}
+    require(len(start) > 0, f"engine {bundled.name} has no host costs to fit")
+    engine = with_numbers(bundled, start)
     base, _ = served_seconds(points, {engine.name: engine})
     slopes = {}
-    for path, value in own.items():
+    for path, value in start.items():
         more, _ = served_seconds(points, {engine.name: with_numbers(engine, {path: 2 * value})})
         slopes[path] = (more - base) / value
-    rest = base - sum((slope * own[path] for path, slope in slopes.items()), np.zeros(len(points)))
+    rest = base - sum((slope * start[path] for path, slope in slopes.items()), np.zeros(len(points)))
 
     def predict(numbers: Mapping[str, float]) -> Array:
         found = rest + sum((slope * numbers[path] for path, slope in slopes.items()), np.zeros(len(points)))
         return np.maximum(found, base / 100)
 
-    start = {path: _start(path, value) for path, value in own.items()}
     priors = {path: PRIOR.get(path.partition(".")[2], 1.0) for path in start}
     measured = np.array([p.measured_seconds for p in points])
-    return fitting.Problem(predict, measured, [p.series for p in points], start, priors)
+    series, kinds = [p.series for p in points], [kind_of(p) for p in points]
+    return fitting.Problem(predict, measured, series, start, priors, kinds=kinds)
