@@ -29,15 +29,14 @@ def stored_bytes(dtype: str) -> float:
 
 
 def arithmetic_dtype(hardware: HardwareProfile, weights: str, activations: str) -> str:
-    """The dtype whose peak a matmul of these two runs at: that of the wider operand the device can multiply.
+    """The dtype whose peak a matmul of these two runs at: that of the wider operand.
 
     Weights narrower than the activations are widened in registers (w4a16), so they save bytes, not arithmetic.
+    UserError where the device has no peak for the dtype: nothing else is widened, an engine would refuse it too.
     """
     wide = max((activations, weights), key=stored_bytes)
-    peak = {"mxfp4": "fp4", "nvfp4": "fp4", "int4": "int8"}.get(wide, wide)
+    peak = {"mxfp4": "fp4", "nvfp4": "fp4"}.get(wide, wide)
     peaks = {str(name) for name in hardware.peak_flops_per_second}
-    if peak == "fp4" and peak not in peaks:
-        peak = "fp8"
     if peak not in peaks:
         raise known(f"dtype of {hardware.name}", peak, peaks)
     return peak

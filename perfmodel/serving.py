@@ -30,6 +30,8 @@ CHUNK_TOKENS = 8192  # of prompts in one step: the default of vLLM and SGLang on
 # Of the nominal memory that engines let weights and caches take: 0.9, the default of vLLM and TensorRT-LLM, of what the
 # devices really have (85.5e9 bytes of an H100's "80 GB", 150.8e9 of an H200's "141 GB").
 MEMORY_SHARE = 0.96
+MOST = 1e9  # requests in flight, and tokens of one
+MOST_VARIATION = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,10 @@ class Load:
 
     def __post_init__(self) -> None:
         for name in ("sequences", "prompt", "generated"):
-            least = float(np.min(getattr(self, name)))
-            require(least >= 1, f"{name} >= 1 must hold, but got {least:g}")
-        require(self.variation >= 0, f"variation >= 0 must hold, but got {self.variation}")
+            for value in map(float, (np.min(getattr(self, name)), np.max(getattr(self, name)))):
+                require(1 <= value <= MOST, f"1 <= {name} <= {MOST:g} must hold, but got {value:g}")
+        most = MOST_VARIATION
+        require(0 <= self.variation <= most, f"0 <= variation <= {most:g} must hold, but got {self.variation:g}")
 
     @property
     def context(self) -> Array:
@@ -102,7 +105,7 @@ class Served:
 
 
 def active_sequences(at: Setting, load: Load) -> Array:
-    """Requests that are decoded at once. UserError where the memory does not hold one."""
+    """Requests that are decoded at once. UserError where the memory holds not one, or not all that are said to be."""
     length = np.asarray(load.prompt, dtype=float) + np.asarray(load.generated, dtype=float)
     weights, hardware = weight_bytes(at), at.device.hardware
     each = memory_bytes(at, 1, length) - weights  # of one sequence, on each device of its replica
@@ -113,7 +116,15 @@ def active_sequences(at: Setting, load: Load) -> Array:
         f"{weights / 1e9:.1f} GB of weights a device and {float(np.max(each)) / 1e9:.1f} GB of cache a request",
     )
     sequences = np.asarray(load.sequences, dtype=float)
-    return sequences if load.admitted else np.minimum(sequences, most)
+    if not load.admitted:
+        return np.minimum(sequences, most)
+    capacity, needed = hardware.main_memory.capacity_bytes, float(np.max(memory_bytes(at, sequences, load.context)))
+    require(
+        needed <= capacity,
+        f"all sequences must fit the {capacity / 1e9:.1f} GB of {hardware.name}, but {float(np.max(sequences)):g} at a "
+        f"mean context of {float(np.max(load.context)):g} need {needed / 1e9:.1f} GB",
+    )
+    return sequences
 
 
 def serve(at: Setting, load: Load) -> Served:

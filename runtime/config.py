@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -221,8 +222,8 @@ class DecodingConfig:
             raise known("sampler", self.sampler, SAMPLER_NAMES)
         require(self.draft_tokens >= 1, f"draft_tokens >= 1 must hold, but got {self.draft_tokens}")
         require(0 <= self.mixing_weight <= 1, f"0 <= mixing_weight <= 1 must hold, but got {self.mixing_weight}")
-        require(self.temperature >= 0, f"temperature >= 0 must hold, but got {self.temperature}")
-        require(self.draft_temperature >= 0, f"draft_temperature >= 0 must hold, but got {self.draft_temperature}")
+        for name in ("temperature", "draft_temperature"):
+            require(0 <= getattr(self, name) < math.inf, f"{name} >= 0 must hold, but got {getattr(self, name)}")
         for name, sampler in SETTING_OF.items():
             require(
                 self.sampler == sampler or getattr(self, name) == _DEFAULTS[name],

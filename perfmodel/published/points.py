@@ -104,8 +104,8 @@ class TidarThroughputPoint(Point):
 
     acceptance_length: tokens committed per step, the verifier's own included; None for autoregressive decoding.
     refilled: finished sequences were replaced. ends_early: a sequence may end before `generated_tokens`. thinking: None
-    where it is not said. jobs: how many such runs shared the host. build: the engine's commit. prefix: rows of one
-    prefix, device and batch differ in the mode alone, so that their order can be compared.
+    where it is not said. build: the engine's commit. prefix: rows of one prefix, device and batch differ in
+    the mode alone, so that their order can be compared.
     """
 
     decoding: DecodingConfig
@@ -115,6 +115,5 @@ class TidarThroughputPoint(Point):
     refilled: bool
     ends_early: bool
     thinking: bool | None
-    jobs: int
     build: str
     prefix: str

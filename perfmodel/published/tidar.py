@@ -44,12 +44,11 @@ def point(row: Row, names: Catalog) -> Point:
     elif not 1 <= length <= decoding.draft_tokens + 1:
         raise Unclear(f"an acceptance length counts the verifier's token, so 1 to K + 1, but is {length:g}")
     note = cells["note"]
-    jobs = re.search(r"\b(\d+) jobs on one host", note)
     return TidarThroughputPoint(
         row.id, row.source, row.series, f"tidar throughput {decoding.sampler}", engine, hardware,
         Unit("tok/s", 1.0, 1.0), measured, decoding, batch, generated, length,
         refilled="refill" in note, ends_early="EOS allowed" in note, thinking=_thinking(row),
-        jobs=int(jobs[1]) if jobs else 1, build=_build(row), prefix=row.run,
+        build=_build(row), prefix=row.run,
     )  # fmt: skip
 
 
