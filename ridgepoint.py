@@ -1,7 +1,7 @@
 """The command: joins the packages' `cli.py` and turns expected failures into one line and an exit code.
 
 Exit codes: 0 success; 1 the reader of the output went away (`| head`), quietly; 2 a failure that the user can mend (bad
-option, unreadable file, impossible value); 130 interrupted. A bug keeps its traceback.
+option, unreadable file, impossible value, full disk); 130 interrupted. A bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -63,18 +63,22 @@ for package in (hardware.cli, perfmodel.cli, runtime.cli, runtime.conversion.cli
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return the exit code. Prints; raises only for bugs."""
     command = typer.main.get_command(app)
+    if sys.stdout is None:  # closed from the start: nobody reads it
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
     try:
         code = command.main(arguments, prog_name="ridgepoint", standalone_mode=False)
-        sys.stdout.flush()  # here, so that a reader that went away is noticed before the interpreter shuts down
+        sys.stdout.flush()  # here, so that what cannot be written is noticed before the interpreter shuts down
     except UserError as error:
         return _fail(str(error))
     except typer.TyperException as error:  # bad usage
         return _fail(error.format_message(), hint=_usage_hint(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except BrokenPipeError:
+    except OSError as error:
+        if error.filename is not None:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own last flush complains
-        return 1
+        return 1 if isinstance(error, BrokenPipeError) else _fail(f"cannot write the output: {error.strerror or error}")
     if code == 130:  # typer itself turns an interrupt into this code
         return _fail("interrupted", code=130)
     return code if isinstance(code, int) else 0

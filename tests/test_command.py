@@ -136,6 +136,22 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.wait() == 1
 
 
+@pytest.mark.parametrize("arguments", [["--version"], predict(), ["hardware", "list", "--json"]])
+def test_a_full_disk_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "ridgepoint", *arguments], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert run.stderr == "ridgepoint: cannot write the output: No space left on device\n"
+    assert run.returncode == 2
+
+
+def test_a_closed_output_is_no_error() -> None:
+    line = [sys.executable, "-m", "ridgepoint", *predict()]
+    run = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *line], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], [*predict(), "--json"]], ids=["help", "predict"])
 def test_it_starts_fast(arguments: list[str]) -> None:
     """Under a second of processor time (the machine may be busy) from a new interpreter; no slow library is loaded."""
