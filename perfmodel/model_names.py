@@ -30,7 +30,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "llama-3.2-3b": ("llama-3.2-3b-instruct",),
     "mistral-7b-v0.3": ("mistral-7b-instruct-v0.3",),
     "mixtral-8x7b": ("mixtral-8x7b-v0.1", "mixtral-8x7b-instruct-v0.1"),
-    "mixtral-8x22b": ("mixtral-8x22b-v0.1",),
+    "mixtral-8x22b": ("mixtral-8x22b-v0.1", "mixtral-8x22b-instruct-v0.1"),
     "qwen2.5-7b": ("qwen2.5-7b-instruct",),
     "qwen2.5-32b": ("qwen2.5-32b-instruct", "qwq-32b"),
     "qwen2.5-72b": ("qwen2.5-72b-instruct",),
@@ -61,6 +61,11 @@ _OWNERS = (
     "jetlm",
     "zyphra",
     "google",
+    # Who publish the models of others in other element types.
+    "nvidia",
+    "redhatai",
+    "neuralmagic",
+    "amd",
 )
 
 

@@ -85,7 +85,7 @@ def test_rows_of_both_tables_are_read(tmp_path: Path) -> None:
     (row,) = read_rows(write(tmp_path / "a.csv", GEMM))
     assert (row.id, row.value, row.unit, row.source, row.problem) == ("g", 12.5, "us", "a/b", None)
     (row,) = read_rows(write(tmp_path / "b.csv", TIDAR))
-    assert (row.table, row.unit, row.source) == ("tidar", "tok/s", "Zyphra/vllm docs/x.md")
+    assert (row.table, row.unit, row.source) == ("tidar", "tok/s", "Zyphra/vllm")
 
 
 def test_columns_may_come_in_any_order_and_with_a_byte_order_mark(tmp_path: Path) -> None:
@@ -175,6 +175,14 @@ def test_any_cell_of_the_other_table_may_be_odd(column: str, text: str, cells: d
         ("MI355X", "mi355x", 1),
         ("RTX 4090", "rtx-4090", 1),
         ("h200", "h200", 1),  # a profile's own name is that profile
+        ("NVIDIA H100 SXM", "h100-sxm", 1),
+        ("H100 SXM 80GB", "h100-sxm", 1),
+        ("8xH100 80GB SXM5", "h100-sxm", 8),
+        ("H100 PCIe 80GB", "h100-pcie", 1),
+        ("H200 SXM 141GB", "h200", 1),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb-sxm", 1),
+        ("AMD Instinct MI300X", "mi300x", 1),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090", 1),
     ],
 )
 def test_devices_by_their_published_names(text: str, name: str, count: int) -> None:
@@ -191,6 +199,11 @@ def test_devices_by_their_published_names(text: str, name: str, count: int) -> N
         ("A100", "40 or 80 GB"),
         ("A100 SXM", "40 or 80 GB"),
         ("B200", "SXM module or half of a GB200"),
+        ("NVIDIA H100", "SXM, PCIe or NVL"),
+        ("H100 80GB", "SXM or PCIe"),
+        ("H200 141GB", "SXM or NVL"),
+        ("A100-SXM4-40GB", "no profile"),
+        ("H100 SXM 96GB", "no profile"),
         ("8xMI350", "MI350X or an MI355X"),
         ("SM100 (B200-class, name not shown)", "not stated for certain"),
         ("sm_90 (presumably H100 SXM)", "not stated for certain"),
@@ -245,6 +258,9 @@ def test_a_gemm_is_read_with_its_precision() -> None:
         ("N=2112,K=7168", "64", (64, 2112, 7168)),
         ("1024x1024x1024", "", (1024, 1024, 1024)),
         ("1024x10240x5120 MxNxK", "", (1024, 10240, 5120)),
+        ("16x4096x2048 (MxNxK)", "16", (16, 4096, 2048)),
+        ("M=N=K=8192", "", (8192, 8192, 8192)),
+        ("M=16, N=K=4096", "16", (16, 4096, 4096)),
     ],
 )
 def test_shapes_of_a_gemm(shape: str, batch: str, sizes: tuple[int, int, int]) -> None:
@@ -272,6 +288,21 @@ def test_shapes_of_a_gemm(shape: str, batch: str, sizes: tuple[int, int, int]) -
         (GEMM, {"kind": "E"}, "kind must be A, B, C or D"),
         (GEMM, {"kind": "A", "metric": "tflops_mean_best_shape", "unit": "TFLOPS"}, "an input of the profile"),
         (GEMM, {"model_or_op": "grouped GEMM masked"}, "grouped GEMM"),
+        (GEMM, {"context_or_shape": "M=16,N=4096,K=٤"}, "digits from 0 to 9"),
+        (GEMM, {"context_or_shape": "M=16,N=4096,K=2048, groups=4"}, "what 'groups=4' of the shape"),
+        (GEMM, {"batch": "0", "context_or_shape": "N=4096,K=2048"}, ">= 1, but is '0'"),
+        (GEMM, {"model_or_op": "Grouped GEMM masked"}, "grouped GEMM"),
+        (GEMM, {"model_or_op": "2:4 sparse GEMM"}, "other words"),
+        (GEMM, {"model_or_op": "GEMM + all_reduce fused"}, "other words"),
+        (GEMM, {"model_or_op": "batched GEMM"}, "other words"),
+        (GEMM, {"model_or_op": "MoE GEMM (ck)"}, "other words"),
+        (GEMM, {"model_or_op": "GEMM gate_up with SwiGLU fused"}, "other words"),
+        (GEMM, {"hardware": "MI300X", "engine": "cuBLASLt"}, "NVIDIA alone"),
+        (GEMM, {"engine": "hipBLASLt"}, "AMD alone"),
+        (MOE, {"model_or_op": "fused MoE Mixtral-8x7B TP4 EP2"}, "(EP) is not modelled"),
+        (MOE, {"context_or_shape": MOE["context_or_shape"].replace("balanced", "power_law_400")}, "must be <= 10"),
+        (MOE, {"context_or_shape": MOE["context_or_shape"].replace("E8", "E999999999")}, "at most 4096 experts"),
+        (MOE, {"context_or_shape": MOE["context_or_shape"] + ", shared=1"}, "what 'shared=1'"),
         (MOE, {"model_or_op": "fused MoE E256,N512 TP?"}, "(TP) is not stated"),
         (MOE, {"model_or_op": "fused MoE Mixtral-8x7B"}, "(TP) is not stated"),
         (MOE, {"context_or_shape": "hidden 4096, inter 14336, E8 top2, tokens=16"}, "routed to experts"),
@@ -284,6 +315,14 @@ def test_shapes_of_a_gemm(shape: str, batch: str, sizes: tuple[int, int, int]) -
         (ATTENTION, {"dtype": "mixed"}, "what the KV cache is stored in"),
         (ATTENTION, {"batch": ""}, "the batch is not stated"),
         (ATTENTION, {"model_or_op": "MLA decode attention"}, "MLA"),
+        (ATTENTION, {"model_or_op": "mla decode attention"}, "MLA"),
+        (ATTENTION, {"model_or_op": "decode attention, window 128"}, "other words"),
+        (ATTENTION, {"model_or_op": "sliding-window decode attention"}, "other words"),
+        (ATTENTION, {"model_or_op": "decode attention (speculative, 4 query tokens)"}, "other words"),
+        (ATTENTION, {"context_or_shape": "q32/kv8/hd128, ctx=4096, window=1024"}, "what 'window=1024'"),
+        (ATTENTION, {"context_or_shape": "q32/kv8/hd128, ctx=4096, qlen=4"}, "what 'qlen=4'"),
+        (REDUCE, {"hardware": "MI300X"}, "NCCL runs on devices of NVIDIA alone"),
+        (REDUCE, {"model_or_op": "RCCL all_reduce busbw"}, "RCCL runs on devices of AMD alone"),
         (REDUCE, {"context_or_shape": "8192 elements x 2 B = 16384 B"}, "how many devices"),
         (REDUCE, {"context_or_shape": "gpus=8"}, "how many bytes"),
     ],
@@ -351,6 +390,9 @@ def test_a_served_model() -> None:
         ("~20k in / 2k out", (20000, 2000, "")),
         ("5-token prompt, ~200 new", (5, 200, "")),
         ("lm-arena-chat, mean output 647 tok", (None, 647, "lm-arena-chat")),
+        ("ISL 4096 / OSL 2048", (4096, 2048, "")),
+        ("ISL=1024 OSL=1024", (1024, 1024, "")),
+        ("1024 in, 512 out", (1024, 512, "")),
     ],
 )
 def test_lengths_of_requests(shape: str, lengths: tuple[float | None, float, str]) -> None:
@@ -366,6 +408,28 @@ def test_lengths_that_were_counted_win_over_nominal_ones() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"model_or_op": "LLaDA2.0-mini"}, "how many forwards fill a block is not stated"),
+        ({"model_or_op": "Dream-v0-Instruct-7B"}, "how many forwards fill a block"),
+        ({"model_or_op": "SDAR-8B-Chat-b32"}, "how many forwards fill a block"),
+        ({"model_or_op": "Zyphra/ZAYA1-8B-diffusion-preview"}, "how many forwards fill a block"),
+        ({"model_or_op": "Llama-3.1-70B-FP8", "dtype": "bf16"}, "stored in fp8, but the precision is 'bf16'"),
+        ({"model_or_op": "Llama-3.1-70B-FP8", "dtype": "nvfp4"}, "stored in fp8"),
+        ({"model_or_op": "gpt-oss-120b", "dtype": "bf16"}, "published in mxfp4 alone"),
+        ({"notes": "ngram drafting, 3 tokens"}, "speculation"),
+        ({"notes": "with a draft model"}, "speculation"),
+        ({"notes": "enforce-eager"}, "say 'eager'"),
+        ({"notes": "disaggregated: prefill on other GPUs"}, "prefills ran on other devices"),
+        ({"notes": "DP2"}, "data or pipeline parallelism"),
+        ({"notes": "request rate 16 req/s, batch column = rate"}, "came at a rate"),
+        ({"notes": "fp8 KV cache"}, "the KV cache is fp8, but the precision is 'fp8'"),
+        ({"engine": "ideal-graph TP2"}, "no figure is known"),
+        ({"engine": "zyphra-vllm TP2"}, "no figure is known"),
+        ({"engine": "gpt-fast TP2"}, "with batch 16"),
+        ({"hardware": "2xMI300X", "engine": "trtllm TP2"}, "NVIDIA alone"),
+        ({"engine": "vLLM ROCm TP2"}, "AMD alone"),
+        ({"batch": "0"}, "the batch must be one number >= 1, but is '0'"),
+        ({"batch": "-1"}, ">= 1, but is '-1'"),
+        ({"context_or_shape": "random 1000/1000"}, "prompt and generated tokens are not both stated"),
         ({"hardware": "2xH100"}, "SXM, PCIe or NVL"),
         ({"dtype": "as in recipe (see URL)"}, "not stated for certain"),
         ({"dtype": "bf16 (precision blank in source)"}, "not stated for certain"),
@@ -423,6 +487,8 @@ def test_tokens_per_second_of_a_user_of_a_gpu_and_in_all() -> None:
         ("SGLang 0.5.13.post1 TP4EP4", ("sglang", 4, 4)),
         ("gpt-fast TP8", ("gpt-fast", 8, None)),
         ("ideal-graph", ("ideal-graph", None, None)),
+        ("vLLM 0.11.0 V1 TP2", ("vllm", 2, None)),
+        ("vLLM TP1 DP1", ("vllm", 1, None)),
     ],
 )
 def test_engines_by_their_published_names(text: str, parsed: tuple[str, int | None, int | None]) -> None:
@@ -438,6 +504,27 @@ def test_four_bits_mean_what_the_checkpoint_or_the_engine_makes_of_them() -> Non
     assert served_precision("fp8 weights + fp8 KV", llama, "vllm")[0].cache == "fp8"
     with pytest.raises(Unclear):
         served_precision("fp4", llama, "vllm")
+
+
+def test_a_precision_is_read_in_either_case_and_with_its_cache() -> None:
+    llama = load_spec("llama-3.1-70b")
+    for label in ("bf16", "fp8", "nvfp4"):
+        assert served_precision(label.upper(), llama, "vllm") == served_precision(label, llama, "vllm")
+        assert served_precision(f"{label} + fp8 KV", llama, "vllm")[0].cache == "fp8"
+    assert served_precision("bf16 + fp8 KV", llama, "vllm")[0].weights == "bfloat16"
+    assert served_precision("fp8 + bf16 KV", llama, "vllm") == (quantised("fp8"), True)
+    assert point(GEMM, dtype="BF16").call == point(GEMM).call
+    assert point(ATTENTION, dtype="FP8 KV").call == point(ATTENTION).call
+    assert point(ATTENTION, model_or_op="Paged Decode Attention").call == point(ATTENTION).call
+
+
+@pytest.mark.parametrize("name", ["nvidia/Llama-3.1-70B-Instruct-FP8", "RedHatAI/Llama-3.1-70B-FP8"])
+def test_a_model_of_another_publisher_is_the_same_model(name: str) -> None:
+    assert point(SERVED, model_or_op=name).model == point(SERVED).model
+
+
+def test_a_diffusion_model_that_decodes_one_token_at_a_time_is_predicted() -> None:
+    assert point(SERVED, model_or_op="SDAR-8B AR", dtype="bf16").model.name == "sdar-8b"
 
 
 def test_a_model_by_its_config(tmp_path: Path) -> None:
@@ -459,6 +546,12 @@ def test_a_tidar_throughput() -> None:
     assert (found.decoding.sampler, found.decoding.draft_tokens, found.acceptance_length) == ("two_forward", 16, 6.5)
     assert (found.ends_early, found.refilled, found.thinking, found.build) == (True, False, True, "0bfa5c58")
     assert found.measured_seconds == pytest.approx(1 / 900)
+
+
+def test_a_note_says_what_an_acceptance_counts_and_whether_slots_were_refilled() -> None:
+    assert point(TIDAR, note="acceptance excludes the +1 token").acceptance_length == 7.5
+    assert point(TIDAR, note="n_sample=10, includes refill").refilled
+    assert not point(TIDAR, note="n_sample=1, no refill").refilled
 
 
 def test_rows_of_one_run_can_be_compared() -> None:
@@ -497,6 +590,13 @@ def test_a_tidar_forward_is_of_the_kind_that_its_note_says() -> None:
         (TIDAR, {"mode": "single_forward", "proposal_levels": "1 2"}, "ascend from 0"),
         (TIDAR, {"metric": "speedup"}, "metric 'speedup' is not modelled"),
         (TIDAR, {"note": "AITER default MoE kernels, paired ABBA"}, "other kernels"),
+        (TIDAR, {"note": "eager, no CUDA graphs"}, "what 'eager' in the note changes"),
+        (TIDAR, {"note": "TP2"}, "'TP2'"),
+        (TIDAR, {"note": "K=16, mixing weight 0.5"}, "'mixing weight'"),
+        (TIDAR, {"note": "ZAYA1-74B-preview"}, "'74B'"),
+        (TIDAR, {"note": "median of per-user rates"}, "'per-user'"),
+        (TIDAR, {"mean_acceptance_length": "16.5", "note": "acceptance excludes the +1 token"}, "but is 17.5"),
+        (TIDAR, {"batch": "0"}, ">= 1, but is '0'"),
         (FORWARD, {"note": ""}, "which forward"),
         (FORWARD, {"note": "verify forward, 16x17 tokens"}, "but the batch is 8 of 17 slots"),
     ],

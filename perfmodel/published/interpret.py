@@ -16,8 +16,18 @@ from perfmodel.kernels.call import Attention, Collective, FusedMoe, Gemm
 from perfmodel.kernels.elementwise import Elementwise
 from perfmodel.kernels.moe import loads_of
 from perfmodel.published import tidar
-from perfmodel.published.names import Catalog, Unclear, cache_dtype, matmul_dtypes, runtime, served_precision, whole
+from perfmodel.published.names import (
+    Catalog,
+    Unclear,
+    cache_dtype,
+    matmul_dtypes,
+    require_vendor,
+    runtime,
+    served_precision,
+    whole,
+)
 from perfmodel.published.points import KernelFamily, KernelPoint, Point, ServedPoint, Unit
+from perfmodel.published.predict import BEYOND
 from perfmodel.published.rows import Row, number
 
 TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -48,7 +58,41 @@ _SERVED = {
     "decode_tokens_per_gpu_per_s": "total",
 }
 _PROSE = ("id", "value", "source_url", "notes", "source", "note")
-_SPECULATIVE = re.compile(r"EAGLE|\bMTP\b|DFlash|speculative", re.IGNORECASE)
+# What an operator may say beside its family without changing what is predicted; with a word more it is another kernel.
+_OPERATORS: dict[KernelFamily, re.Pattern[str]] = {
+    "gemm": re.compile(
+        r"GEM[MV]( square| skinny| a8w8| a16w16| \(linear layer\)| \w+_proj( \([\w.-]+\))?)?|linear layer GEMM|matmul"
+        r"|aten::(add)?mm GEMM \(in-model trace\)",
+        re.IGNORECASE,
+    ),
+    "moe": re.compile(
+        r"fused MoE (?P<model>\S+)( \(E\d+,N\d+\))?( TP(?P<tensor>\d+|\?))?( EP(?P<expert>\d+|\?))?( \(E=\d+,N=\d+\))?",
+        re.IGNORECASE,
+    ),
+    "attention": re.compile(r"(paged )?decode attention( \(FlashInfer\))?", re.IGNORECASE),
+    "collective": re.compile(r"([NR]CCL )?all_reduce( busbw)?", re.IGNORECASE),
+    "elementwise": re.compile(r"elementwise \w+( \([\w.-]+\))?", re.IGNORECASE),
+}
+_NOT_MODELLED = {
+    r"\bMLA\b": "attention over a latent cache (MLA) is not modelled",
+    r"grouped GEMM": "a grouped GEMM on its own is not modelled, only a whole fused MoE layer",
+    r"GEM[MV]|^matmul\b|\bMoE\b|attention|all_reduce": "what its other words change about the kernel is not known",
+}
+_MOST_ALPHA, _MOST_EXPERTS = 10.0, 4096  # beyond them drawing a routing overflows, or takes gigabytes
+_DIFFUSION = ("llada", "llada2_moe", "dream", "sdar", "sdar_moe")
+_AUTOREGRESSIVE = r"AR|\(AR\)|autoregressive"
+_NOT_SERVING = ("ideal-graph", "ridgepoint-cpu", "ridgepoint-eager", "zyphra-vllm")
+_SPECULATIVE = re.compile(
+    r"EAGLE|\bMTP\b|DFlash|speculative|\bn-?gram\b|\bMedusa\b|\bdraft(ing|s|er)?\b(?! (copy|of)\b)", re.IGNORECASE
+)
+# What a served row's notes may say that changes the setting which its other cells state.
+_CHANGES = {
+    r"\beager\b|no (CUDA|HIP) graphs?": "without graphs the engine's host costs are others",
+    r"\bdisagg": "prefills ran on other devices",
+    r"\b[DP]P ?=?([2-9]|\d\d)": "data or pipeline parallelism is not modelled",
+    r"= (the )?rate\b|request rate": "requests came at a rate, so that the batch is not what ran together",
+    r"prefix cach|\bLoRA\b|offload": "it changes what a forward reads",
+}
 
 
 def interpret(row: Row, catalog: Catalog | None = None) -> Point | str:
@@ -59,10 +103,14 @@ def interpret(row: Row, catalog: Catalog | None = None) -> Point | str:
     for column, text in row.cells.items():
         if column not in _PROSE and re.search(r"\d{13}", text):
             return f"{column} must hold sizes of at most 12 digits, but is {text!r}"
+        if column not in _PROSE and any(letter.isdecimal() and not letter.isascii() for letter in text):
+            return f"{column} must hold digits from 0 to 9, but is {text!r}"
     try:
         return tidar.point(row, names) if row.table == "tidar" else _gpu(row, names)
     except Unclear as reason:
         return str(reason)
+    except (ArithmeticError, MemoryError):
+        return BEYOND
 
 
 def _gpu(row: Row, names: Catalog) -> Point:
@@ -75,20 +123,12 @@ def _gpu(row: Row, names: Catalog) -> Point:
         return _served(row, names)
     if kind == "A" and (_INPUTS.match(metric) or "matmul_max" in operator):
         raise Unclear("an input of the profile: a datasheet's or a microbenchmark's figure")
-    if re.search(r"\bMLA\b", operator):
-        raise Unclear("attention over a latent cache (MLA) is not modelled")
-    if "grouped GEMM" in operator:
-        raise Unclear("a grouped GEMM on its own is not modelled, only a whole fused MoE layer")
-    if re.search(r"\bGEM[MV]\b|^matmul", operator):
-        return _kernel(row, names, "gemm")
-    if operator.startswith("fused MoE"):
-        return _kernel(row, names, "moe")
-    if "decode attention" in operator:
-        return _kernel(row, names, "attention")
-    if re.search(r"\ball_reduce\b", operator):
-        return _kernel(row, names, "collective")
-    if operator.startswith("elementwise"):
-        return _kernel(row, names, "elementwise")
+    for family, form in _OPERATORS.items():
+        if form.fullmatch(operator):
+            return _kernel(row, names, family)
+    for word, reason in _NOT_MODELLED.items():
+        if kind in ("A", "B") and re.search(word, operator, re.IGNORECASE):
+            raise Unclear(f"operator {operator!r}: {reason}")
     raise Unclear(f"operator {operator!r} with metric {metric} is not modelled")
 
 
@@ -96,6 +136,7 @@ def _kernel(row: Row, names: Catalog, family: KernelFamily) -> KernelPoint:
     hardware, count = names.device(row.cells["hardware"])
     if count != 1:
         raise Unclear(f"a kernel runs on one device, but the hardware is {row.cells['hardware']!r}")
+    require_vendor(hardware, f"{row.cells['engine']} {row.cells['model_or_op']}")
     call: Any
     label = row.cells["dtype"]
     work: dict[str, float] = {}
@@ -149,8 +190,19 @@ def _unit(row: Row, work: dict[str, float]) -> Unit:
     return Unit(unit, rates[unit], work[metric])
 
 
+def _nothing_else(shape: str, *known: str) -> None:
+    """Unclear where a shape says more than its known parts, as "window=1024"."""
+    rest = shape
+    for pattern in known:
+        rest = re.sub(pattern, "", rest, flags=re.IGNORECASE)
+    rest = rest.strip(" ,")
+    if rest:
+        raise Unclear(f"what {rest!r} of the shape {shape!r} changes is not known")
+
+
 def _sizes(text: str) -> dict[str, int]:
-    """Sizes in a shape's text by lower-case name: "M=1,N=8,K=4" and "m,n,k=1,8,4", alone or side by side."""
+    """Sizes in a shape's text by lower-case name: "M=1,N=8,K=4", "m,n,k=1,8,4" and "M=N=K=8", alone or side by side."""
+    text = re.sub(r"\b(\w(?:\s*=\s*[A-Za-z])+)\s*=\s*(\d+)\b", _one_by_one, text)
     found = {name.lower(): int(size) for name, size in re.findall(r"\b([A-Za-z]\w*)\s*=\s*(\d+)\b(?!,\d)", text)}
     for names, sizes in re.findall(r"\b(\w(?:,\w)+)\s*=\s*(\d+(?:,\d+)+)", text):
         letters, values = names.lower().split(","), [int(size) for size in sizes.split(",")]
@@ -159,16 +211,23 @@ def _sizes(text: str) -> dict[str, int]:
     return found
 
 
+def _one_by_one(equal: re.Match[str]) -> str:
+    """ "M=N=8" -> "M=8,N=8"."""
+    return ",".join(f"{name.strip()}={equal[2]}" for name in equal[1].split("="))
+
+
 def _gemm(row: Row) -> Gemm:
     weights, activations = matmul_dtypes(row.cells["dtype"])
     shape, batch = row.cells["context_or_shape"], row.cells["batch"]
     sizes = _sizes(shape)
-    product = re.fullmatch(r"(\d+)x(\d+)x(\d+)( MxNxK)?", shape)
+    product = re.fullmatch(r"(\d+)x(\d+)x(\d+)( MxNxK| \(MxNxK\))?", shape)
     if product:
         m, n, k = (int(size) for size in product.groups()[:3])
         if product[4] is None and not m == n == k:
             raise Unclear(f"shape {shape!r} does not say which size is M, N and K")
         sizes = {"m": m, "n": n, "k": k}
+    else:
+        _nothing_else(shape, r"\b([mnk]\s*=\s*)+\d+\b(?!,\d)", r"\b[mnk](,[mnk])+\s*=\s*\d+(,\d+)+")
     if "n" not in sizes or "k" not in sizes:
         raise Unclear(f"the shape is not stated: N and K are needed, but it is {shape!r}")
     if "m" not in sizes:
@@ -178,7 +237,7 @@ def _gemm(row: Row) -> Gemm:
     if min(sizes["m"], sizes["n"], sizes["k"]) < 1:
         raise Unclear(f"M, N and K must be >= 1, but the shape is {shape!r}")
     # A loop over the same matrices keeps small ones in a cache.
-    cold = "resident" not in row.cells["notes"] and row.cells["model_or_op"] != "GEMM square"
+    cold = "resident" not in row.cells["notes"] and row.cells["model_or_op"].lower() != "gemm square"
     quantise = "quantisation included" in row.cells["notes"] or "incl. quant" in row.cells["dtype"]
     return Gemm(sizes["m"], sizes["n"], sizes["k"], weights, activations, cold, quantise)
 
@@ -186,11 +245,17 @@ def _gemm(row: Row) -> Gemm:
 def _moe(row: Row, names: Catalog) -> FusedMoe:
     weights, activations = matmul_dtypes(row.cells["dtype"])
     operator, shape = row.cells["model_or_op"], row.cells["context_or_shape"]
-    split = re.search(r"\bTP(\d+|\?)", operator)
-    if split is None or split[1] == "?":
+    named = _OPERATORS["moe"].fullmatch(operator)
+    assert named is not None  # else it would not have come here
+    if named["expert"] not in (None, "1"):
+        raise Unclear(f"one device's share of a layer whose experts are split (EP) is not modelled: {operator!r}")
+    if named["tensor"] in (None, "?"):
         raise Unclear(f"over how many devices the layer is split (TP) is not stated: {operator!r}")
-    hidden, inter, experts, top_k = _expert_sizes(row, names)
-    tensor = int(split[1])
+    _nothing_else(shape, _EXPERTS, r"\btokens\s*=\s*\d+\b", _ROUTING)
+    hidden, inter, experts, top_k = _expert_sizes(row, names, named["model"])
+    if experts > _MOST_EXPERTS:
+        raise Unclear(f"a layer has at most {_MOST_EXPERTS} experts, but {shape!r} has {experts}")
+    tensor = int(named["tensor"])
     if tensor < 1 or inter % tensor or not 1 <= top_k <= experts:
         raise Unclear(f"expert width {inter} over TP {tensor} with {top_k} of {experts} experts cannot be")
     tokens = _sizes(shape).get("tokens")
@@ -198,10 +263,12 @@ def _moe(row: Row, names: Catalog) -> FusedMoe:
         tokens = whole(row.cells["batch"], "the number of tokens")
     elif row.cells["batch"] and whole(row.cells["batch"], "the batch") != tokens:
         raise Unclear(f"the batch is {row.cells['batch']}, but tokens is {tokens}")
-    routing = re.search(r"\b(power_law_\d+(?:\.\d+)?|balanced|uniform)\b", f"{shape} {row.cells['notes']}")
+    routing = re.search(_ROUTING, f"{shape} {row.cells['notes']}")
     drawn = "benchmark_moe.py" in row.cells["notes"]  # vLLM's program: logits of the router are normal, so uniform
     if routing is None and not drawn and tokens > 1:
         raise Unclear("how tokens are routed to experts is not stated")
+    if routing and routing[2] and float(routing[2]) > _MOST_ALPHA:
+        raise Unclear(f"the exponent of a power law must be <= {_MOST_ALPHA:g}, but is {routing[2]}")
     try:
         distinct, imbalance = loads_of(routing[1] if routing else "uniform", tokens, experts, top_k)
     except UserError as error:
@@ -210,13 +277,17 @@ def _moe(row: Row, names: Catalog) -> FusedMoe:
     return FusedMoe(*sizes, weights, activations, imbalance=imbalance)
 
 
-def _expert_sizes(row: Row, names: Catalog) -> tuple[int, int, int, int]:
+_ROUTING = r"\b(power_law_(\d+(?:\.\d+)?)|balanced|uniform)\b"
+_EXPERTS = r"\bhidden (\d+), inter (\d+), E(\d+) top(\d+)\b"
+
+
+def _expert_sizes(row: Row, names: Catalog, name: str) -> tuple[int, int, int, int]:
     """Hidden size, whole expert width, experts and experts per token: as stated, or of the model that is named."""
-    stated = re.search(r"hidden (\d+), inter (\d+), E(\d+) top(\d+)", row.cells["context_or_shape"])
+    stated = re.search(_EXPERTS, row.cells["context_or_shape"])
     if stated is not None:
         hidden, inter, experts, top_k = (int(size) for size in stated.groups())
         return hidden, inter, experts, top_k
-    model = names.model(row.cells["model_or_op"].removeprefix("fused MoE").strip().split(" TP")[0])
+    model = names.model(name)
     if not model.num_experts:
         raise Unclear(f"model {model.name} has no experts")
     return model.hidden_size, model.expert_size, model.num_experts, model.experts_per_token
@@ -230,6 +301,7 @@ def _attention(row: Row) -> Attention:
     context = _sizes(shape).get("ctx")
     if not context:
         raise Unclear(f"the context is not stated (as ctx=4096): {shape!r}")
+    _nothing_else(shape, r"\bq\d+/kv\d+/hd\d+\b", r"\bctx\s*=\s*\d+\b")
     query, key, size = (int(number) for number in heads.groups())
     if not (key and size) or query % key:
         raise Unclear(f"query heads must be a multiple of KV heads: {shape!r}")
@@ -251,6 +323,7 @@ def _collective(row: Row) -> Collective:
         size = 2 ** round(np.log2(float(rounded[1]) * {"K": 1024, "M": 1024**2, "G": 1024**3}[rounded[2]]))
     else:
         raise Unclear(f"how many bytes each device holds is not stated: {shape!r}")
+    _nothing_else(shape, r"\bgpus\s*=\s*\d+\b", r"(\d+ elements x \d+ B )?= ?\d+ B\b", r"\d+(\.\d+)? ?[KMG]i?B\b")
     if size < 1:
         raise Unclear(f"each device must hold at least one byte: {shape!r}")
     return Collective(size, devices, custom="custom" in row.cells["engine"])
@@ -258,12 +331,12 @@ def _collective(row: Row) -> Collective:
 
 def _elementwise(row: Row) -> Elementwise:
     sizes = _sizes(row.cells["context_or_shape"])
-    if "layernorm" not in row.cells["model_or_op"]:
+    if "layernorm" not in row.cells["model_or_op"].lower():
         raise Unclear("how many bytes this kernel reads and writes is not stated")
     if not sizes.get("tokens") or not sizes.get("d"):
         raise Unclear(f"tokens and width are not stated: {row.cells['context_or_shape']!r}")
     matmul_dtypes(row.cells["dtype"])
-    if row.cells["dtype"] not in ("fp16", "bf16", "bfloat16", "16-bit"):
+    if row.cells["dtype"].lower() not in ("fp16", "bf16", "bfloat16", "16-bit"):
         raise Unclear(f"a norm of {row.cells['dtype']} is not modelled")
     return Elementwise(2.0 * 2.0 * sizes["tokens"] * sizes["d"], 1.0)  # read and written once, 2 bytes each
 
@@ -275,6 +348,7 @@ def _lengths(row: Row) -> tuple[float | None, float, str]:
     """Prompt and generated tokens, and the data set; the prompt is None where the data set alone is named.
 
     "ISL/OSL 1024/1024", "1024/1024", "10K/1K", "ISL 128, OSL 4096", "~20k in / 2k out", "5-token prompt, ~200 new".
+    "random 1000/1000" is not read: of SGLang's benchmark those are the longest lengths, and of vLLM's all of them.
     """
     shape = row.cells["context_or_shape"]
     actual = re.search(r"mean in/out actually (\d+)/(\d+) tok", row.cells["notes"])
@@ -282,8 +356,8 @@ def _lengths(row: Row) -> tuple[float | None, float, str]:
         return float(actual[1]), float(actual[2]), ""
     for pattern in (
         rf"(?:ISL/OSL )?{_LENGTH} ?/ ?{_LENGTH}",
-        rf"ISL {_LENGTH}, OSL {_LENGTH}",
-        rf"{_LENGTH} in / {_LENGTH} out",
+        rf"ISL[ =]{_LENGTH}(?:,| /|) OSL[ =]{_LENGTH}",
+        rf"{_LENGTH} in(?:,| /) {_LENGTH} out",
         rf"{_LENGTH}-token prompt, {_LENGTH} new",
     ):
         found = re.fullmatch(pattern, shape)
@@ -309,13 +383,29 @@ def _served(row: Row, names: Catalog) -> ServedPoint:
     hardware, devices = names.device(cells["hardware"])
     if not words:
         raise Unclear("the model is not stated")
-    more = [w for w in words[1:] if not re.fullmatch(r"TP\d+|EP\d+|TP\d+EP\d+|ROCM_AITER_\w+|AR|autoregressive", w)]
+    more = [w for w in words[1:] if not re.fullmatch(rf"TP\d+|EP\d+|TP\d+EP\d+|ROCM_AITER_\w+|{_AUTOREGRESSIVE}", w)]
     if more:
         raise Unclear(f"what {' '.join(more)!r} changes about {words[0]} is not known")
     model = names.model(words[0])
+    diffusion = model.architecture.lower() in _DIFFUSION or "diffusion" in words[0].lower()
+    if diffusion and not any(re.fullmatch(_AUTOREGRESSIVE, word) for word in words):
+        raise Unclear(f"{words[0]} decodes by diffusion: how many forwards fill a block is not stated")
     split = [w for w in words[1:] if re.match(r"[TE]P\d", w)]
     ran = runtime(" ".join([cells["engine"], *split]))
+    if ran.engine in _NOT_SERVING or (ran.engine == "gpt-fast" and number(cells["batch"]) != 1):
+        raise Unclear(f"no figure is known of a server of {ran.engine} with batch {cells['batch'] or 'not stated'}")
+    require_vendor(hardware, said)
+    if ran.engine == "tensorrt-llm":
+        require_vendor(hardware, ran.engine)
     precision, cache_stated = served_precision(cells["dtype"], model, ran.engine)
+    if words[0].lower().endswith("-fp8") and precision.weights != "fp8":
+        raise Unclear(f"{words[0]} is stored in fp8, but the precision is {cells['dtype']!r}")
+    for change, why in _CHANGES.items():
+        said_so = re.search(change, cells["notes"], re.IGNORECASE)
+        if said_so:
+            raise Unclear(f"the notes say {said_so[0]!r}: {why}")
+    if re.search(r"\bfp8[ _-](KV|kv_cache)", cells["notes"], re.IGNORECASE) and precision.cache != "fp8":
+        raise Unclear(f"the notes say that the KV cache is fp8, but the precision is {cells['dtype']!r}")
     tensor, expert = ran.tensor or 1, ran.expert or 1
     if ran.tensor is None and ran.expert is None and devices > 1:
         raise Unclear(f"how {devices} devices share the model (TP, EP) is not stated")
@@ -327,7 +417,9 @@ def _served(row: Row, names: Catalog) -> ServedPoint:
     batch = number(cells["batch"])
     if batch is None or batch < 1:
         raise Unclear(
-            f"the batch must be one number, but is {cells['batch']!r}" if cells["batch"] else "the batch is not stated"
+            f"the batch must be one number >= 1, but is {cells['batch']!r}"
+            if cells["batch"]
+            else "the batch is not stated"
         )
     prompt, generated, workload = _lengths(row)
     metric = _SERVED[cells["metric"]]

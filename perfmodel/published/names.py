@@ -6,7 +6,7 @@ Every function raises Unclear with the reason where a name does not say which of
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, list_profiles, load_profile
@@ -16,17 +16,35 @@ from perfmodel.model_spec import ModelSpec, known_models, load_spec
 from perfmodel.precision import Precision, quantised, uniform
 from perfmodel.published.rows import MOST, number
 
-# Other spellings of a profile's name; a profile's own name needs no entry.
+# Other spellings of a profile's name, in any order of words; a profile's own name needs no entry.
 DEVICES = {
     "h100 sxm5": "h100-sxm",
+    "h100 sxm 80gb": "h100-sxm",
+    "h100 sxm5 80gb": "h100-sxm",
+    "h100 pcie 80gb": "h100-pcie",
     "h200 sxm": "h200",
+    "h200 sxm5": "h200",
+    "h200 sxm 141gb": "h200",
+    "h200 sxm5 141gb": "h200",
     "b200 sxm": "b200",
     "a100 sxm 80gb": "a100-80gb-sxm",
+    "a100 sxm4 80gb": "a100-80gb-sxm",
+    "l40s 48gb": "l40s",
+    "rtx4090": "rtx-4090",
+    "rtx 4090 24gb": "rtx-4090",
+    "mi300x oam": "mi300x",
+    "mi300x 192gb": "mi300x",
+    "mi325x 256gb": "mi325x",
+    "mi355x 288gb": "mi355x",
 }
+_BY_WORDS = {frozenset(name.split()): profile for name, profile in DEVICES.items()}
+_MAKERS = re.compile(r"(nvidia geforce|nvidia|geforce|amd instinct|amd|instinct) ")
 # Names of several devices that differ in bandwidth, memory or clock.
 UNCLEAR = {
     "h100": "an H100 may be SXM, PCIe or NVL",
     "h200": "an H200 may be SXM or NVL",
+    "h100 80gb": "an H100 may be SXM or PCIe",
+    "h200 141gb": "an H200 may be SXM or NVL",
     "a100": "an A100 may be SXM or PCIe, with 40 or 80 GB",
     "a100 sxm": "an A100 SXM may have 40 or 80 GB",
     "a100 80gb": "an A100 80GB may be SXM or PCIe",
@@ -37,8 +55,12 @@ ENGINES = {"vllm": "vllm", "trtllm": "tensorrt-llm", "tensorrt-llm": "tensorrt-l
            "sglang": "sglang", "gpt-fast": "gpt-fast"}  # fmt: skip
 # What an engine's column may say besides its name, version, TP and EP without changing what is predicted.
 _ENGINE_NOTES = re.compile(
-    r"\(ML\.ENERGY v\d+\)|\bv?\d+(\.\w+)+\b\+?|\bgpt-oss-dev\b|\bFA\d\b|\bROCM_AITER_\w+|\bROCm\b"
+    r"\(ML\.ENERGY v\d+\)|\bv?\d+(\.\w+)+\b\+?|\bgpt-oss-dev\b|\bFA\d\b|\bROCM_AITER_\w+|\bROCm\b|\b[DP]P1\b"
 )
+_MADE_FOR = {  # software that runs on the devices of one vendor alone
+    "NVIDIA": re.compile(r"\bnccl|\btrt-?llm|\btensorrt|cublas|\bcutlass|deepgemm|flashmla", re.IGNORECASE),
+    "AMD": re.compile(r"\brccl|hipblas|\baiter\b|rocm|wvsplitk", re.IGNORECASE),
+}
 
 
 class Unclear(Exception):
@@ -49,8 +71,16 @@ def whole(text: str, what: str) -> int:
     """A whole number from 1 to MOST ("16" or "16.0"); Unclear names what it should have been."""
     value = number(text)
     if value is None or not 1 <= value <= MOST or value != int(value):
-        raise Unclear(f"{what} must be one whole number, but is {text!r}" if text else f"{what} is not stated")
+        raise Unclear(f"{what} must be one whole number >= 1, but is {text!r}" if text else f"{what} is not stated")
     return int(value)
+
+
+def require_vendor(hardware: HardwareProfile, software: str) -> None:
+    """Unclear where the software's name says that it is made for devices of another vendor."""
+    for vendor, made_for in _MADE_FOR.items():
+        found = made_for.search(software)
+        if found and hardware.vendor != vendor:
+            raise Unclear(f"{found[0]} runs on devices of {vendor} alone, but {hardware.name} is of {hardware.vendor}")
 
 
 def plain_name(text: str) -> str:
@@ -79,9 +109,10 @@ class Catalog:
             raise Unclear(f"{text!r} are no devices")
         if name.endswith((".yaml", ".yml")):
             return self._profile(counted[2].strip()), count
-        if name in UNCLEAR:
-            raise Unclear(f"hardware {text!r} is not one device: {UNCLEAR[name]}")
-        profile = DEVICES.get(name) or self._names.get(name)
+        short = _MAKERS.sub("", name, count=1) if _MAKERS.match(name) else name
+        if short in UNCLEAR:
+            raise Unclear(f"hardware {text!r} is not one device: {UNCLEAR[short]}")
+        profile = self._names.get(name) or self._names.get(short) or _BY_WORDS.get(frozenset(short.split()))
         if profile is None and re.search(r"\b(presumably|not stated|not shown|class|series|any)\b|/", name):
             raise Unclear(f"hardware {text!r} is not stated for certain")
         if profile is None and "(" in name:
@@ -132,6 +163,8 @@ def runtime(text: str) -> Runtime:
         return Runtime(rest.strip(), found.get("TP"), found.get("EP"))
     words = _ENGINE_NOTES.sub(" ", rest).split()
     engine = ENGINES.get(words[0].lower()) if words else None
+    if engine == "vllm" and words[1:] == ["V1"]:  # its only core since 0.11
+        words.pop()
     if engine is None or engine not in list_engines():
         raise Unclear(f"engine {text!r} has no profile; known: {', '.join(sorted(list_engines()))}")
     if len(words) > 1:
@@ -172,39 +205,47 @@ def matmul_dtypes(label: str) -> tuple[str, str]:
         raise Unclear("the precision is not stated")
     if _UNSURE.search(label):
         raise Unclear(f"precision {label!r} is not stated for certain")
-    if label not in _MATMUL:
+    if label.lower() not in _MATMUL:
         raise Unclear(f"precision {label!r} does not say what weights and activations are stored in")
-    return _MATMUL[label]
+    return _MATMUL[label.lower()]
 
 
 def cache_dtype(label: str) -> str:
     """The element type of the KV cache that attention reads, from a kernel's label ("bf16", "fp8 KV")."""
-    known = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "fp8": "fp8"}
-    name = label.removesuffix(" KV")
-    if name not in known:
+    name = label.lower().removesuffix(" kv")
+    if name not in _CACHES:
         raise Unclear(f"precision {label!r} does not say what the KV cache is stored in")
-    return known[name]
+    return _CACHES[name]
+
+
+_CACHES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "fp8": "fp8"}
 
 
 def served_precision(label: str, model: ModelSpec, engine: str) -> tuple[Precision, bool]:
-    """What a model is served in, and whether the cache's part of it is stated."""
+    """What a model is served in ("fp8", "bf16 + fp8 KV"), and whether the cache's part of it is stated."""
     if not label:
         raise Unclear("the precision is not stated")
     if _UNSURE.search(label):
         raise Unclear(f"precision {label!r} is not stated for certain")
-    if label in ("fp8 + fp8 KV", "fp8 weights + fp8 KV"):
-        return quantised("fp8", cache="fp8"), True
-    native = model.published_precision
-    if label in ("bf16", "bfloat16"):
-        return uniform("bfloat16"), False
-    if label in ("fp16", "float16"):
-        return uniform("float16"), False
-    if label == "fp8":
-        return quantised("fp8"), False
-    if model.quantisation == "mxfp4" and label in ("mxfp4", "fp4"):  # the only 4-bit form that it is published in
-        return native, False
-    if label == "nvfp4" or (label == "fp4" and engine == "tensorrt-llm"):  # the one 4-bit float of that engine
-        return quantised("nvfp4", activations="nvfp4"), False
-    if engine == "gpt-fast" and label in ("int8", "int4", "int4-g32"):  # weights alone, as its README says
-        return quantised(label.split("-")[0]), False
+    both = re.fullmatch(r"(\S+)(?: weights)? \+ (\S+) kv", label.lower())
+    if both is not None:
+        return replace(_weights(both[1], label, model, engine), cache=cache_dtype(both[2])), True
+    return _weights(label.lower(), label, model, engine), False
+
+
+def _weights(name: str, label: str, model: ModelSpec, engine: str) -> Precision:
+    if model.quantisation == "mxfp4":  # the only form that it is published in
+        if name in ("mxfp4", "fp4"):
+            return model.published_precision
+        raise Unclear(f"{model.name} is published in mxfp4 alone: what of it is {label!r} is not stated")
+    if name in ("bf16", "bfloat16"):
+        return uniform("bfloat16")
+    if name in ("fp16", "float16"):
+        return uniform("float16")
+    if name == "fp8":
+        return quantised("fp8")
+    if name == "nvfp4" or (name == "fp4" and engine == "tensorrt-llm"):  # the one 4-bit float of that engine
+        return quantised("nvfp4", activations="nvfp4")
+    if engine == "gpt-fast" and name in ("int8", "int4", "int4-g32"):  # weights alone, as its README says
+        return quantised(name.split("-")[0])
     raise Unclear(f"precision {label!r} does not say what weights, experts and activations are stored in")

@@ -51,9 +51,12 @@ class Row:
 
     @property
     def source(self) -> str:
-        """Where the row comes from, short: the owner and name of a repository, or a host."""
+        """Where the row comes from, short: the owner and name of a repository, or a host.
+
+        Files of one repository are one source: whoever measured one of them measured the others.
+        """
         text = self.cells["source_url" if self.table == "gpu" else "source"]
-        repository = re.match(r"https?://github\.com/([^/]+/[^/]+)", text)
+        repository = re.match(r"(?:https?://github\.com/)?([^/\s:]+/[^/\s]+)", text)
         if repository:
             return repository[1]
         host = re.match(r"https?://(?:www\.)?([^/]+)", text)
@@ -136,7 +139,7 @@ def _row(table: Table, header: list[str], cells: list[str], line: int, seen: dic
 
 def number(text: str) -> float | None:
     """A finite number in plain notation, else None."""
-    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text, re.ASCII):
         return None
     value = float(text)
     return value if math.isfinite(value) else None

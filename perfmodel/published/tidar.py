@@ -14,6 +14,12 @@ ENGINE = "zyphra-vllm"
 MODES = ("autoregressive", "two_forward", "single_forward")
 # Runs with other kernels than the engine's own, whose effect is what they were made to show.
 _OTHER_KERNELS = re.compile(r"upstream-style|fused CCA|default MoE kernels|tuned MoE rows", re.IGNORECASE)
+# What else a note may say that changes the setting which the other cells state.
+_OTHER_SETTING = re.compile(
+    r"\beager\b|no (CUDA|HIP) graphs?|\b[TEDP]P ?=?([2-9]|\d\d)|mixing weight|per-(user|sequence)|\bfp8\b"
+    r"|\b(?!8B)\d+B\b",
+    re.IGNORECASE,
+)
 
 
 def point(row: Row, names: Catalog) -> Point:
@@ -24,6 +30,9 @@ def point(row: Row, names: Catalog) -> Point:
         raise Unclear(f"the engine runs on one device, but the hardware is {cells['hardware']!r}")
     if _OTHER_KERNELS.search(cells["note"]):
         raise Unclear(f"the engine ran with other kernels: {cells['note']}")
+    other = _OTHER_SETTING.search(cells["note"])
+    if other:
+        raise Unclear(f"what {other[0]!r} in the note changes is not modelled")
     decoding, batch = _decoding(row), whole(cells["batch"], "the batch")
     generated = float(whole(cells["generated_tokens"], "generated_tokens"))
     engine, measured = ENGINE, row.value
@@ -36,18 +45,19 @@ def point(row: Row, names: Catalog) -> Point:
         )  # fmt: skip
     if cells["metric"] != "throughput_tok_s":
         raise Unclear(f"metric {cells['metric']!r} is not modelled")
-    length = number(cells["mean_acceptance_length"])
+    note, length = cells["note"], number(cells["mean_acceptance_length"])
+    if length is not None and "excludes the +1 token" in note:
+        length += 1
     if decoding.sampler == "autoregressive":
         length = None
     elif length is None:
         raise Unclear("the acceptance length is not stated")
     elif not 1 <= length <= decoding.draft_tokens + 1:
         raise Unclear(f"an acceptance length counts the verifier's token, so 1 to K + 1, but is {length:g}")
-    note = cells["note"]
     return TidarThroughputPoint(
         row.id, row.source, row.series, f"tidar throughput {decoding.sampler}", engine, hardware,
         Unit("tok/s", 1.0, 1.0), measured, decoding, batch, generated, length,
-        refilled="refill" in note, ends_early="EOS allowed" in note, thinking=_thinking(row),
+        refilled="includes refill" in note, ends_early="EOS allowed" in note, thinking=_thinking(row),
         build=_build(row), prefix=row.run,
     )  # fmt: skip
 
