@@ -117,6 +117,8 @@ def probe(
     name = name or local_name(device)
     check_name(name)
     target = out or user_folder() / f"{name}.yaml"
+    if target.parent == user_folder() and target.stem != name:
+        raise UserError(f"among the user's profiles the file must be called {name}.yaml, but is {target.name}")
     _check_writable(target)
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

@@ -85,6 +85,10 @@ class ModelConfig:
     mask_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        most = 10_000  # of layers that are listed one by one
+        require(
+            self.num_hidden_layers <= most, f"num_hidden_layers <= {most} must hold, but got {self.num_hidden_layers}"
+        )
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("hybrid",) * self.num_hidden_layers)
         for name in (

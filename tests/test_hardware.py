@@ -439,6 +439,8 @@ def test_the_probe_command_refuses_a_bad_file_before_it_measures(
     write_atomic(tmp_path / "file", "not a folder")
     error = command("probe", "--out", str(tmp_path / out)).exception
     assert isinstance(error, UserError) and words in str(error)
+    other = command("probe", "--name", "desk", "--out", str(tmp_path / "home" / "hardware" / "mine.yaml")).exception
+    assert isinstance(other, UserError) and "must be called desk.yaml, but is mine.yaml" in str(other)
 
 
 def test_all_but_the_probe_run_without_torch() -> None:

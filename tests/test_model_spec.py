@@ -211,6 +211,11 @@ def test_a_config_that_no_parser_takes_is_one_line(text: str, tmp_path: Path) ->
     assert "\n" not in str(error.value)
 
 
+def test_a_zaya_of_a_trillion_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_hidden_layers <= 10000 must hold, but got 1000000000000"):
+        spec_of({"model_type": "zaya", "num_hidden_layers": 10**12}, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/model", "\0"], ids=["long", "home", "null"])
 def test_what_cannot_be_a_path_is_an_unknown_model(name: str) -> None:
     with pytest.raises(UserError, match=r"unknown model .*; known: .*llama"):

@@ -273,10 +273,11 @@ def test_a_new_device_and_a_new_model(
 ) -> None:
     """One YAML in the user's folder and one config.json are all that a command needs; a slip in either is named."""
     monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
-    text = (ROOT / "hardware" / "profiles" / "h100-sxm.yaml").read_text()
+    bundled = (ROOT / "hardware" / "profiles" / "h100-sxm.yaml").read_text()
+    text = bundled.replace("name: h100-sxm", "name: half-h100", 1)
     device = tmp_path / "hardware" / "half-h100.yaml"
     device.parent.mkdir()
-    device.write_text(text.replace("name: h100-sxm", "name: half-h100", 1))
+    device.write_text(text)
     model = tmp_path / "mine" / "config.json"
     model.parent.mkdir()
     config = json.loads((ROOT / "perfmodel" / "models" / "qwen3-30b-a3b.json").read_text())
@@ -291,6 +292,9 @@ def test_a_new_device_and_a_new_model(
     device.write_text(text.replace("warp_size: 32", "warp_size: -32", 1))
     assert ridgepoint.main([*chosen, *engine]) == 2
     assert "warp_size > 0" in capsys.readouterr().err
+    device.write_text(bundled)
+    assert ridgepoint.main([*chosen, *engine]) == 2
+    assert "'half-h100', but is 'h100-sxm'" in capsys.readouterr().err
     device.write_text(text)
     model.write_text(json.dumps(config | {"num_hidden_layers": 2, "moe_top_p": 0.5}))
     assert ridgepoint.main([*chosen, *engine]) == 2
