@@ -27,9 +27,7 @@ from runtime.config import DecodingConfig, require
 Metric = Literal["mean_tpot", "median_itl", "mean_step"]
 
 CHUNK_TOKENS = 8192  # of prompts in one step: the default of vLLM and SGLang on these devices, and of TensorRT-LLM
-# Of the nominal memory that engines let weights and caches take: 0.9, the default of vLLM and TensorRT-LLM, of what the
-# devices really have (85.5e9 bytes of an H100's "80 GB", 150.8e9 of an H200's "141 GB").
-MEMORY_SHARE = 0.96
+MEMORY_SHARE = 0.9  # of a device's that engines let weights and caches take: the default of vLLM and TensorRT-LLM
 MOST = 1e9  # requests in flight, and tokens of one
 MOST_VARIATION = 10.0
 
@@ -109,7 +107,7 @@ def active_sequences(at: Setting, load: Load) -> Array:
     length = np.asarray(load.prompt, dtype=float) + np.asarray(load.generated, dtype=float)
     weights, hardware = weight_bytes(at), at.device.hardware
     each = memory_bytes(at, 1, length) - weights  # of one sequence, on each device of its replica
-    most = (MEMORY_SHARE * hardware.main_memory.capacity_bytes - weights) / each * at.parallel.replicas
+    most = (MEMORY_SHARE * hardware.usable_memory_bytes - weights) / each * at.parallel.replicas
     require(
         float(np.min(most)) >= 1,
         f"weights and one request must fit {MEMORY_SHARE:.0%} of the memory of {hardware.name}, but {at.spec.name} has "
@@ -118,7 +116,7 @@ def active_sequences(at: Setting, load: Load) -> Array:
     sequences = np.asarray(load.sequences, dtype=float)
     if not load.admitted:
         return np.minimum(sequences, most)
-    capacity, needed = hardware.main_memory.capacity_bytes, float(np.max(memory_bytes(at, sequences, load.context)))
+    capacity, needed = hardware.usable_memory_bytes, float(np.max(memory_bytes(at, sequences, load.context)))
     require(
         needed <= capacity,
         f"all sequences must fit the {capacity / 1e9:.1f} GB of {hardware.name}, but {float(np.max(sequences)):g} at a "

@@ -74,11 +74,7 @@ def estimate(run: Run, engine: EngineProfile | None = None) -> Estimated:
     """
     engine = engine or _bundled()
     _require_room(run, engine)
-<<<<<<< 152c9ada562aa6aac4c1ff8c725e99ed9eb28823
     spread, requests = engine.spread_of(_kind(run)) or 0.0, engine.requests or Requests()
-=======
-    spread, requests = engine.known_spread or 0.0, engine.requests or Requests()
->>>>>>> 423a63f70ea00e90beb7d1bc06c7253f88042da2
     course = _course(run, requests)
     if isinstance(run, TidarForwardPoint):
         part = _parts(_step(_setting(run.hardware, engine), run, course.active), run)[0]
