@@ -27,6 +27,7 @@ from perfmodel.published.names import Catalog
 from perfmodel.published.points import KernelPoint, Point
 from perfmodel.published.predict import PREDICTORS, Estimate, estimate
 from perfmodel.published.rows import Row, read_rows
+from perfmodel.terminal import print_table
 from tests.test_published import ATTENTION, GEMM, MOE, REDUCE, SERVED, TIDAR, row_of, write
 
 KERNELS = (GEMM, MOE, ATTENTION, REDUCE)
@@ -388,6 +389,57 @@ def test_the_shipped_tables_are_read_whole() -> None:
             lines = list(csv.DictReader(stream))
         rows = read_rows(FOLDER / name)
         assert len(rows) == len(lines) and all(row.problem is None for row in rows)
+
+
+def test_one_row_beyond_all_measure_is_its_own_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    huge = "hidden 999999999999, inter 99999999999, E{} top3, tokens=4, {}"
+    rows = [
+        MOE | {"id": "e", "batch": "4", "context_or_shape": huge.format(999999999, "power_law_1.2")},
+        MOE | {"id": "a", "batch": "4", "context_or_shape": huge.format(8, "power_law_400")},
+        GEMM,
+    ]
+    path = write(tmp_path / "rows.csv", *rows)
+    assert ridgepoint.main(["validate", "--rows", str(path), "--json"]) == 0
+    text, errors = capsys.readouterr()
+    assert [row["status"] == "predicted" for row in json.loads(text)["rows"]] == [False, False, True]
+    assert errors == ""
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [OverflowError(), MemoryError(), FloatingPointError(), ZeroDivisionError()]
+    + [Estimate(seconds, bound, 0.1) for seconds in (math.nan, math.inf, 0.0, -1.0, 1e308) for bound in (0.0, 1e-9)]
+    + [Estimate(1.0, math.nan, 0.1), Estimate(1.0, math.inf, 0.1), Estimate(1.0, 0.5, 800.0)],
+)
+def test_what_cannot_be_calculated_is_no_prediction(outcome: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def predictor(_: object) -> object:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setitem(PREDICTORS, KernelPoint, predictor)  # type: ignore[arg-type]
+    (result,) = predicted_rows([row_of(GEMM)])
+    assert result.status == "its sizes are beyond what can be calculated" and result.predicted is None
+
+
+def test_a_row_that_overflows_while_it_is_read_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(*_: object) -> None:
+        raise OverflowError
+
+    monkeypatch.setattr("perfmodel.published.interpret.loads_of", overflow)
+    assert interpret(row_of(MOE)) == "its sizes are beyond what can be calculated"
+
+
+def test_brackets_in_cells_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in "vLLM 0.24.0 [torch]": neither swallowed as markup nor, as "[/x]", an error."""
+    rows = [GEMM | {"id": "[/x]", "engine": "vLLM [torch.mm]"}, GEMM | {"id": "b", "hardware": "[/red]"}]
+    path = write(tmp_path / "rows.csv", *rows)
+    assert ridgepoint.main(["validate", "--rows", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "[/x]" in shown and "[torch.mm]" in shown and "[/red]" in shown
+    print_table("of [b]", ("a [c]",), [("[bold]d",)])
+    shown = capsys.readouterr().out
+    assert "of [b]" in shown and "a [c]" in shown and "[bold]d" in shown
 
 
 def test_an_estimate_of_no_bound_has_none() -> None:
