@@ -10,10 +10,13 @@ import pytest
 from hardware.files import UserError
 from hardware.profile import load_profile
 from perfmodel import fitting
+from perfmodel.engine import load_engine
 from perfmodel.kernels import attention
 from perfmodel.kernels.attention import AttentionKernels
 from perfmodel.kernels.call import Attention
 from perfmodel.kernels.fitting import family_problem, seconds_of, values_of
+from perfmodel.kernels.library import CLASSES, load_library
+from perfmodel.published.served import numbers_of
 
 DEVICES = [load_profile(name) for name in ("h100-sxm", "mi300x", "l40s")]
 TRUE = AttentionKernels(fixed_seconds=5e-6, bandwidth_share=0.8, cache_share=2.0, split_bytes=1e5, compute_share=0.3)
@@ -68,6 +71,22 @@ def test_an_interval_holds_its_value_and_narrows_with_what_is_known() -> None:
         assert set(found.spreads) == {"many"}
         assert found.spreads["many"] == pytest.approx(1.28 * noise, rel=0.5)
     assert widths[0] < widths[1]
+
+
+def test_every_bundled_interval_holds_its_value() -> None:
+    library = load_library()
+    for family in CLASSES:
+        for name, value in values_of(getattr(library, family)).items():
+            low, high = library.evidence[family].intervals[name]
+            assert low <= value <= high, (family, name)
+    for engine in ("vllm", "tensorrt-llm", "gpt-fast", "zyphra-vllm"):
+        profile = load_engine(engine)
+        numbers = numbers_of(profile)
+        named = set(numbers) & set(profile.intervals)
+        assert len(named) >= 6
+        for name in named:
+            low, high = profile.intervals[name]
+            assert low <= numbers[name] <= high, (engine, name)
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
