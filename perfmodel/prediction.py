@@ -55,7 +55,7 @@ class Prediction:
     workload: Workload
     decoding: DecodingConfig
     context: int  # cached tokens per sequence
-    expert_coverage: str  # "uniform", "measured", "correlated(0.3)", "all", "min"
+    expert_coverage: str  # "uniform", "measured", "correlated(0.3)", "zipf(0.9)", "all", "min"
     acceptance_length: float  # tokens committed per step and sequence, with the verifier's own
     tokens_per_forward: float  # of one sequence
     forwards: tuple[ForwardPrediction, ...]

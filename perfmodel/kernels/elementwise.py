@@ -56,6 +56,8 @@ def _beyond_caches(call: Elementwise, hardware: HardwareProfile) -> Array:
     size = np.asarray(call.size_bytes, dtype=float)
     lives = size if call.set_bytes is None else np.asarray(call.set_bytes, dtype=float)
     held = sum(level.capacity_bytes for level in hardware.memory[:-1])
+    if lives.size and float(lives.max()) <= held:
+        return np.zeros(())  # a common case, and less to calculate over a grid
     return size * (1 - np.minimum(1.0, held / np.maximum(lives, 1.0)))
 
 
