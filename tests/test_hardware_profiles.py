@@ -94,10 +94,12 @@ def test_achieved_figures_exist_for_every_dtype_and_level_and_are_plausible(prof
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
 def test_no_published_rate_passes_a_peak(profile: HardwareProfile) -> None:
-    """Of the best matmuls that others measured on the device."""
+    """Of the best matmuls that others measured on the device, but for those that are listed with their reason."""
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8", "int8": "int8"}
-    tables = Path(__file__).parents[1] / "measurements" / "published" / "gpu_measured.csv"
-    with tables.open(encoding="utf-8", newline="") as stream:
+    published = Path(__file__).parents[1] / "measurements" / "published"
+    with (published / "exceptions.csv").open(encoding="utf-8", newline="") as stream:
+        excepted = {row["id"] for row in csv.DictReader(stream)}
+    with (published / "gpu_measured.csv").open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["kind"] == "A" and row["unit"] == "TFLOPS"]
     of_device = {"a100-80gb-sxm": "A100 SXM 80GB", "h100-pcie": "H100 PCIe"} | {
         name: f"{name.split('-')[0].upper()} SXM" for name in ("b200", "h100-sxm", "h200")
@@ -108,7 +110,8 @@ def test_no_published_rate_passes_a_peak(profile: HardwareProfile) -> None:
     assert measured
     peaks = {str(dtype): rate for dtype, rate in profile.peak_flops_per_second.items()}
     for row in measured:
-        assert float(row["value"]) * 1e12 <= peaks[names[row["dtype"]]], row["id"]
+        passes = float(row["value"]) * 1e12 > peaks[names[row["dtype"]]]
+        assert passes == (row["id"] in excepted), row["id"]
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
