@@ -15,7 +15,7 @@ import numpy as np
 from hardware.profile import list_profiles, load_profile
 from perfmodel.breakeven import break_even
 from perfmodel.contenders import Contender
-from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, setting, time_forward, time_step
+from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, setting, time_forward, time_step, usable_bytes
 from perfmodel.kernels.call import Array
 from perfmodel.model_spec import load_spec
 from perfmodel.published.evidence import FOLDER, Result, held_out_rows
@@ -65,7 +65,7 @@ def step_costs(ideal: Setting, real: Setting, decoding: DecodingConfig, batch: A
     step, single = (time_step(ideal, step_of(d), batch, context) for d in (decoding, decoding.autoregressive))
     one, block = single.forwards, (time_forward(ideal, batch, slots, context, slots, "verify"),)
     engine, engine_single = (time_step(real, step_of(d), batch, context) for d in (decoding, decoding.autoregressive))
-    fits = memory_bytes(ideal, batch, context + decoding.slots) <= ideal.device.hardware.main_memory.capacity_bytes
+    fits = memory_bytes(ideal, batch, context + decoding.slots) <= usable_bytes(ideal.device.hardware)
     found = (
         _read(block, kv=False) / _read(one, kv=False),
         _read(block) / _read(one),

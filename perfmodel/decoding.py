@@ -16,14 +16,14 @@ from perfmodel.closed_batch import closed_batch_throughput
 from perfmodel.costs import shape
 from perfmodel.economics import economics
 from perfmodel.engine import EngineProfile, HostCosts, engine_for
-from perfmodel.execution import execute, execute_forward
+from perfmodel.execution import execute, execute_forward, kernels_for
 from perfmodel.experts import ExpertCoverage, parse_coverage
 from perfmodel.model_spec import ModelSpec, require_context
 from perfmodel.operators import Array, forward_costs, sampler_cost
 from perfmodel.parallel import ALONE, Parallel, divided
-from perfmodel.precision import Precision, stored_bytes, uniform
+from perfmodel.precision import Precision, attention_dtypes, stored_bytes, uniform
 from perfmodel.prediction import Bound, ForwardPrediction, OperatorPrediction, Prediction
-from perfmodel.roofline import BOUNDS, Device, Timing, Timings, engine_timing, time_operators, total
+from perfmodel.roofline import BOUNDS, Device, Timing, Timings, any_of, engine_timing, time_operators, total
 from perfmodel.steps import Step, step_of
 from runtime.config import DecodingConfig, KernelConfig, Workload, require
 
@@ -80,6 +80,11 @@ class ForwardTiming:
         """Roofline at datasheet peaks."""
         return self.timings.bound_seconds
 
+    @property
+    def clamped(self) -> npt.NDArray[np.bool_]:
+        """Where an operator's estimate was below its bound, and is now the bound."""
+        return self.timings.clamped
+
 
 @dataclass(frozen=True)
 class StepTiming:
@@ -103,6 +108,11 @@ class StepTiming:
     def bound_seconds(self) -> Array:
         """Roofline of the whole step."""
         return total([*(f.times * f.bound_seconds for f in self.forwards), self.beside.bound_seconds])
+
+    @property
+    def clamped(self) -> npt.NDArray[np.bool_]:
+        """Where an operator's estimate was below its bound, and is now the bound."""
+        return any_of([*(f.clamped for f in self.forwards), self.beside.clamped])
 
     @property
     def sampler_seconds(self) -> Array:
@@ -161,19 +171,10 @@ def setting(
     found = engine_for(hardware, engine)
     named = expert_coverage or found.expert_coverage
     coverage = parse_coverage(named) if isinstance(named, str) else named
-    chosen = kernels or found.kernels
+    chosen = kernels_for(found, parallel, kernels)
     stored = uniform(precision) if isinstance(precision, str) else precision
     device = Device(hardware, stored.head, chosen.threads)
-    require(
-        device.library is not None or stored == uniform(stored.head),
-        f"{hardware.name} was probed in one dtype at a time, so {stored} cannot be predicted there",
-    )
-    for weights, activations in (
-        (stored.weights, stored.activations),
-        (stored.experts, stored.expert_activations),
-        (stored.cache, stored.cache),
-    ):
-        device.peak_of(weights, activations)
+    require_precision(device, stored)
     if parallel.devices > 1:
         divided(spec, parallel)
         link = hardware.interconnect
@@ -182,7 +183,25 @@ def setting(
             parallel.devices <= most,
             f"devices <= {most} of the interconnect of {hardware.name} must hold, but got {parallel.devices}",
         )
+        require(
+            link is not None and link.latency_seconds is not None,
+            f"profile {hardware.name}: interconnect.latency_seconds must be given to divide a model over devices",
+        )
     return Setting(spec, device, found, chosen, coverage, stored, parallel)
+
+
+def require_precision(device: Device, stored: Precision) -> None:
+    """UserError for element types that the device has no peak for, or was not probed in."""
+    require(
+        device.library is not None or stored == uniform(stored.head),
+        f"{device.hardware.name} was probed in one dtype at a time, so {stored} cannot be predicted there",
+    )
+    for weights, activations in (
+        (stored.weights, stored.activations),
+        (stored.experts, stored.expert_activations),
+        attention_dtypes(device.hardware, stored.cache),
+    ):
+        device.peak_of(weights, activations)
 
 
 def time_forward(
@@ -203,11 +222,11 @@ def time_forward(
     coverage = at.coverage.of(name)
     grid = shape(batch, slots, context, slots if head_rows is None else head_rows, pairs, head_passes)
     costs = forward_costs(at.spec, grid, at.precision, coverage, at.parallel)
-    executed = execute_forward(at.share, costs, grid, coverage, at.engine, at.kernels)
-    stream = total([cost.weight_bytes + cost.kv_bytes for cost in costs])
-    timings = time_operators(executed, at.device, at.engine, stream)
+    executed = execute_forward(at.share, costs, grid, at.engine, at.kernels)
+    timings = time_operators(executed, at.device, at.engine)
     host = at.host_costs
-    extra = host.forward(name) + at.spec.layers * host.layer_seconds + host.token_seconds * grid.tokens
+    own = at.parallel.of_replica(grid.batch) * grid.slots  # tokens of one device
+    extra = host.forward(name) + at.spec.layers * host.layer_seconds + host.token_seconds * own
     if host.cached_token_seconds:
         extra = extra + np.where(grid.slots > 1, host.cached_token_seconds * grid.context, 0.0)
     if at.parallel.replicas > 1:
@@ -234,7 +253,7 @@ def time_step(at: Setting, step: Step, batch: npt.ArrayLike, context: npt.ArrayL
         )
         for f in step.forwards
     )
-    sequences = np.asarray(batch, dtype=float) / at.parallel.replicas
+    sequences = at.parallel.of_replica(np.asarray(batch, dtype=float))
     work = [
         execute(
             sampler_cost(at.share, sequences * np.asarray(w.rows) * np.asarray(w.times)),
@@ -244,7 +263,7 @@ def time_step(at: Setting, step: Step, batch: npt.ArrayLike, context: npt.ArrayL
         )
         for w in step.work
     ]
-    beside = time_operators(work, at.device, at.engine, np.zeros(()))
+    beside = time_operators(work, at.device, at.engine)
     host = at.host_costs
     drawn = total([np.asarray(w.rows) * np.asarray(w.times, dtype=float) for w in step.work if w.sampled])
     per_sequence = host.sequence_seconds + host.drawn_logit_seconds * at.spec.vocab_size * drawn
@@ -362,18 +381,26 @@ def memory_bytes(at: Setting, batch: npt.ArrayLike, positions: npt.ArrayLike) ->
     """Bytes in main memory of one device: its weights, and cache and state of `batch` sequences of `positions`."""
     per_sequence = np.asarray(positions, dtype=float) * at.share.stored_kv_bytes_per_token(at.precision.cache)
     state = at.share.state_bytes_per_sequence(at.precision.head)
-    sequences = np.ceil(np.asarray(batch, dtype=float) / at.parallel.replicas)
+    sequences = at.parallel.of_replica(np.asarray(batch, dtype=float))
     return np.asarray(weight_bytes(at) + sequences * (per_sequence + state))
+
+
+MEMORY_SHARE = 0.9  # of a device's memory, for weights and caches: the default of vLLM and TensorRT-LLM
+
+
+def usable_bytes(hardware: HardwareProfile) -> float:
+    """Bytes that weights and caches may take: a share of what the driver offers, all of a CPU's main memory."""
+    return hardware.usable_memory_bytes * (MEMORY_SHARE if hardware.kind == "gpu" else 1.0)
 
 
 def require_memory(at: Setting, batch: int, context: int, slots: int) -> None:
     """Refuse what does not fit main memory, and say what would."""
     hardware = at.device.hardware
-    capacity, needed = hardware.main_memory.capacity_bytes, float(memory_bytes(at, batch, context + slots))
+    capacity, needed = usable_bytes(hardware), float(memory_bytes(at, batch, context + slots))
     if needed <= capacity:
         return
     weights = weight_bytes(at)
-    where = f"the {capacity / 1e9:.1f} GB of {hardware.name}"
+    where = f"the {capacity / 1e9:.1f} GB of {hardware.name} that may be used"
     if float(memory_bytes(at, 1, 1 + slots)) > capacity:
         raise UserError(f"weights and caches must fit {where}, but the weights alone take {weights / 1e9:.1f} GB")
     most = _largest(lambda n: float(memory_bytes(at, n, context + slots)) <= capacity, batch)

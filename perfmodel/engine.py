@@ -166,6 +166,10 @@ class EngineProfile:
 
     def __post_init__(self) -> None:
         parse_coverage(self.expert_coverage)
+        require(
+            self.host != "synchronous" or self.hardware_kind == "cpu",
+            f"host must be eager or graph on a gpu, which does not wait after each operator, but is {self.host}",
+        )
         for name in self.operators:
             if name not in DESCRIBED:
                 raise known("entry of operators", name, DESCRIBED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,12 @@ import numpy.typing as npt
 from hardware.files import UserError
 from perfmodel.costs import Call, Matmul, OperatorCost, Shape
 from perfmodel.engine import EngineProfile, OperatorHost
-from perfmodel.experts import ExpertCoverage
 from perfmodel.kernels.call import Array, FusedMoe
 from perfmodel.model_spec import ModelSpec
 from perfmodel.operators import expert_matmuls
+from perfmodel.parallel import Parallel
 from perfmodel.precision import stored_bytes
-from runtime.config import KernelConfig
+from runtime.config import KernelConfig, require
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,40 @@ def execute_forward(
     spec: ModelSpec,
     costs: Sequence[OperatorCost],
     at: Shape,
-    coverage: ExpertCoverage,
     engine: EngineProfile,
     kernels: KernelConfig,
 ) -> list[Executed]:
     """Every operator of `forward_costs`, the experts in the mode that `kernels` names for each token count.
 
-    `spec` is what one device holds. UserError for an operator that the engine does not describe.
+    `spec` is what one device holds; where experts are dealt out over devices, only grouped ones are (see
+    `kernels_for`). UserError for an operator that the engine does not describe.
     """
     found = []
     for cost in costs:
         if cost.name == "experts":
-            found.append(_experts(spec, cost, at, coverage, engine, kernels))
+            found.append(_experts(spec, cost, at, engine, kernels))
         else:
             host = EXCHANGE if cost.name == "collective" else engine.operator(cost.name)
             found.append(execute(cost, host, engine, cost.repeat))
     return found
+
+
+def kernels_for(engine: EngineProfile, parallel: Parallel, kernels: KernelConfig | None = None) -> KernelConfig:
+    """The given kernels, or the engine's own; where experts are dealt out over devices, its grouped ones.
+
+    UserError for another mode there: each device has the tokens of its own experts, which only grouped kernels take.
+    """
+    if parallel.expert == 1:
+        return kernels or engine.kernels
+    if kernels is None and "grouped" in engine.experts:
+        kernels = dataclasses.replace(engine.kernels, experts={max(engine.kernels.experts): "grouped"})
+    chosen = kernels or engine.kernels
+    for mode in chosen.experts.values():
+        require(
+            mode == "grouped",
+            f"experts dealt out over {parallel.expert} devices must run in the mode grouped, but got {mode}",
+        )
+    return chosen
 
 
 EXCHANGE = OperatorHost(launches=1)  # whatever the engine: one kernel of the communication library
@@ -74,17 +93,16 @@ def _experts(
     spec: ModelSpec,
     cost: OperatorCost,
     at: Shape,
-    coverage: ExpertCoverage,
     engine: EngineProfile,
     kernels: KernelConfig,
 ) -> Executed:
     if len(set(kernels.experts.values())) == 1:
-        return _run_mode(next(iter(kernels.experts.values())), spec, cost, at, coverage, engine)
+        return _run_mode(next(iter(kernels.experts.values())), spec, cost, at, engine)
     buckets = sorted(kernels.experts)
     index = np.minimum(np.searchsorted(buckets, at.tokens), len(buckets) - 1)
     modes = {mode: np.isin(index, [i for i, b in enumerate(buckets) if kernels.experts[b] == mode])
              for mode in kernels.experts.values()}  # fmt: skip
-    runs = [_run_mode(mode, spec, cost, at, coverage, engine) for mode in modes]
+    runs = [_run_mode(mode, spec, cost, at, engine) for mode in modes]
 
     def pick(values: list[Array]) -> Array:
         return np.select(list(modes.values()), values)
@@ -109,14 +127,7 @@ def _experts(
     )
 
 
-def _run_mode(
-    mode: str,
-    spec: ModelSpec,
-    cost: OperatorCost,
-    at: Shape,
-    coverage: ExpertCoverage,
-    engine: EngineProfile,
-) -> Executed:
+def _run_mode(mode: str, spec: ModelSpec, cost: OperatorCost, at: Shape, engine: EngineProfile) -> Executed:
     """loop and grouped multiply the experts that are hit, gather one per token, dense all of them as one wide matmul.
 
     gather first copies every token's expert, which moves it `weight_passes` times; a single token needs no copy. Only
@@ -125,7 +136,9 @@ def _run_mode(
     if mode not in engine.experts:
         raise UserError(f"engine {engine.name} has no expert mode {mode!r}; it has {', '.join(sorted(engine.experts))}")
     host, n, tokens, experts = engine.experts[mode], spec.moe_layers, at.tokens, spec.num_experts
-    distinct = coverage.distinct(at.batch, at.slots, experts, spec.experts_per_token)
+    ((_, fused),) = cost.calls
+    assert isinstance(fused, FusedMoe)
+    distinct = np.asarray(fused.distinct, dtype=float)  # on this device
     matmuls, weights, moved = cost.matmuls, cost.weight_bytes, cost.activation_bytes * host.passes
     assert cost.dtypes is not None  # experts multiply
     stored, met = cost.dtypes

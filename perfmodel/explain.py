@@ -12,8 +12,9 @@ import numpy as np
 from hardware.files import UserError
 from hardware.profile import HardwareProfile
 from perfmodel.contenders import Acceptance
-from perfmodel.decoding import Setting, StepTiming, require_memory, time_step
+from perfmodel.decoding import Setting, StepTiming, require_memory, require_precision, time_step
 from perfmodel.engine import load_engine
+from perfmodel.execution import kernels_for
 from perfmodel.kernels.call import Array
 from perfmodel.model_spec import require_context
 from perfmodel.precision import Precision, quantised
@@ -231,15 +232,9 @@ def _with_decoding(point: _Point, acceptance: Acceptance, decoding: DecodingConf
 
 def _with_engine(point: _Point, name: str) -> _Point:
     engine = load_engine(name)
-    return replace(point, at=replace(point.at, engine=engine, kernels=engine.kernels))
+    return replace(point, at=replace(point.at, engine=engine, kernels=kernels_for(engine, point.at.parallel)))
 
 
 def _with_precision(point: _Point, precision: Precision) -> _Point:
-    at = point.at
-    for weights, activations in (
-        (precision.weights, precision.activations),
-        (precision.experts, precision.expert_activations),
-        (precision.cache, precision.cache),
-    ):
-        at.device.peak_of(weights, activations)  # refuses what the device has no peak for
-    return replace(point, at=replace(at, precision=precision))
+    require_precision(point.at.device, precision)
+    return replace(point, at=replace(point.at, precision=precision))

@@ -21,7 +21,7 @@ from perfmodel.experts import ExpertCoverage
 from perfmodel.kernels.call import Array as Array
 from perfmodel.kernels.call import Attention, Collective, FusedMoe
 from perfmodel.model_spec import ModelSpec
-from perfmodel.parallel import ALONE, Parallel, divided, most_loaded
+from perfmodel.parallel import ALONE, Parallel, divided, most_loaded, sent_copies
 from perfmodel.precision import Precision, stored_bytes
 
 FORWARD_OPERATORS = (
@@ -86,9 +86,7 @@ def forward_costs(
     The prefill of T tokens is slots = T at context 0. KV is read once per sequence for all its slots, and at most the
     window of a sliding layer. Raises UserError from a measured `coverage` that does not reach the token count.
     """
-    own = at
-    if parallel.replicas > 1:  # the most loaded replica decodes the odd sequence
-        own = Shape(np.ceil(at.batch / parallel.replicas), at.slots, at.context, at.head_rows, at.pairs, at.head_passes)
+    own = dataclasses.replace(at, batch=parallel.of_replica(at.batch))
     forward = _Forward(divided(spec, parallel), own, precision, coverage, parallel, at.batch)
     found = [_embedding(forward), _norms(forward), _qkv(forward)]
     if spec.convolutional:
@@ -173,7 +171,10 @@ def _cca(f: _Forward) -> OperatorCost:
 
 
 def _attention(f: _Forward) -> OperatorCost:
-    """Scores and values. Every slot meets all cached keys (of the window) and, masked or not, every slot."""
+    """Scores and values. Every slot meets all cached keys (of the window) and, masked or not, every slot.
+
+    A kernel of the library reads the same keys and values once, and skips tiles of masked scores.
+    """
     spec, at = f.spec, f.at
     each: float | Array = 0.0  # pairs of a slot and a key by sequence, over all layers
     least: float | Array = 0.0
@@ -185,10 +186,16 @@ def _attention(f: _Forward) -> OperatorCost:
         each = each + layers * (at.slots * (cached + at.slots))
         least = least + layers * _visible(at, window)
         read = read + layers * (cached + at.slots)
-        # Slots see about half of each other, which is all that a prompt sees.
-        seen = cached + at.slots / 2
-        seen = seen if window is None else np.minimum(seen, window)
-        call = Attention(at.batch, at.slots, seen, queries, keys, spec.head_dim, f.precision.cache)
+        call = Attention(
+            at.batch,
+            at.slots,
+            cached + at.slots,
+            queries,
+            keys,
+            spec.head_dim,
+            f.precision.cache,
+            met=_met(at, cached, window),
+        )
         calls.append((float(layers), call))
     width = stored_bytes(f.precision.cache)
     return cost_of(
@@ -207,7 +214,7 @@ _MASKED_TILE = 128  # keys that a kernel masks one by one; further masked ones i
 
 
 def _met(at: Shape, cached: Array, window: int | None) -> Array:
-    """Keys that a kernel takes for each slot: the cached ones, and those of its own forward but for skipped tiles.
+    """Keys that a kernel multiplies each slot with: the cached ones, and its own forward's but for skipped tiles.
 
     Causal slots skip half of each other, a window what lies before it. Slots that see each other in another pattern
     skip nothing.
@@ -318,7 +325,9 @@ def _mlp(f: _Forward) -> OperatorCost:
 def _collective(f: _Forward) -> OperatorCost:
     """Tensor parallel: attention's and the MLP's results are summed, two all-reduces of tokens x hidden a layer.
 
-    Replicas that share experts send every token to its experts' devices and back: two all-to-alls per MoE layer.
+    Replicas that share experts exchange tokens in two all-to-alls per MoE layer: every token to the other replicas'
+    devices that hold its experts, in what experts multiply, and a sum of its results from each of them in 16 bits. The
+    devices of a replica hold the same tokens, so that each sends a share of them.
     """
     spec, parallel, tokens = f.spec, f.parallel, f.at.tokens
     calls: list[tuple[float, Call]] = []
@@ -326,8 +335,11 @@ def _collective(f: _Forward) -> OperatorCost:
     if parallel.tensor > 1:
         calls.append((2.0 * spec.layers, Collective(size, parallel.tensor)))
     if parallel.replicas > 1:
-        copies = min(spec.experts_per_token, parallel.expert)
-        calls.append((2.0 * spec.moe_layers, Collective(size * copies, parallel.devices, "all_to_all")))
+        sent = sent_copies(spec.num_experts, spec.experts_per_token, parallel) * (1 - f.coverage.skip_share)
+        # Of an exchange, a device keeps one part in as many as there are devices.
+        elements = tokens * spec.hidden_size * sent / parallel.tensor * parallel.devices / (parallel.devices - 1)
+        for width in (stored_bytes(f.precision.expert_activations), WIRE_BYTES):
+            calls.append((float(spec.moe_layers), Collective(elements * width, parallel.devices, "all_to_all")))
     return cost_of("collective", calls=tuple(calls), repeat=sum(count for count, _ in calls), dtypes=f.plain)
 
 

@@ -45,6 +45,10 @@ class Parallel:
         """Groups that decode sequences of their own."""
         return self.devices // self.tensor
 
+    def of_replica(self, batch: Array) -> Array:
+        """Sequences of the replica that has most of them."""
+        return batch if self.replicas == 1 else np.ceil(batch / self.replicas)
+
     def __str__(self) -> str:
         parts = [f"TP{self.tensor}"] if self.tensor > 1 else []
         return " ".join(parts + ([f"EP{self.expert}"] if self.expert > 1 else [])) or "one device"
@@ -85,6 +89,16 @@ def divided(spec: ModelSpec, parallel: Parallel) -> ModelSpec:
         expert_size=spec.expert_size // within,
         vocab_size=math.ceil(spec.vocab_size / tensor),
     )
+
+
+def sent_copies(experts: int, experts_per_token: int, parallel: Parallel) -> float:
+    """Expected devices beyond its own replica that one token is sent to, which picks its experts evenly.
+
+    A device with E / D of E experts has none of the k picked with C(E - E/D, k) / C(E, k).
+    """
+    each = experts // parallel.expert
+    missed = math.prod((experts - each - i) / (experts - i) for i in range(experts_per_token))
+    return (parallel.devices - parallel.tensor) * (1 - missed)
 
 
 def most_loaded(distinct: Array, experts: int, devices: int) -> Array:

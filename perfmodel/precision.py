@@ -42,6 +42,14 @@ def arithmetic_dtype(hardware: HardwareProfile, weights: str, activations: str) 
     return peak
 
 
+def attention_dtypes(hardware: HardwareProfile, cache: str) -> tuple[str, str]:
+    """What attention over a cache multiplies, keys first: an fp8 cache meets fp8 queries where the device multiplies
+    fp8; any other narrow cache is widened to bfloat16."""
+    if cache == "fp8" and "fp8" in {str(name) for name in hardware.peak_flops_per_second}:
+        return cache, cache
+    return cache, "bfloat16" if stored_bytes(cache) < stored_bytes("bfloat16") else cache
+
+
 @dataclass(frozen=True)
 class Precision:
     """What a model is served in. `activations` meet the weights in the matmuls; the LM head is stored in `head`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from hardware.files import UserError
 from hardware.profile import Curves, HardwareProfile
@@ -17,7 +18,7 @@ from perfmodel.kernels.call import Array, Attention, Collective, FusedMoe, Gemm,
 from perfmodel.kernels.elementwise import Elementwise
 from perfmodel.kernels.library import Family, Library, load_library
 from perfmodel.operators import engine_cost
-from perfmodel.precision import arithmetic_dtype
+from perfmodel.precision import arithmetic_dtype, attention_dtypes
 from perfmodel.prediction import Bound
 from runtime.config import DTYPE_BYTES
 
@@ -32,6 +33,7 @@ class Timing:
     bound_seconds: Array
     parts: Parts
     family: Family | None  # of the kernel library; None: not from there
+    clamped: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros((), bool))  # rates made it beat its bound
 
     @property
     def name(self) -> str:
@@ -65,6 +67,11 @@ class Timings:
         """Roofline of all of them."""
         return total([t.bound_seconds for t in self.kernels])
 
+    @property
+    def clamped(self) -> npt.NDArray[np.bool_]:
+        """Where the rates of an operator would have made it faster than its bound, which it then takes."""
+        return any_of(t.clamped for t in self.kernels)
+
     def followed_by(self, last: Timing) -> Timings:
         """These, then what neither the device nor its host can hide."""
         return replace(self, last=last)
@@ -88,6 +95,14 @@ class Timings:
 def total(arrays: Iterable[Array]) -> Array:
     """Their sum, the small ones first: over a grid only few of them have the whole's shape."""
     return sum(sorted(arrays, key=np.size), np.zeros(()))
+
+
+def any_of(arrays: Iterable[npt.NDArray[np.bool_]]) -> npt.NDArray[np.bool_]:
+    """Where one of them is true; they broadcast."""
+    found = np.zeros((), bool)
+    for array in arrays:
+        found = found | array
+    return found
 
 
 class Device:
@@ -115,6 +130,10 @@ class Device:
         self.library: Library | None = load_library() if hardware.kind == "gpu" and not hardware.measured else None
         self._peaks = peaks
         self._dtypes: dict[tuple[str, str], str] = {}
+        self._levels = [  # bytes that faster levels hold, and the peak; free without one
+            (sum(faster.capacity_bytes for faster in hardware.memory[:i]), level.peak_bandwidth_bytes_per_second)
+            for i, level in enumerate(hardware.memory)
+        ]
 
     def peak_of(self, weights: str, activations: str) -> float:
         """Datasheet FLOPs per second of a matmul of these dtypes."""
@@ -123,10 +142,26 @@ class Device:
             self._dtypes[key] = arithmetic_dtype(self.hardware, weights, activations)
         return self._peaks[self._dtypes[key]]
 
-    def peak_bandwidth(self, working_set_bytes: Array) -> Array:
-        """Datasheet bandwidth of the level that holds the working set; infinite for a cache without a figure."""
-        rates = [level.peak_bandwidth_bytes_per_second or np.inf for level in self.hardware.memory]
-        return self._by_level(working_set_bytes, rates)
+    def peak_of_cost(self, cost: OperatorCost) -> float:
+        """The same of what an operator multiplies; of no one dtype's where it multiplies nothing."""
+        if cost.dtypes is None:
+            return self.peak_flops
+        if cost.name == "attention":
+            return self.peak_of(*attention_dtypes(self.hardware, cost.dtypes[0]))
+        return self.peak_of(*cost.dtypes)
+
+    def least_seconds_per_byte(self, working_set_bytes: Array, times: float = 1.0) -> Array:
+        """Datasheet seconds of a byte of a working set that is read again and again, of which caches may keep a part.
+
+        A level must bring what all faster ones together cannot hold: the slowest of them binds. They may hold as much
+        `times` over. A level without a figure is free.
+        """
+        size = np.maximum(working_set_bytes, 1.0)
+        found = np.zeros(())
+        for inside, peak in self._levels:
+            if peak is not None:
+                found = np.maximum(found, np.maximum(1 - times * inside / size, 0.0) / peak)
+        return found
 
     def bandwidth(self, working_set_bytes: Array) -> Array:
         """Achieved bandwidth for a working set that is read again and again."""
@@ -202,22 +237,28 @@ class _MatmulTimes:
         return np.exp(total / weights)
 
 
-def bound_seconds(cost: OperatorCost, device: Device, stream_bytes: Array) -> Array:
-    """Roofline at datasheet peaks: no kernel that reads the same weights and cache can be faster.
+LEFT_IN_CACHES = 4  # times their size: two kernels in turn find an end of their input and leave one of their output
 
-    Weights and cache stream from the level that holds all of the forward's (`stream_bytes`), activations from the
-    level that holds one operator's; without a figure for that level they are free.
+
+def bound_seconds(cost: OperatorCost, device: Device, weight_bytes: Array, kv_bytes: Array) -> Array:
+    """Roofline at datasheet peaks: no kernels that read the same weights and cache can be faster.
+
+    Of the forward's weights (`weight_bytes`) and cache (`kv_bytes`), the caches may each keep what they hold from one
+    forward to the next; of an operator's activations, what its kernels leave there for each other. So the bound has no
+    jump where something outgrows a cache.
     """
-    streamed = (cost.weight_bytes + cost.kv_bytes) / device.peak_bandwidth(stream_bytes)
-    activations = cost.activation_bytes / device.peak_bandwidth(cost.activation_set_bytes)
-    moved = streamed + activations
-    return moved if cost.dtypes is None else np.maximum(cost.least_flops / device.peak_of(*cost.dtypes), moved)
+    moved = cost.weight_bytes * device.least_seconds_per_byte(weight_bytes)
+    moved = moved + cost.kv_bytes * device.least_seconds_per_byte(kv_bytes)
+    each = device.least_seconds_per_byte(cost.activation_set_bytes, LEFT_IN_CACHES)
+    moved = moved + cost.activation_bytes * each
+    return moved if cost.dtypes is None else np.maximum(cost.least_flops / device.peak_of_cost(cost), moved)
 
 
-def time_operators(
-    operators: Sequence[Executed], device: Device, engine: EngineProfile, stream_bytes: Array
-) -> Timings:
-    """Time operators that run after each other in one forward; `stream_bytes` are its weights and cache.
+_ROUNDING = 1e-9
+
+
+def time_operators(operators: Sequence[Executed], device: Device, engine: EngineProfile) -> Timings:
+    """Time operators that run after each other in one forward.
 
     synchronous: host + kernels of each operator. graph: kernels + the gap between graph nodes. eager: the kernels, or
     the host where it is slower: max(sum of kernels, sum of host), the waiting shared out by launches. None is below
@@ -225,13 +266,16 @@ def time_operators(
     """
     dispatch = engine.scale_of("dispatch")
     costs = engine.host_costs(device.hardware)
-    if float(np.min(stream_bytes)) > device.largest_cache:
-        stream_bytes = np.asarray(np.inf)  # whatever the operating point: one level for a whole grid
+    weight_bytes, kv_bytes = (
+        total([getattr(op.cost, name) for op in operators]) for name in ("weight_bytes", "kv_bytes")
+    )
+    stream_bytes = weight_bytes + kv_bytes
+    cold = stream_bytes > device.largest_cache
     found = []
     for op in operators:
         family: Family | None = None
         if device.library is not None:
-            family, work = _from_library(op, device, device.library, engine, costs, stream_bytes)
+            family, work = _from_library(op, device, device.library, engine, costs, cold)
             memory, compute, extra = work
             extra = extra * dispatch if engine.host == "graph" else extra
         else:
@@ -239,17 +283,18 @@ def time_operators(
             node = op.launches * device.hardware.graph_node_seconds
             host = op.host_units * device.dispatch_seconds * dispatch
             extra = {"synchronous": host, "graph": node * dispatch, "eager": node}[engine.host]
-        bound = bound_seconds(op.cost, device, stream_bytes)
+        bound = bound_seconds(op.cost, device, weight_bytes, kv_bytes)
         for count, call in op.cost.calls:
             if isinstance(call, Collective):
                 bound = bound + count * collective.bound(call, device.hardware)
         # Below the bound a fitted rate exceeds the datasheet's: the estimate is then the bound.
         missing = np.maximum(bound - (memory + compute + extra), 0.0)
+        clamped = np.zeros((), bool)
         if missing.any():
-            peak = device.peak_flops if op.cost.dtypes is None else device.peak_of(*op.cost.dtypes)
-            computing = op.cost.least_flops / peak >= bound
+            clamped = missing > _ROUNDING * bound
+            computing = op.cost.least_flops / device.peak_of_cost(op.cost) >= bound
             memory, compute = memory + np.where(computing, 0.0, missing), compute + np.where(computing, missing, 0.0)
-        found.append(Timing(op, bound, Parts(memory, compute, extra), family))
+        found.append(Timing(op, bound, Parts(memory, compute, extra), family, clamped))
     if engine.host != "eager":
         return Timings(tuple(found))
     return Timings(tuple(found), tuple(op.host_units * device.dispatch_seconds * dispatch for op in operators))
@@ -266,7 +311,12 @@ _KERNELS_OF_CALL: dict[type, int] = {Attention: 1, FusedMoe: 2, Collective: 1}  
 
 
 def _from_library(
-    op: Executed, device: Device, library: Library, engine: EngineProfile, costs: HostCosts, stream_bytes: Array
+    op: Executed,
+    device: Device,
+    library: Library,
+    engine: EngineProfile,
+    costs: HostCosts,
+    cold: npt.NDArray[np.bool_],
 ) -> tuple[Family, Parts]:
     """An operator as calls of the kernel library; what the engine launches beyond them only moves activations.
 
@@ -286,13 +336,12 @@ def _from_library(
             called = called + count * _KERNELS_OF_CALL[type(call)]
     elif op.matmuls and op.cost.dtypes and op.cost.name != "cca":
         family = "gemm"
-        cold = bool(np.min(stream_bytes) > device.largest_cache)
         for m in op.matmuls:
             rows = np.maximum(m.rows, 1.0)
             # The kernel before the matmul narrows activations, where an engine replays graphs of fused kernels.
-            gemm = Gemm(rows, m.outer, m.inner, *op.cost.dtypes, cold, quantise=engine.host != "graph")
+            gemm = Gemm(rows, m.outer, m.inner, *op.cost.dtypes, quantise=engine.host != "graph")
             count = np.where(m.rows > 0, m.count, 0.0)
-            parts = library.gemm.time(gemm, device.hardware)
+            parts = _by_temperature(library, gemm, device.hardware, cold)
             memory, compute = memory + count * parts.memory, compute + count * parts.compute
             overhead = overhead + count * parts.overhead
             called = called + count
@@ -310,6 +359,14 @@ def _from_library(
     apart = costs.factor("elementwise")
     memory = memory + alone.memory * (apart / engine.scale_of("activations"))
     return family, Parts(memory, compute, overhead + alone.overhead * apart)
+
+
+def _by_temperature(library: Library, gemm: Gemm, hardware: HardwareProfile, cold: npt.NDArray[np.bool_]) -> Parts:
+    """A linear layer whose weights are cold at some points of a grid and stay in a cache at the others."""
+    if cold.all() or not cold.any():
+        return library.gemm.time(replace(gemm, cold=bool(cold.all())), hardware)
+    from_memory, from_cache = (library.gemm.time(replace(gemm, cold=c), hardware) for c in (True, False))
+    return Parts(*(np.where(cold, one, other) for one, other in zip(from_memory, from_cache, strict=True)))
 
 
 def _call(library: Library, call: Call, hardware: HardwareProfile) -> Parts:

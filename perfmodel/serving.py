@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, time_forward, time_step, weight_bytes
+from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, time_forward, time_step, usable_bytes, weight_bytes
 from perfmodel.model_spec import require_context
 from perfmodel.operators import Array
 from perfmodel.roofline import Timing, total
@@ -27,7 +27,6 @@ from runtime.config import DecodingConfig, require
 Metric = Literal["mean_tpot", "median_itl", "mean_step"]
 
 CHUNK_TOKENS = 8192  # of prompts in one step: the default of vLLM and SGLang on these devices, and of TensorRT-LLM
-MEMORY_SHARE = 0.9  # of a device's that engines let weights and caches take: the default of vLLM and TensorRT-LLM
 MOST = 1e9  # requests in flight, and tokens of one
 MOST_VARIATION = 10.0
 
@@ -107,11 +106,12 @@ def active_sequences(at: Setting, load: Load) -> Array:
     length = np.asarray(load.prompt, dtype=float) + np.asarray(load.generated, dtype=float)
     weights, hardware = weight_bytes(at), at.device.hardware
     each = memory_bytes(at, 1, length) - weights  # of one sequence, on each device of its replica
-    most = (MEMORY_SHARE * hardware.usable_memory_bytes - weights) / each * at.parallel.replicas
+    most = (usable_bytes(hardware) - weights) / each * at.parallel.replicas
     require(
         float(np.min(most)) >= 1,
-        f"weights and one request must fit {MEMORY_SHARE:.0%} of the memory of {hardware.name}, but {at.spec.name} has "
-        f"{weights / 1e9:.1f} GB of weights a device and {float(np.max(each)) / 1e9:.1f} GB of cache a request",
+        f"weights and one request must fit the {usable_bytes(hardware) / 1e9:.1f} GB of {hardware.name} that may be "
+        f"used, but {at.spec.name} has {weights / 1e9:.1f} GB of weights a device and "
+        f"{float(np.max(each)) / 1e9:.1f} GB of cache a request",
     )
     sequences = np.asarray(load.sequences, dtype=float)
     if not load.admitted:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perfmodel.acceptance import tokens_per_step
-from perfmodel.decoding import Setting, memory_bytes, time_step
+from perfmodel.decoding import Setting, memory_bytes, time_step, usable_bytes
 from perfmodel.economics import economics
 from perfmodel.kernels.call import Array
 from perfmodel.model_spec import require_context
@@ -130,7 +130,7 @@ def time_points(
         bound_step_seconds=timed.bound_seconds,
         autoregressive_step_seconds=baseline.seconds,
         experts_per_layer=np.maximum.reduce(np.broadcast_arrays(*(f.experts_per_layer for f in timed.forwards))),
-        fits=np.asarray(needed <= at.device.hardware.main_memory.capacity_bytes),
+        fits=np.asarray(needed <= usable_bytes(at.device.hardware)),
     )
 
 

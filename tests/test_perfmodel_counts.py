@@ -110,7 +110,7 @@ def test_launches_are_those_of_the_runtime(mode: str, experts: int, batch: int, 
     kernels = KernelConfig({1_000_000: mode})  # type: ignore[dict-item]
     for name in ("ridgepoint-cpu", "ridgepoint-eager"):
         engine = load_engine(name)
-        ran = {op.cost.name: op for op in execute_forward(spec, costs, at, coverage, engine, kernels)}
+        ran = {op.cost.name: op for op in execute_forward(spec, costs, at, engine, kernels)}
         groups = {
             "norms_residual": ("norms_residual",),
             "attention block": BLOCK,

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from hardware.files import UserError
 from hardware.profile import list_profiles, load_profile
 from perfmodel.acceptance import judged
-from perfmodel.decoding import Setting, interval, memory_bytes, predict, setting, time_forward, time_prefill, time_step
+from perfmodel.decoding import (
+    Setting,
+    interval,
+    memory_bytes,
+    predict,
+    setting,
+    time_forward,
+    time_prefill,
+    time_step,
+    usable_bytes,
+)
 from perfmodel.engine import EngineProfile, HostCosts, list_engines, load_engine, save_engine
 from perfmodel.kernels.library import load_library
 from perfmodel.model_spec import known_models, load_spec
@@ -263,7 +273,7 @@ def test_memory_that_is_too_small_says_what_fits() -> None:
     words = str(refused.value).split()
     batch, context = int(words[words.index("fits") - 1]), int(words[-4])
     at = setting(spec, H100, "bfloat16")
-    capacity = H100.main_memory.capacity_bytes
+    capacity = usable_bytes(H100)
     assert memory_bytes(at, batch, 4001) <= capacity < memory_bytes(at, batch + 1, 4001)
     assert memory_bytes(at, 500, context + 1) <= capacity < memory_bytes(at, 500, context + 2)
     with pytest.raises(UserError, match="weights alone take 141"):

@@ -18,7 +18,7 @@ from perfmodel.kernels.call import (
     require_positive,
     roofline,
 )
-from perfmodel.precision import arithmetic_dtype, stored_bytes
+from perfmodel.precision import arithmetic_dtype, attention_dtypes, stored_bytes
 
 _ROWS = 64  # query rows of one tile of a decode kernel: fewer cost as much
 _ELEMENT_BYTES = 2.0  # of queries and outputs
@@ -37,8 +37,9 @@ def _query_bytes(call: Attention) -> Array:
 
 def _flops(call: Attention, rows: Array) -> Array:
     """Of the products with keys and values, for so many query rows per KV head."""
-    batch, context, heads, width = floats(call.batch, call.context, call.kv_heads, call.head_dim)
-    return 4 * batch * heads * rows * context * width
+    batch, heads, width = floats(call.batch, call.kv_heads, call.head_dim)
+    met = np.asarray(call.context if call.met is None else call.met, dtype=float)
+    return 4 * batch * heads * rows * met * width
 
 
 def _rows(call: Attention) -> Array:
@@ -64,9 +65,8 @@ def bound(call: Attention, hardware: HardwareProfile) -> Array:
 
 
 def _dtype(call: Attention, hardware: HardwareProfile) -> str:
-    """The dtype whose peak the products have: fp8 queries meet an fp8 cache where the device multiplies fp8."""
-    narrow = call.cache == "fp8" and "fp8" in {str(name) for name in hardware.peak_flops_per_second}
-    return arithmetic_dtype(hardware, call.cache, "fp8" if narrow else "bfloat16")
+    """The dtype whose peak the products have."""
+    return arithmetic_dtype(hardware, *attention_dtypes(hardware, call.cache))
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class FusedMoe:
 class Attention:
     """`slots` query rows of each of `batch` sequences over `context` cached tokens, whose KV is read once for all.
 
+    met: keys that a query row is multiplied with, where its own forward's are masked in part; None: all of `context`.
     `cold`: the cache comes from main memory, as in a model, whose weights pass through the caches between two layers.
     """
 
@@ -84,6 +85,7 @@ class Attention:
     head_dim: npt.ArrayLike
     cache: str = "bfloat16"
     cold: bool = True
+    met: npt.ArrayLike | None = None
 
 
 @dataclass(frozen=True)
