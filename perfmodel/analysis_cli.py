@@ -81,7 +81,12 @@ def breakeven(
     hardware: options.Devices,
     batch: options.Batches = "1,2,4,8,16,32,64,128,256,512",
     context: options.Contexts = "1024,4096,16384,65536",
-    draft_tokens: options.DraftTokensAxis = "4,8,16",
+    draft_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Drafts per step, K: numbers with commas (default: those of --acceptance; of a length 16, else 4,8,16)"
+        ),
+    ] = None,
     sampler: options.Samplers = "two_forward,single_forward",
     acceptance_length: options.Length = None,
     acceptance_rate: options.Rate = None,
@@ -107,17 +112,23 @@ def breakeven(
     as_json: Json = False,
 ) -> None:
     """Map where each sampler pays: its best K or levels by batch and context, and where it stops paying."""
+    from perfmodel.acceptance import judged
     from perfmodel.breakeven import break_even
-    from perfmodel.contenders import contenders
+    from perfmodel.contenders import DRAFT_TOKENS, contenders
 
-    batches, contexts, drafts = (
-        options.numbers(name, text, int)
-        for name, text in (("batch", batch), ("context", context), ("draft-tokens", draft_tokens))
-    )
+    batches, contexts = (options.numbers(name, text, int) for name, text in (("batch", batch), ("context", context)))
+    drafts = None if draft_tokens is None else options.numbers("draft-tokens", draft_tokens, int)
     samplers = options.names("sampler", sampler)
     require("autoregressive" not in samplers, "autoregressive decoding is what a break-even map compares with")
     acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram, known_acceptance)
-    chosen = options.decodings_of(samplers, max(drafts), levels, steps, threshold, steps_per_block, verify)
+    most = max(drafts or DRAFT_TOKENS)
+    chosen = options.decodings_of(samplers, most, levels, steps, threshold, steps_per_block, verify)
+    length_of = [decoding.sampler for decoding in chosen if judged(decoding)]
+    require(
+        acceptance_length is None or len(length_of) <= 1,
+        f"an acceptance length is that of one setting, but --sampler has {' and '.join(length_of)}: choose one, or "
+        "give rates or a histogram",
+    )
     sets = [options.levels_of(text) for text in levels] if levels else None
     tried = [contenders(decoding, acceptance, drafts, sets) for decoding in chosen]
     claimed = options.numbers("headlines", headlines, float)
@@ -168,6 +179,9 @@ def _print_map(where: str, m: SamplerMap) -> None:
         ("batch", *(f"context {c}" for c in m.context)),
         [(str(b), *(text(i, j) for j in range(len(m.context)))) for i, b in enumerate(m.batch)],
     )
+    if not m.fits.any():
+        print("nothing fits the memory: no batch at any context\n")
+        return
     for c, stretches in zip(m.context, m.by_batch, strict=True):
         print(f"context {c}: pays at batch {', '.join(map(_stretch, stretches)) or '(none)'}")
     for b, stretches in zip(m.batch, m.by_context, strict=True):

@@ -11,6 +11,7 @@ from runtime.config import DecodingConfig, Sampler, replace, require
 from runtime.levels import optimal
 
 MOST_LEVELS = 6  # of the level sets that are chosen from a histogram, beside all levels
+DRAFT_TOKENS = (4, 8, 16)  # compared where nothing says which
 Levels = tuple[int, ...] | None  # None: all
 
 
@@ -39,6 +40,16 @@ class Acceptance:
             return Acceptance(histogram=tuple(self.known.histogram(decoding.sampler, k)))
         rates = self.rates if self.rates is None or len(self.rates) == 1 else self.rates[:k]
         return Acceptance(self.length, rates, self._folded(k))
+
+    def draft_tokens(self, sampler: Sampler) -> tuple[int, ...]:
+        """The K to compare where none are given: all that a known acceptance was measured at, of a length one."""
+        if self.length is not None:
+            return DRAFT_TOKENS[-1:]
+        if self.known is not None and sampler in self.known.lengths:
+            return tuple(sorted(self.known.lengths[sampler]))
+        rates = self.rates if self.known is None else self.known.rates
+        most = len(rates) if rates and (self.known or len(rates) > 1) else DRAFT_TOKENS[-1]
+        return tuple(k for k in DRAFT_TOKENS if k <= most) or (most,)
 
     def tokens(self, decoding: DecodingConfig) -> float:
         """Tokens that a step commits. UserError where a sampler needs acceptance and has none, or an impossible one."""
@@ -75,14 +86,16 @@ class Contender:
 def contenders(
     decoding: DecodingConfig,
     acceptance: Acceptance,
-    draft_tokens: Sequence[int],
+    draft_tokens: Sequence[int] | None = None,
     level_sets: Sequence[Levels] | None = None,
 ) -> list[Contender]:
     """Settings of `decoding`'s sampler for each K, and for single_forward for each level set that fits the K.
 
-    level_sets None: all levels and, where the shares of accepted drafts are known, the best 1 to MOST_LEVELS levels.
-    UserError for a length given for several settings, and for a K that no level set fits.
+    draft_tokens None: those of the acceptance. level_sets None: all levels and, where the shares of accepted drafts
+    are known, the best 1 to MOST_LEVELS levels. UserError for a length given for several settings, and for a K that no level set fits.
     """
+    if draft_tokens is None:
+        draft_tokens = acceptance.draft_tokens(decoding.sampler)
     require(len(draft_tokens) > 0 and min(draft_tokens) >= 1, f"draft_tokens >= 1 must hold, but got {draft_tokens}")
     found: list[DecodingConfig] = []
     for k in dict.fromkeys(draft_tokens):
@@ -94,8 +107,8 @@ def contenders(
         found += [replace(decoding, draft_tokens=k, proposal_levels=s) for s in dict.fromkeys(sets)]
     require(
         acceptance.length is None or len(found) == 1 or not judged(decoding),
-        f"an acceptance length is that of one setting, but {decoding.sampler} has {len(found)} to compare: give rates "
-        "or a histogram, which say what each of them accepts",
+        f"an acceptance length is that of one setting, but {decoding.sampler} has {len(found)} to compare: give "
+        "one of --draft-tokens (and of --levels), or rates or a histogram, which say what each of them accepts",
     )
     return [Contender(d, acceptance.tokens(d)) for d in found]
 

@@ -56,7 +56,7 @@ class KnownAcceptance:
         if self.rates:
             require(
                 draft_tokens <= len(self.rates),
-                f"{self.name} was measured up to K = {len(self.rates)}, but K is {draft_tokens}",
+                f"{self.name} was measured up to K = {len(self.rates)}, but K is {draft_tokens} (--draft-tokens)",
             )
             return 1 + float(np.cumprod(self.rates[:draft_tokens]).sum())
         if sampler not in self.lengths:
@@ -66,7 +66,7 @@ class KnownAcceptance:
         require(
             least <= draft_tokens <= most,
             f"{self.name} was measured of {sampler} with K = {least}{f' to {most}' if most > least else ''}, but K is "
-            f"{draft_tokens}",
+            f"{draft_tokens} (--draft-tokens)",
         )
         return float(np.interp(draft_tokens, [k for k, _ in points], [length for _, length in points]))
 

@@ -233,6 +233,49 @@ def test_breakeven(capsys: pytest.CaptureFixture[str]) -> None:
     assert "that of one setting" in capsys.readouterr().err
 
 
+def breakeven(extra: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The maps of a small grid by sampler."""
+    grid = "breakeven --model zaya1-8b --hardware h100-sxm --engine ideal-graph --batch 1,16 --context 1024 --json"
+    assert ridgepoint.main([*grid.split(), *extra.split()]) == 0
+    return {m["sampler"]: m for m in json.loads(capsys.readouterr().out)["maps"]}
+
+
+def test_each_sampler_is_compared_at_the_k_that_its_acceptance_is_known_of(capsys: pytest.CaptureFixture[str]) -> None:
+    maps = breakeven("--acceptance aime25-on", capsys)
+    assert {s["draft_tokens"] for s in maps["two_forward"]["settings"]} == {4, 8, 12, 16, 20, 24, 28, 32}
+    assert {s["draft_tokens"] for s in maps["single_forward"]["settings"]} == {16}
+    maps = breakeven("--acceptance zaya-nano-t1", capsys)
+    assert {s["draft_tokens"] for s in maps["two_forward"]["settings"]} == {4, 8, 16}
+    maps = breakeven("--acceptance-rate 0.9,0.8,0.7 --sampler two_forward", capsys)
+    assert {s["draft_tokens"] for s in maps["two_forward"]["settings"]} == {3}
+    (settings,) = breakeven("--acceptance-length 5 --sampler two_forward", capsys)["two_forward"]["settings"]
+    assert (settings["draft_tokens"], settings["acceptance_length"]) == (16, 5)
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        ("--acceptance aime25-on --draft-tokens 4", ["single_forward with K = 16", "--draft-tokens", "4"]),
+        ("--acceptance-length 5", ["two_forward and single_forward", "one"]),
+        ("--acceptance-length 5 --sampler two_forward --draft-tokens 8,16", ["one of --draft-tokens"]),
+    ],
+)
+def test_what_acceptance_says_nothing_of(extra: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    grid = "breakeven --model zaya1-8b --hardware h100-sxm --batch 1 --context 1024"
+    assert ridgepoint.main([*grid.split(), *extra.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert all(part in err for part in parts), err
+
+
+def test_a_map_in_which_nothing_fits_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    grid = "breakeven --model zaya1-8b --hardware h100-sxm --batch 100000,200000 --context 100000 --acceptance-rate 0.8"
+    assert ridgepoint.main(grid.split()) == 0
+    out = capsys.readouterr().out
+    assert out.count("nothing fits the memory") == 2
+    assert "so many tokens" not in out and "pays" not in out
+
+
 def test_a_long_sweep_shows_its_progress_on_stderr(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
