@@ -92,7 +92,8 @@ def contenders(
     """Settings of `decoding`'s sampler for each K, and for single_forward for each level set that fits the K.
 
     draft_tokens None: those of the acceptance. level_sets None: all levels and, where the shares of accepted drafts
-    are known, the best 1 to MOST_LEVELS levels. UserError for a length given for several settings, and for a K that no level set fits.
+    are known, the best 1 to MOST_LEVELS levels.
+    UserError for a length given for several settings, and for a K that no level set fits.
     """
     if draft_tokens is None:
         draft_tokens = acceptance.draft_tokens(decoding.sampler)
