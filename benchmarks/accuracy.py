@@ -45,9 +45,14 @@ def page(found: dict[Split, list[Result]], written_by: str) -> str:
     series = found["series"]
     parts = [f"Published rows against predictions (written by `{written_by}`).\n"]
     for split, results in found.items():
-        held = [r for r in results if r.fit == f"held out by {split}"]
+        held = [r for r in results if (r.fit or "").endswith(f"held out by {split}")]
         parts.append(f"## Held out by {split}\n")
         parts.append(_table(summarise(held), "family"))
+        alone = sorted({g.name for g in summarise(results) if g.by == "family" and f"no other {split}" in g.fit})
+        if alone:
+            parts.append(f"Not held out, since all their rows are of one {split}: {', '.join(alone)}.\n")
+        if any((r.fit or "").startswith("engine") for r in held):
+            parts.append("Of served rows the engine alone: its kernels may be fitted to kernel rows of that source.\n")
     parts.append("## By operator, held out by series\n")
     parts.append(_table(summarise(r for r in series if r.fit == "held out by series"), "operator"))
     parts.append("## By device and engine, held out by series\n")

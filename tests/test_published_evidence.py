@@ -24,7 +24,7 @@ from perfmodel.published import evidence, fits
 from perfmodel.published.evidence import FOLDER, Group, Result, direction, held_out_rows, predicted_rows, summarise
 from perfmodel.published.interpret import interpret
 from perfmodel.published.names import Catalog
-from perfmodel.published.points import KernelPoint, Point
+from perfmodel.published.points import KernelPoint, Point, ServedPoint
 from perfmodel.published.predict import PREDICTORS, Estimate, estimate
 from perfmodel.published.rows import Row, read_rows
 from perfmodel.terminal import print_table
@@ -113,7 +113,7 @@ def test_what_a_device_cannot_do_is_a_status() -> None:
 
 def test_a_model_that_does_not_fit_is_a_status() -> None:
     row = row_of(SERVED | {"hardware": "RTX 4090", "engine": "vllm TP1"})
-    assert "memory" in predicted_rows([row])[0].status
+    assert "must fit" in predicted_rows([row])[0].status
 
 
 def test_every_type_of_point_has_a_predictor_and_a_fit() -> None:
@@ -126,9 +126,14 @@ def test_every_type_of_point_has_a_predictor_and_a_fit() -> None:
 
 def test_rows_that_were_fitted_are_told_from_others() -> None:
     (row,) = [row for row in of_family("elementwise") if row.id == "B0351"]
+    assert row.value is not None
     other = dataclasses.replace(row, id="new", cells={**row.cells, "id": "new"})
-    assert [r.fit for r in predicted_rows([row, other])] == ["fitted", "not fitted"]
-    assert {g.fit for g in summarise(predicted_rows([row, other]))} == {"fitted", "not fitted"}
+    elsewhere = dataclasses.replace(row, cells={**row.cells, "engine": "another"})  # the same id in another file
+    changed = dataclasses.replace(row, value=row.value * 2)
+    states = ["fitted", "not fitted (its series fitted)", "not fitted", "not fitted (its series fitted)"]
+    results = predicted_rows([row, other, elsewhere, changed])
+    assert [r.fit for r in results] == states
+    assert {g.fit for g in summarise(results)} == {*states}
 
 
 def test_without_the_tables_nobody_knows_what_was_fitted(tmp_path: Path) -> None:
@@ -140,9 +145,9 @@ def test_rows_that_are_suspected_are_in_no_fit() -> None:
     odd = evidence.Oddities()
     suspected = [row for row in evidence.shipped_rows() if "SUSPECT" in row.cells.get("notes", "")]
     assert len(suspected) > 5 and all("SUSPECT" in str(odd.of(row)) for row in suspected)
-    fitted = evidence.fitted_ids()
+    fitted = evidence.fitted_rows()
     assert fitted is not None and len(fitted) > 400
-    assert not fitted & {row.id for row in suspected}
+    assert not {name for name, _, _ in fitted} & {row.id for row in suspected}
 
 
 def test_a_committed_exception_is_the_reason_of_a_violation(tmp_path: Path) -> None:
@@ -190,7 +195,41 @@ def test_the_one_series_of_an_engine_is_fitted_to_nothing() -> None:
 
 def test_a_lone_group_cannot_be_held_out() -> None:
     rows = [row for row in of_family("moe") if "aiconfigurator" in row.cells["source_url"]]
-    assert {r.fit for r in held_out_rows(rows, "source")} == {"fitted"}
+    assert {r.fit for r in held_out_rows(rows, "source")} == {"fitted (its family has no other source)"}
+
+
+def test_tidar_runs_have_one_source_and_served_rows_hold_out_the_engine() -> None:
+    """Four files of one repository are one publisher's; and kernels below an engine may be fitted to its sources."""
+    rows = read_rows(FOLDER / "zaya_tidar_measured.csv")
+    assert {row.source for row in rows} == {"Zyphra/vllm"}
+    told = {r.fit for r in held_out_rows(rows, "source") if r.status == "predicted"}
+    assert "fitted (its family has no other source)" in told and not any("held out" in str(fit) for fit in told)
+    catalog = Catalog()
+    served = [
+        row
+        for row in read_rows(FOLDER / "gpu_measured.csv")
+        if isinstance(point := interpret(row, catalog), ServedPoint) and point.engine == "vllm"
+    ]
+    told = {r.fit for r in held_out_rows(served, "source") if r.status == "predicted"}
+    assert "engine held out by source" in told and "held out by source" not in told
+
+
+def test_an_interval_says_nothing_about_its_own_series(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes from the errors of others: with predictions that stay, its own series' values cannot widen it."""
+    monkeypatch.setattr("perfmodel.fitting.held_out", lambda problem, _: np.full(len(problem.measured), 1e-4))
+    rows = of_family("attention")
+    series = rows[0].series
+
+    def width(rows: list[Row]) -> float:
+        (found,) = {math.log(r.high / r.low) for r in held_out_rows(rows, "series") if own(r) and r.high and r.low}
+        return found
+
+    def own(result: Result) -> bool:
+        return result.point is not None and result.point.series == series
+
+    other = next(row.series for row in rows if row.series != series)
+    assert width(doctored(rows, series, 100.0)) == pytest.approx(width(rows))
+    assert width(doctored(rows, other, 1e6)) > 1.01 * width(rows)
 
 
 def test_an_unknown_split_is_refused() -> None:

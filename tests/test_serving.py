@@ -194,8 +194,8 @@ def published() -> tuple[ServedPoint, ...]:
 @cache
 def unseen() -> Array:
     """Predicted over measured seconds of those rows, each from a fit to rows of other series."""
-    seconds = fits.held_out(published())
-    return np.array([s for s in seconds if s is not None]) / [p.measured_seconds for p in published()]
+    held = fits.held_out(published())
+    return np.array([h.seconds for h in held if h is not None]) / [p.measured_seconds for p in published()]
 
 
 @pytest.mark.parametrize("engine", ["vllm", "tensorrt-llm", "gpt-fast"])

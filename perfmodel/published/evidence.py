@@ -18,7 +18,7 @@ import numpy.typing as npt
 from perfmodel.published import fits
 from perfmodel.published.interpret import interpret
 from perfmodel.published.names import Catalog
-from perfmodel.published.points import KernelPoint, Point, TidarThroughputPoint
+from perfmodel.published.points import KernelPoint, Point, ServedPoint, TidarThroughputPoint
 from perfmodel.published.predict import Estimate, estimate
 from perfmodel.published.rows import Row, read_rows
 from runtime.config import require
@@ -35,7 +35,9 @@ class Result:
     """A row and what was predicted for it, in the row's unit; all None but `measured` where status is a reason.
 
     low and high: the interval that is meant to hold 80% of rows like it. fit: whether the numbers behind the prediction
-    were fitted to this row ("fitted", "not fitted", "held out by series"...). exception: what is known to be odd.
+    were fitted to this row ("fitted", "not fitted", "not fitted (its series fitted)", "held out by series", "engine held
+    out by source", whose kernels may have been fitted to kernel rows of that source...). exception: what is known to be
+    odd.
     """
 
     id: str
@@ -117,11 +119,21 @@ def shipped_rows(folder: Path = FOLDER) -> list[Row]:
 
 
 @cache
-def fitted_ids(folder: Path = FOLDER) -> frozenset[str] | None:
-    """Ids of the rows that the shipped numbers were fitted to; None where the tables are not at hand."""
+def fitted_rows(folder: Path = FOLDER) -> frozenset[tuple[str, float, str]] | None:
+    """Id, value and series of the rows that the shipped numbers were fitted to; None where no tables are at hand."""
     if not all((folder / name).exists() for name in TABLES):
         return None
-    return frozenset(point.id for point in fitted_points(folder))
+    return frozenset((point.id, point.measured, point.series) for point in fitted_points(folder))
+
+
+def _fit_of(row: Row, folder: Path) -> str:
+    """Whether the shipped numbers were fitted to this row. Another file's row of the same id may be another row."""
+    known = fitted_rows(folder)
+    if known is None:
+        return "unknown"
+    if (row.id, row.value, row.series) in known:
+        return "fitted"
+    return "not fitted (its series fitted)" if row.series in {series for _, _, series in known} else "not fitted"
 
 
 def fitted_points(folder: Path = FOLDER) -> list[Point]:
@@ -140,19 +152,19 @@ def fitted_points(folder: Path = FOLDER) -> list[Point]:
 
 def predicted_rows(rows: Sequence[Row], folder: Path = FOLDER) -> list[Result]:
     """Every row by the shipped numbers, nothing fitted."""
-    catalog, odd, known = Catalog(), Oddities(folder), fitted_ids(folder)
+    catalog, odd = Catalog(), Oddities(folder)
     found = []
     for row in rows:
         point = interpret(row, catalog)
-        fit = "unknown" if known is None else "fitted" if row.id in known else "not fitted"
-        found.append(_result(row, point, point if isinstance(point, str) else estimate(point), fit, odd.of(row)))
+        told = point if isinstance(point, str) else estimate(point)
+        found.append(_result(row, point, told, _fit_of(row, folder), odd.of(row)))
     return found
 
 
 def held_out_rows(rows: Sequence[Row], split: fits.Split, folder: Path = FOLDER) -> list[Result]:
     """Every row by numbers that were fitted without its group; odd rows and lone groups by the shipped numbers.
 
-    The interval keeps the shipped spread. Odd rows are in no fit.
+    Its interval comes from the errors of other groups (see `fits.held_out`). Odd rows are in no fit.
     """
     catalog, odd = Catalog(), Oddities(folder)
     points = [interpret(row, catalog) for row in rows]
@@ -162,13 +174,17 @@ def held_out_rows(rows: Sequence[Row], split: fits.Split, folder: Path = FOLDER)
         for i, (row, found) in enumerate(zip(rows, shipped, strict=True))
         if isinstance(found, Estimate) and odd.of(row) is None
     ]
-    known = fitted_ids(folder) or frozenset()
-    seconds = dict(zip(used, fits.held_out([points[i] for i in used], split), strict=True))  # type: ignore[misc]
+    without = dict(zip(used, fits.held_out([points[i] for i in used], split), strict=True))  # type: ignore[misc]
     results = []
     for i, (row, point, found) in enumerate(zip(rows, points, shipped, strict=True)):
-        apart, fit = seconds.get(i), "fitted" if row.id in known else "not fitted"
+        apart, fit = without.get(i), _fit_of(row, folder)
         if apart is not None and isinstance(found, Estimate):
-            found, fit = Estimate(apart, found.bound_seconds, found.spread), f"held out by {split}"
+            spread = found.spread if apart.spread is None else apart.spread
+            found, fit = Estimate(apart.seconds, found.bound_seconds, spread), f"held out by {split}"
+            if split == "source" and isinstance(point, ServedPoint):
+                fit = f"engine {fit}"
+        elif fit == "fitted":
+            fit = f"fitted (its family has no other {split})"
         results.append(_result(row, point, found, fit, odd.of(row)))
     return results
 

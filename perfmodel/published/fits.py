@@ -15,6 +15,7 @@ import yaml
 from hardware.files import plain, read_yaml
 from perfmodel import fitting, tidar
 from perfmodel.engine import list_engines, load_engine
+from perfmodel.kernels.call import Array
 from perfmodel.kernels.fitting import Family, family_problem
 from perfmodel.kernels.library import CLASSES, KernelFit, fit_file, load_library
 from perfmodel.published.points import KernelPoint, Point, ServedPoint, TidarForwardPoint, TidarThroughputPoint
@@ -85,18 +86,46 @@ def groups(points: Sequence[Point], split: Split) -> list[str]:
     return [{"point": p.id, "series": p.series, "source": p.source}[split] for p in points]
 
 
-def held_out(points: Sequence[Point], split: Split = "series") -> list[float | None]:
-    """Seconds of every point by a fit of its family to points of other groups; None where there are none."""
-    found: list[float | None] = [None] * len(points)
+@dataclass(frozen=True)
+class HeldOut:
+    """Seconds of a point by a fit that had not seen its group, and their spread, which its group had no part in."""
+
+    seconds: float
+    spread: float | None  # None: no other group tells
+
+
+def held_out(points: Sequence[Point], split: Split = "series") -> list[HeldOut | None]:
+    """Every point by a fit of its family to points of other groups; None where there are none.
+
+    The spread is that of the held-out errors of other groups (of other series, where each point is one by itself), of
+    the point's own kind where there are enough of them. A fit's own spread contains the point's error, so that counting
+    how many points lie within it would flatter it.
+    """
+    found: list[HeldOut | None] = [None] * len(points)
     names = groups(points, split)
     for members in by_family(points).values():
         own = [names[i] for i in members]
         if len(set(own)) < 2:
             continue
-        seconds = fitting.held_out(problem([points[i] for i in members]), fitting.folds(own))
-        for position, value in zip(members, np.asarray(seconds), strict=True):
-            found[position] = float(value)
+        what = problem([points[i] for i in members])
+        seconds = np.asarray(fitting.held_out(what, fitting.folds(own)))
+        apart = own if split != "point" else [points[i].series for i in members]
+        spreads = _spreads_of_others(np.abs(np.log(seconds / what.measured)), apart, what.kinds or [""] * len(members))
+        for position, value, spread in zip(members, seconds, spreads, strict=True):
+            found[position] = HeldOut(float(value), spread)
     return found
+
+
+def _spreads_of_others(left: Array, names: Sequence[str], kinds: Sequence[str]) -> list[float | None]:
+    """The 0.8 quantile of |log error| over rows with other names, of the same kind where there are enough."""
+    own, kind_of = np.asarray(names), np.asarray(kinds)
+    known: dict[tuple[str, str], float | None] = {}
+    for name, kind in set(zip(names, kinds, strict=True)):
+        others = own != name
+        alike = others & (kind_of == kind)
+        kept = alike if alike.sum() >= fitting.LEAST_OF_A_KIND else others
+        known[name, kind] = float(np.quantile(left[kept], 0.8)) if kept.any() else None
+    return [known[key] for key in zip(names, kinds, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -160,6 +189,6 @@ def fitted_text(found: FamilyFit) -> str:
 def in_words(fit: KernelFit) -> str:
     """What a fit was made from and how far off it is."""
     return (
-        f"fitted to {fit.rows} rows of {fit.series} series in {fit.source}, {fit.date}; mean error "
-        f"{fit.held_out_mean_error:.1%}, median {fit.held_out_median_error:.1%} on series that the fit had not seen"
+        f"fitted to {fit.rows} rows of {fit.series} series in {fit.source}, {fit.date}; mean error of seconds "
+        f"{fit.held_out_mean_error:.1%}, median {fit.held_out_median_error:.1%}, on series that the fit had not seen"
     )
