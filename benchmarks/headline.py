@@ -18,13 +18,14 @@ from perfmodel.contenders import Contender
 from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, setting, time_forward, time_step, usable_bytes
 from perfmodel.kernels.call import Array
 from perfmodel.model_spec import load_spec
-from perfmodel.published.evidence import FOLDER, Result, held_out_rows
+from perfmodel.published.evidence import FOLDER, compared, held_out_rows
 from perfmodel.published.points import TidarThroughputPoint
 from perfmodel.published.rows import read_rows
 from perfmodel.steps import step_of
 from runtime.config import DecodingConfig
 
 MODEL = "zaya1-8b"
+ENGINE = "zyphra-vllm"
 HEADLINES = {"lossless": 4.6, "logit mixing": 7.7}
 DEVICES = ("h100-sxm", "mi300x")
 SAMPLERS = {
@@ -94,7 +95,7 @@ class Measured:
     context: float  # half of the generated tokens: the mean while they are generated; the prompt's are not published
     tokens_per_step: float
     ratio: float  # of throughput over autoregressive
-    predicted_ratio: float  # both throughputs by an engine that was fitted without their series, the drain included
+    predicted_ratio: float  # each by an engine fitted without its own series, the drain included
 
     @property
     def step_cost(self) -> float:
@@ -105,43 +106,35 @@ class Measured:
 @cache
 def measured_pairs() -> tuple[Measured, ...]:
     """Every published throughput with an acceptance length whose run has an autoregressive row."""
-    runs: dict[tuple[Any, ...], dict[str, Result]] = {}
-    for result in held_out_rows(read_rows(PUBLISHED), "series"):
-        p = result.point
-        if isinstance(p, TidarThroughputPoint):
-            key = p.prefix, p.hardware.name, p.batch, p.generated_tokens
-            runs.setdefault(key, {})[p.decoding.sampler] = result
     found = []
-    for members in runs.values():
-        base = members.pop("autoregressive", None)
-        for result in members.values():
-            p = result.point
-            if base is None or not isinstance(p, TidarThroughputPoint) or p.acceptance_length is None:
-                continue
-            measured, predicted = ((a or 0) / (b or 1) for a, b in (
-                (result.measured, base.measured), (result.predicted, base.predicted)
-            ))  # fmt: skip
-            found.append(
-                Measured(
-                    result.id, p.hardware.name, p.decoding, p.batch, p.generated_tokens / 2, p.acceptance_length,
-                    measured, predicted,
-                )
-            )  # fmt: skip
+    for result, base in compared(held_out_rows(read_rows(PUBLISHED), "series")):
+        p = result.point
+        if not isinstance(p, TidarThroughputPoint) or p.acceptance_length is None:
+            continue
+        measured, predicted = ((a or 0) / (b or 1) for a, b in (
+            (result.measured, base.measured), (result.predicted, base.predicted)
+        ))  # fmt: skip
+        found.append(
+            Measured(
+                result.id, p.hardware.name, p.decoding, p.batch, p.generated_tokens / 2, p.acceptance_length,
+                measured, predicted,
+            )
+        )  # fmt: skip
     return tuple(found)
 
 
-def settings(device: str, engine: str) -> tuple[Setting, Setting]:
-    """ZAYA1-8B on a device without a runtime, and with the engine."""
+def settings(device: str) -> tuple[Setting, Setting]:
+    """ZAYA1-8B on a device without a runtime, and with the publisher's engine."""
     spec, hardware = load_spec(MODEL), load_profile(device)
-    return tuple(setting(spec, hardware, "bfloat16", engine=name) for name in ("ideal-graph", engine))  # type: ignore[return-value]
+    return tuple(setting(spec, hardware, "bfloat16", engine=name) for name in ("ideal-graph", ENGINE))  # type: ignore[return-value]
 
 
-def table(engine: str) -> list[dict[str, Any]]:
+def table() -> list[dict[str, Any]]:
     """A row for each device, sampler, batch and context and each headline, with what remains after every effect."""
     batch, context = np.array(BATCH, dtype=float)[:, None], np.array(CONTEXT, dtype=float)[None, :]
     rows = []
     for device in DEVICES:
-        ideal, real = settings(device, engine)
+        ideal, real = settings(device)
         for sampler, decoding in SAMPLERS.items():
             costs = asdict(step_costs(ideal, real, decoding, batch, context))
             for claim, tokens in HEADLINES.items():
@@ -154,12 +147,12 @@ def table(engine: str) -> list[dict[str, Any]]:
     return rows
 
 
-def beside_measured(engine: str) -> list[dict[str, Any]]:
+def beside_measured() -> list[dict[str, Any]]:
     """The measured pairs, with the step cost that each stage predicts at the same batch, K, levels and context."""
     rows = []
     for pair in measured_pairs():
         at = np.array(float(pair.batch)), np.array(pair.context)
-        costs = asdict(step_costs(*settings(pair.hardware, engine), pair.decoding, *at))
+        costs = asdict(step_costs(*settings(pair.hardware), pair.decoding, *at))
         rows.append(
             {"row": pair.row, "hardware": pair.hardware, "sampler": pair.decoding.sampler, "batch": pair.batch,
              "context": pair.context, "tokens_per_step": pair.tokens_per_step, "ratio": _rounded(pair.ratio),

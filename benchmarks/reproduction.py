@@ -1,6 +1,6 @@
 """From the headline of ZAYA1-8B-Diffusion to what remains of it, by device, batch and context.
 
-python -m benchmarks.reproduction [--engine zyphra-vllm] [--out docs/reproduction] [--json]
+python -m benchmarks.reproduction [--out docs/reproduction] [--json]
 
 The publisher's 4.6x and 7.7x are tokens committed per step. They are speedups if a step costs one autoregressive step.
 This takes the cost apart, one effect after the other; what remains is the tokens per step over the cost so far:
@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.headline import DEVICES, HEADLINES, SAMPLERS, SHOWN, STAGES, beside_measured, by_device, table
+from benchmarks.headline import DEVICES, ENGINE, HEADLINES, SAMPLERS, SHOWN, STAGES, beside_measured, by_device, table
 from benchmarks.svg import Dot, Panel, figure
 from hardware.files import UserError, write_atomic
 
 
-def drawing(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], engine: str) -> str:
+def drawing(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
     """The lossless headline: a row of panels for each sampler and device, a column for each context shown."""
     tokens, claim = HEADLINES["lossless"], "lossless"
     panels = []
@@ -47,7 +47,7 @@ def drawing(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], engine: str
                 ]  # fmt: skip
                 lines = {"headline": [(float(r["batch"]), tokens) for r in cells]}
                 for key, name in STAGES.items():
-                    shown = f"engine {engine}" if key == "engine" else name
+                    shown = f"engine {ENGINE}" if key == "engine" else name
                     lines[shown] = [(float(r["batch"]), r[f"after_{key}"]) for r in cells]
                 dots = [
                     Dot(float(p["batch"]), tokens * p[ratio] / p["tokens_per_step"], f"{p['row']}: {p[ratio]}x", full)
@@ -64,7 +64,7 @@ def drawing(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], engine: str
         "batch (sequences)",
         "speedup over autoregressive decoding",
         "measured",
-        "predicted without its series",
+        "predicted",
     )
 
 
@@ -92,8 +92,9 @@ def in_words(rows: list[dict[str, Any]], pairs: list[dict[str, Any]], devices: l
         f"{most['hardware']} at batch {most['batch']}, context {most['context']:,}.",
         "",
         f"Measured and predicted ratios of throughput over autoregressive decoding, {len(pairs)} pairs of published "
-        f"rows; each throughput is predicted by an engine fitted without its series. Mean error {np.mean(errors):.0%}, "
-        f"median {np.median(errors):.0%}; whether the sampler is faster is said rightly in {right}.",
+        f"rows; each throughput is predicted by an engine fitted without its own series. Mean error "
+        f"{np.mean(errors):.0%}, median {np.median(errors):.0%}; whether the sampler is faster is said rightly in "
+        f"{right}.",
         "",
         "| row | batch | tokens a step | measured | predicted | measured cost of a step |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -123,17 +124,16 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write the tables and the figure, and print the page's figures; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", default="zyphra-vllm", help="the engine of the last stage")
     parser.add_argument("--out", type=Path, help="a folder for the tables (.csv), figures.md and figure.svg")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     chosen = parser.parse_args(arguments)
-    rows, pairs, devices = table(chosen.engine), beside_measured(chosen.engine), by_device()
+    rows, pairs, devices = table(), beside_measured(), by_device()
     if chosen.out is not None:
         write_atomic(chosen.out / "table.csv", as_csv(rows))
         write_atomic(chosen.out / "measured.csv", as_csv(pairs))
         write_atomic(chosen.out / "devices.csv", as_csv(devices))
         write_atomic(chosen.out / "figures.md", in_words(rows, pairs, devices))
-        write_atomic(chosen.out / "figure.svg", drawing(rows, pairs, chosen.engine))
+        write_atomic(chosen.out / "figure.svg", drawing(rows, pairs))
     document = {"table": rows, "measured": pairs, "devices": devices}
     print(json.dumps(document) if chosen.json else in_words(rows, pairs, devices), end="\n" if chosen.json else "")
     return 0

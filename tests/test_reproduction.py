@@ -14,14 +14,12 @@ from benchmarks.headline import BATCH, CONTEXT, DEVICES, SAMPLERS, measured_pair
 from benchmarks.reproduction import main
 from benchmarks.svg import Dot, Panel, figure
 
-ENGINE = "ridgepoint-eager"
-
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 @pytest.mark.parametrize("device", sorted(DEVICES))
 def test_each_effect_has_its_law(device: str, sampler: str) -> None:
     batch, context = np.array([1.0, 8.0, 64.0])[:, None], np.array([1024.0, 16384.0])[None, :]
-    costs = step_costs(*settings(device, ENGINE), SAMPLERS[sampler], batch, context)
+    costs = step_costs(*settings(device), SAMPLERS[sampler], batch, context)
     there = ~np.isnan(costs.kv)
     assert there[0].all() and (np.isnan(costs.engine) == ~there).all()
     read = np.broadcast_to(costs.experts, costs.kv.shape)[there]
@@ -42,7 +40,7 @@ def test_a_cost_without_experts_is_that_of_reading_the_weights_again() -> None:
 
     from perfmodel.experts import ExpertCoverage
 
-    ideal, real = (replace(at, coverage=ExpertCoverage("all")) for at in settings("h100-sxm", ENGINE))
+    ideal, real = (replace(at, coverage=ExpertCoverage("all")) for at in settings("h100-sxm"))
     costs = step_costs(ideal, real, SAMPLERS["two_forward"], np.array(1.0), np.array(1024.0))
     assert float(costs.experts) == pytest.approx(1, rel=1e-3) and float(costs.forwards) == pytest.approx(2, rel=1e-3)
 
@@ -58,11 +56,11 @@ def test_the_published_pairs() -> None:
     assert "10k-off-h100-tf-b8" not in pairs  # its series has no autoregressive row
     assert all(p.step_cost > 1 for p in pairs.values())
     errors = [abs(p.predicted_ratio / p.ratio - 1) for p in pairs.values()]
-    assert sorted(errors)[len(errors) // 2] < 0.2  # of predictions by a fit that had seen neither series
+    assert sorted(errors)[len(errors) // 2] < 0.2  # each throughput by a fit that had not seen its series
 
 
 def test_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--engine", ENGINE, "--out", str(tmp_path), "--json"]) == 0
+    assert main(["--out", str(tmp_path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert len(document["table"]) == len(DEVICES) * len(SAMPLERS) * 2 * len(BATCH) * len(CONTEXT)
     for row in document["table"]:

@@ -257,26 +257,33 @@ def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.asarray((np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2)
 
 
-def direction(results: Iterable[Result]) -> Direction:
-    """Rows of one run, device and batch: whether a sampler beats autoregressive decoding as it was measured to."""
+def compared(results: Iterable[Result]) -> list[tuple[Result, Result]]:
+    """Each throughput with drafts beside an autoregressive one of the same run, device, batch and length."""
     runs: dict[tuple[str, str, int, float], list[Result]] = {}
     for result in results:
         point = result.point
         if isinstance(point, TidarThroughputPoint):
             key = (point.prefix, point.hardware.name, point.batch, point.generated_tokens)
             runs.setdefault(key, []).append(result)
-    comparable, wrong = 0, []
-    for members in runs.values():
-        plain = [r for r in members if _sampler(r) == "autoregressive"]
-        for result in members:
-            for other in plain if _sampler(result) != "autoregressive" else []:
-                comparable += 1
-                # Tokens per second: more is better.
-                measured = math.copysign(1, (result.measured or 0) - (other.measured or 0))
-                predicted = math.copysign(1, (result.predicted or 0) - (other.predicted or 0))
-                if measured != predicted:
-                    wrong.append(result.id)
-    return Direction(comparable, comparable - len(wrong), tuple(wrong))
+    return [
+        (result, other)
+        for members in runs.values()
+        for other in members
+        for result in members
+        if _sampler(other) == "autoregressive" != _sampler(result)
+    ]
+
+
+def direction(results: Iterable[Result]) -> Direction:
+    """Rows of one run, device and batch: whether a sampler beats autoregressive decoding as it was measured to."""
+    pairs, wrong = compared(results), []
+    for result, other in pairs:
+        # Tokens per second: more is better.
+        measured = math.copysign(1, (result.measured or 0) - (other.measured or 0))
+        predicted = math.copysign(1, (result.predicted or 0) - (other.predicted or 0))
+        if measured != predicted:
+            wrong.append(result.id)
+    return Direction(len(pairs), len(pairs) - len(wrong), tuple(wrong))
 
 
 def _sampler(result: Result) -> str:
