@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 EngineOption = Annotated[
     str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the kind of device).")
 ]
-MeasuredCoverageOption = Annotated[
-    str, typer.Option(help="recorded (what these rows counted), or a coverage as for predict.")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -47,8 +44,13 @@ def calibrate(
         typer.Option(help="Refit to measurements/published: kernels, one family of them, or an engine."),
     ] = None,
     engine: EngineOption = None,
-    held_out: Annotated[float, typer.Option(help="Share of the operating points not to fit to.")] = 0.0,
-    expert_coverage: MeasuredCoverageOption = "recorded",
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="With --measurements: share of operating points not to fit to (default: 0)."),
+    ] = None,
+    expert_coverage: Annotated[
+        str | None, typer.Option(help="With --measurements: recorded (default), or a coverage as for predict.")
+    ] = None,
     draws: Annotated[int, typer.Option(min=0, help="Bootstrap draws for the scales' intervals; 0: none.")] = 20,
     as_json: Json = False,
 ) -> None:
@@ -59,14 +61,15 @@ def calibrate(
     """
     if published is not None:
         others = {"measurements": measurements, "hardware": hardware, "engine": engine}
-        for name, value in others.items():
+        for name, value in {**others, "held-out": held_out, "expert-coverage": expert_coverage}.items():
             require(value is None, f"--{name} does not go with --published")
         return _calibrate_published(published, out, draws, as_json)
     require(measurements is not None, "either --measurements or --published is needed")
     require(hardware is not None, "--measurements needs --hardware, the device they were measured on")
     require(out is not None, "--measurements needs --out, the YAML file to write")
     assert measurements is not None and hardware is not None and out is not None  # what was just required
-    _calibrate_ours(measurements, hardware, out, engine, held_out, expert_coverage, draws, as_json)
+    coverage = expert_coverage or "recorded"
+    _calibrate_ours(measurements, hardware, out, engine, held_out or 0.0, coverage, draws, as_json)
 
 
 def _calibrate_ours(
@@ -125,6 +128,8 @@ def _calibrate_published(what: str, out: Path | None, draws: int, as_json: bool)
         raise known("family of published rows", what, ["kernels", *families])
     require(draws > 0, "--draws > 0 must hold for a published fit, whose file has intervals")
     one_file = out is not None and out.suffix in (".yaml", ".yml")
+    folder = out is None or out.is_dir() or not out.suffix
+    require(one_file or folder, f"--out must be a .yaml or .yml file, or a folder, but is {out}")
     require(len(wanted) == 1 or not one_file, f"--out must be a folder for {len(wanted)} families, but is {out}")
     found = []
     for family in wanted:

@@ -35,9 +35,8 @@ class Result:
     """A row and what was predicted for it, in the row's unit; all None but `measured` where status is a reason.
 
     low and high: the interval that is meant to hold 80% of rows like it. fit: whether the numbers behind the prediction
-    were fitted to this row ("fitted", "not fitted", "not fitted (its series fitted)", "held out by series", "engine held
-    out by source", whose kernels may have been fitted to kernel rows of that source...). exception: what is known to be
-    odd.
+    were fitted to this row ("fitted", "not fitted", "not fitted (its series fitted)", "held out by series", or "engine
+    held out by source": its kernels may be fitted to kernel rows of that source). exception: what is known to be odd.
     """
 
     id: str
