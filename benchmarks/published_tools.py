@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -72,6 +73,17 @@ def aiconfigurator() -> Callable[[int, int], Any]:
 TOOLS = {"genz-llm": genz, "aiconfigurator-core": aiconfigurator}
 
 
+def write(path: Path, text: str) -> None:
+    """A whole file or the one before it: under another name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def main() -> None:
     """Time every tool that is installed, and print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,7 +120,10 @@ def main() -> None:
     }
     text = json.dumps(document, indent=1) + "\n"
     if chosen.out is not None:
-        chosen.out.write_text(text)
+        try:
+            write(chosen.out, text)
+        except OSError as error:
+            sys.exit(f"cannot write {chosen.out}: {error.strerror or error}")
     print(text, end="")
 
 

@@ -65,11 +65,3 @@ def closed_batch_throughput(
     """
     course = drain(batch, cv)
     return np.asarray(batch) * np.asarray(tokens_per_step) / course.mean_seconds(step_seconds(course.active))
-
-
-def steady_throughput(
-    step_seconds: Callable[[Array], Array], batch: npt.ArrayLike, tokens_per_step: npt.ArrayLike
-) -> Array:
-    """Tokens per second where every request that finishes is replaced at once."""
-    size = np.asarray(batch, dtype=float)
-    return size * np.asarray(tokens_per_step) / step_seconds(size[..., None])[..., 0]

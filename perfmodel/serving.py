@@ -17,7 +17,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, time_forward, time_step, usable_bytes, weight_bytes
+from perfmodel.decoding import (
+    ForwardTiming,
+    Setting,
+    memory_bytes,
+    time_forward,
+    time_prefill,
+    time_step,
+    usable_bytes,
+    weight_bytes,
+)
 from perfmodel.model_spec import require_context
 from perfmodel.operators import Array
 from perfmodel.roofline import Timing, total
@@ -164,7 +173,7 @@ def _with_prompts(
     rows = active + tokens
     together = time_forward(at, rows, 1, context, (active + count) / rows)
     # A chunk sees, in the mean, half of its prompt before it: as many pairs as the whole prompt's share of them.
-    alone = time_forward(at, np.where(count > 0, count, 1.0), prompt, 0, 1, "prefill")
+    alone = time_prefill(at, np.where(count > 0, count, 1.0), prompt)
     reading = total([op.seconds for op in _attention(alone)])
     attention = total([op.seconds for op in _attention(decode)]) + np.where(count > 0, reading, 0.0)
     others = total([op.seconds for op in together.operators if op.name != "attention"])

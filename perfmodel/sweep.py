@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perfmodel.acceptance import tokens_per_step
 from perfmodel.decoding import Setting, memory_bytes, time_step, usable_bytes
 from perfmodel.economics import economics
 from perfmodel.kernels.call import Array
@@ -73,24 +72,6 @@ class Sweep:
         columns = self.columns()
         for values in zip(*(column.tolist() for column in columns.values()), strict=True):
             yield dict(zip(columns, values, strict=True))
-
-
-def acceptance_by_draft_tokens(
-    decoding: DecodingConfig,
-    draft_tokens: Sequence[int],
-    *,
-    length: float | None = None,
-    rate: float | None = None,
-) -> Array:
-    """Tokens per step for each K: one length for all of them, or what a constant acceptance rate per draft gives."""
-    return np.array(
-        [
-            tokens_per_step(
-                replace(decoding, draft_tokens=int(k)), length=length, rates=None if rate is None else (rate,)
-            )
-            for k in draft_tokens
-        ]
-    )
 
 
 def time_points(

@@ -85,27 +85,21 @@ def test_four_bits_where_they_are_multiplied_or_widened() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "reason"),
+    ("option", "value"),
     [
-        ("sequences", "inf", "1 <= sequences <= 1e+09 must hold, but got inf"),
-        ("sequences", "1,nan", "1 <= sequences <= 1e+09 must hold, but got nan"),
-        ("prompt", "inf", "1 <= prompt <= 1e+09 must hold, but got inf"),
-        ("generated", "inf", "1 <= generated <= 1e+09 must hold, but got inf"),
-        ("variation", "inf", "0 <= variation <= 10 must hold, but got inf"),
-        ("variation", "1e200", "0 <= variation <= 10 must hold, but got 1e+200"),
-        ("variation", "nan", "0 <= variation <= 10 must hold, but got nan"),
-        ("temperature", "nan", "temperature >= 0 must hold, but got nan"),
-        ("temperature", "inf", "temperature >= 0 must hold, but got inf"),
+        *((option, value) for option in ("sequences", "prompt", "generated") for value in ("inf", "nan", "0")),
+        *(("variation", value) for value in ("inf", "nan", "1e+200", "-1")),
+        *(("temperature", value) for value in ("inf", "nan", "-1")),
     ],
 )
 def test_a_load_is_of_numbers_that_a_server_can_have(
-    option: str, value: str, reason: str, capsys: pytest.CaptureFixture[str]
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["serving", "--model", "llama-3.1-8b", "--hardware", "h100-sxm", f"--{option}", value]
     assert ridgepoint.main(given) == 2
     out, err = capsys.readouterr()
-    assert out == ""
-    assert err == f"ridgepoint: {reason}\n"
+    assert out == "" and err.count("\n") == 1
+    assert option in err and "must" in err and value in err
 
 
 def test_sequences_that_are_said_to_be_active_must_fit() -> None:

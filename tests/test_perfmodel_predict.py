@@ -18,7 +18,7 @@ from perfmodel.engine import PARAMETERS, Fit, list_engines, load_engine, save_en
 from perfmodel.model_spec import load_spec, spec_from_config
 from perfmodel.roofline import Device
 from perfmodel.steps import STEPS, most_fillings, step_of, title
-from perfmodel.sweep import acceptance_by_draft_tokens, sweep
+from perfmodel.sweep import sweep
 from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, ModelConfig, Workload, replace
 from tests.perfmodel_cpu import made_up_cpu, matmul_seconds
 
@@ -263,16 +263,15 @@ def test_every_sampler_predicts_and_sweeps(decoding: DecodingConfig) -> None:
     assert p.tokens_per_forward * sum(f.times for f in p.forwards) == pytest.approx(p.acceptance_length)
     k = decoding.draft_tokens
     assert p.acceptance_length == (3.5 if judged(decoding) else k if decoding.drafts else 1)
-    rate = 0.8 if judged(decoding) else None
     drafts = [k, k + 8]
-    lengths = acceptance_by_draft_tokens(decoding, drafts, rate=rate)
+    rates = (0.8,) if judged(decoding) else None
+    lengths = [tokens_per_step(replace(decoding, draft_tokens=n), rates=rates) for n in drafts]
     at = SETTINGS["h100-eager"]
     for row in sweep(
         at, decoding, batch=[1, 4], context=[2048, 9000], draft_tokens=drafts, acceptance_length=lengths
     ).rows():
         workload = Workload(batch=row["batch"], dtype="bfloat16")
         chosen = replace(decoding, draft_tokens=row["draft_tokens"])
-        rates = None if rate is None else [rate]
         one = predict(BIG, H100, workload, chosen, context=row["context"], acceptance_rates=rates)
         for name in ("acceptance_length", "step_seconds", "bound_step_seconds", "tokens_per_second"):
             assert row[name] == pytest.approx(getattr(one, name)), name
@@ -380,7 +379,7 @@ def test_views_cost_the_host_and_small_streams_are_not_slower_than_large_ones() 
 
 def test_a_sweep_is_many_predictions() -> None:
     at = SETTINGS["h100-graph"]
-    lengths = acceptance_by_draft_tokens(TWO, [4, 16], rate=0.8)
+    lengths = [tokens_per_step(replace(TWO, draft_tokens=k), rates=(0.8,)) for k in (4, 16)]
     grid = sweep(at, TWO, batch=[1, 16], context=[1024, 8192, 65536], draft_tokens=[4, 16], acceptance_length=lengths)
     assert grid.step_seconds.shape == (2, 3, 2)
     rows = list(grid.rows())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,3 @@ def estimate(point: Point) -> Estimate | str:
     if not all(0 < value < math.inf for value in values) or not found.bound_seconds < math.inf:
         return BEYOND
     return found
-
-
-def estimates(points: Sequence[Point]) -> list[Estimate | str]:
-    """Of every point, in order."""
-    return [estimate(point) for point in points]
