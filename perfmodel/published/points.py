@@ -10,6 +10,7 @@ from perfmodel.model_spec import ModelSpec
 from perfmodel.precision import Precision
 from runtime.config import DecodingConfig
 
+TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}  # seconds of one
 KernelFamily = Literal["gemm", "moe", "attention", "collective", "elementwise"]
 
 

@@ -50,6 +50,12 @@ class Row:
         return {"throughput_tok_s": "tok/s", "forward_ms": "ms", "sampler_ms": "ms"}.get(self.cells["metric"], "")
 
     @property
+    def known_value(self) -> float:
+        """The value of a row without a problem."""
+        assert self.value is not None
+        return self.value
+
+    @property
     def source(self) -> str:
         """Where the row comes from, short: the owner and name of a repository, or a host.
 
