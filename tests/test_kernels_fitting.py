@@ -13,7 +13,7 @@ from perfmodel import fitting
 from perfmodel.engine import load_engine
 from perfmodel.kernels import attention
 from perfmodel.kernels.attention import AttentionKernels
-from perfmodel.kernels.call import Attention
+from perfmodel.kernels.call import Attention, Collective, Gemm, kind_of
 from perfmodel.kernels.fitting import family_problem, seconds_of, values_of
 from perfmodel.kernels.library import CLASSES, load_library
 from perfmodel.published.served import numbers_of
@@ -87,6 +87,15 @@ def test_every_bundled_interval_holds_its_value() -> None:
         for name in named:
             low, high = profile.intervals[name]
             assert low <= numbers[name] <= high, (engine, name)
+
+
+def test_operands_of_16_bits_and_narrower_ones_have_spreads_apart() -> None:
+    for family in ("gemm", "attention", "moe"):
+        evidence = load_library().evidence[family]
+        assert evidence.spreads["16-bit"] < evidence.spread_of("") < evidence.spreads["narrow"]
+    assert {kind_of(Gemm(1, 1, 1)), kind_of(Attention(1, 1, 1, 1, 1, 1))} == {"16-bit"}
+    assert {kind_of(Gemm(1, 1, 1, "int4")), kind_of(Attention(1, 1, 1, 1, 1, 1, "fp8"))} == {"narrow"}
+    assert kind_of(Collective(1, 2)) == ""
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hardware.profile import HardwareProfile
+from perfmodel.precision import stored_bytes
 from runtime.config import require
 
 Array = npt.NDArray[np.float64]
@@ -111,6 +112,14 @@ def roofline(hardware: HardwareProfile, dtype: str, flops: npt.ArrayLike, size_b
     bandwidth = hardware.main_memory.peak_bandwidth_bytes_per_second
     assert bandwidth is not None  # a profile without it is refused when it is read
     return np.maximum(np.asarray(flops, dtype=float) / peak, np.asarray(size_bytes, dtype=float) / bandwidth)
+
+
+def kind_of(call: object) -> str:
+    """What the spread of a call's estimates is that of: 16-bit operands or narrower ones; "" where it has none."""
+    dtypes = [str(getattr(call, name)) for name in ("weights", "activations", "cache") if hasattr(call, name)]
+    if not dtypes:
+        return ""
+    return "16-bit" if min(map(stored_bytes, dtypes)) >= 2 else "narrow"
 
 
 def floats(*sizes: npt.ArrayLike) -> list[Array]:

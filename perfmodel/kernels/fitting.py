@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hardware.profile import HardwareProfile
 from perfmodel import fitting
-from perfmodel.kernels.call import Array, Parts
+from perfmodel.kernels.call import Array, Parts, kind_of
 from runtime.config import require
 
 
@@ -90,7 +90,9 @@ def family_problem(
         return found
 
     priors = {name: prior.get(name, 1.0) for name in values} if isinstance(prior, Mapping) else prior
-    return fitting.Problem(predict, np.asarray(measured, dtype=float), series, values, priors, outlier)
+    kinds = [kind_of(call) for call, _ in calls]
+    seconds = np.asarray(measured, dtype=float)
+    return fitting.Problem(predict, seconds, series, values, priors, outlier, kinds=kinds if all(kinds) else None)
 
 
 def values_of(kernels: F) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.resources
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -45,17 +45,24 @@ class KernelFit:
 class Evidence:
     """How well a family is known: 90% intervals of its numbers, and the spread of its estimates.
 
-    spread: 80% of rows of series that the fit had not seen lie within the estimate times or over exp(spread).
+    spread: 80% of rows of series that the fit had not seen lie within the estimate times or over exp(spread). spreads:
+    the same by `kernels.call.kind_of` a call, where there are rows enough to tell.
     """
 
     intervals: dict[str, tuple[float, float]]
     spread: float
     fit: KernelFit
+    spreads: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require(self.spread >= 0, f"spread >= 0 must hold, but got {self.spread}")
+        for value in (self.spread, *self.spreads.values()):
+            require(value >= 0, f"spread >= 0 must hold, but got {value}")
         for name, (low, high) in self.intervals.items():
             require(low <= high, f"intervals.{name} must be [low, high], but is [{low}, {high}]")
+
+    def spread_of(self, kind: str) -> float:
+        """The spread of a kind of calls, where it has one of its own, else that of all."""
+        return self.spreads.get(kind, self.spread)
 
 
 @dataclass(frozen=True)

@@ -170,9 +170,12 @@ def fitted_text(found: FamilyFit) -> str:
     if found.family in CLASSES:
         head = "# Fitted to published rows by `ridgepoint calibrate --published`.\n"
         data: dict[str, Any] = {"numbers": values, "intervals": intervals, "spread": found.fitted.spread}
+        if found.fitted.spreads:
+            data["spreads"] = found.fitted.spreads
         return head + yaml.safe_dump({**data, "fit": vars(found.fit)}, sort_keys=False, default_flow_style=None)
     path = list_engines()[found.family]
     data = read_yaml(path)
+    data.pop("spreads", None)
     if found.family == tidar.ENGINE:
         data |= tidar.engine_data(values)
     else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hardware.files import UserError
+from perfmodel.kernels.call import kind_of
 from perfmodel.kernels.library import Library, load_library
 from perfmodel.published.points import KernelPoint, Point, ServedPoint, TidarForwardPoint, TidarThroughputPoint
 
@@ -39,7 +40,7 @@ def kernel_estimate(point: KernelPoint, library: Library | None = None) -> Estim
     kernels = library or load_library()
     call, hardware = point.call, point.hardware
     seconds = getattr(kernels, point.family).time(call, hardware).seconds
-    return Estimate(float(seconds), float(kernel_bound(point)), kernels.evidence[point.family].spread)
+    return Estimate(float(seconds), float(kernel_bound(point)), kernels.evidence[point.family].spread_of(kind_of(call)))
 
 
 def kernel_bound(point: KernelPoint) -> float:
@@ -50,11 +51,11 @@ def kernel_bound(point: KernelPoint) -> float:
 
 def served_estimate(point: ServedPoint) -> Estimate:
     """A served model by its engine's profile; UserError where it does not fit the devices."""
-    from perfmodel.published.served import UNKNOWN_SPREAD, engine_of, kind_of, served_seconds
+    from perfmodel.published.served import UNKNOWN_SPREAD, engine_of, model_kind, served_seconds
 
     engine = engine_of(point.engine)
     seconds, bound = served_seconds([point], {point.engine: engine})
-    return Estimate(float(seconds[0]), float(bound[0]), engine.spread_of(kind_of(point)) or UNKNOWN_SPREAD)
+    return Estimate(float(seconds[0]), float(bound[0]), engine.spread_of(model_kind(point)) or UNKNOWN_SPREAD)
 
 
 def tidar_estimate(point: TidarForwardPoint | TidarThroughputPoint) -> Estimate:

@@ -62,7 +62,7 @@ def precision_of(point: ServedPoint) -> Precision:
     return found
 
 
-def kind_of(point: ServedPoint) -> str:
+def model_kind(point: ServedPoint) -> str:
     """What the point's spread is that of."""
     return "moe" if point.model.moe_layers else "dense"
 
@@ -163,5 +163,5 @@ def served_problem(points: Sequence[ServedPoint]) -> fitting.Problem:
 
     priors = {path: PRIOR.get(path.partition(".")[2], 1.0) for path in start}
     measured = np.array([p.measured_seconds for p in points])
-    series, kinds = [p.series for p in points], [kind_of(p) for p in points]
+    series, kinds = [p.series for p in points], [model_kind(p) for p in points]
     return fitting.Problem(predict, measured, series, start, priors, kinds=kinds)
