@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from hardware.files import UserError
 from hardware.profile import load_profile
 from perfmodel import tidar
 from perfmodel.decoding import setting, time_step
-from perfmodel.engine import EngineProfile, HostCosts, Requests, load_engine
+from perfmodel.engine import EngineProfile, HostCosts, Requests, load_engine, save_engine
 from perfmodel.fitting import Array, Problem, folds, held_out, solve
 from perfmodel.model_spec import load_spec
 from perfmodel.published.interpret import interpret
@@ -87,6 +88,18 @@ def test_the_bundled_engine_is_what_its_rows_give(problem: Problem) -> None:
     bundled = np.array([tidar.estimate(run).seconds for run in RUNS])
     assert np.abs(bundled / again - 1).max() <= 0.03
     assert np.abs(bundled / again - 1).mean() <= 0.01
+
+
+def test_the_fit_and_the_engine_are_one_formula(problem: Problem, tmp_path: Path) -> None:
+    """Any numbers, written as an engine and read back, give every run the seconds that the fit gives them."""
+    bundled = save_engine(load_engine("zyphra-vllm"), tmp_path / "engine.yaml")
+    factors = np.random.default_rng(1).uniform(1.0, 1.5, len(tidar.START)).tolist()
+    numbers = {name: value * factor for (name, (value, _)), factor in zip(tidar.START.items(), factors, strict=True)}
+    data = yaml.safe_load(bundled.read_text()) | tidar.engine_data(numbers) | {"intervals": {}}
+    bundled.write_text(yaml.safe_dump(data))
+    engine = load_engine(bundled)
+    found = np.array([tidar.estimate(run, engine).seconds for run in RUNS])
+    assert found == pytest.approx(problem.predict(numbers), rel=1e-3)
 
 
 def test_no_run_is_faster_than_its_bound(problem: Problem) -> None:
