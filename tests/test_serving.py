@@ -220,14 +220,17 @@ def test_four_of_five_unseen_rows_lie_within_the_stated_spread(engine: str, kind
     assert 0.7 <= (left <= spread).mean() <= 0.9
 
 
-def test_no_experts_are_read_faster_than_the_device_achieves() -> None:
-    """The factor of a fit must not make up for a coverage that has too many distinct experts."""
-    mixtures = [p for p in published() if model_kind(p) == "moe"]
-    assert len(mixtures) > 50
-    for point in mixtures:
+def test_no_rate_of_a_served_row_is_beyond_its_device() -> None:
+    """No operator takes its bound for want of time of its own, and no experts are read faster than the device achieves.
+
+    The factor of a fit must not make up for a coverage that has too many distinct experts.
+    """
+    for point in published():
         place, load = setting_of(point, load_engine(point.engine)), load_of([point])
         step = time_step(place, step_of(DecodingConfig()), active_sequences(place, load), load.context)
-        assert reading_over_achieved(step.forwards[0], place) >= 1, point.id
+        assert not step.clamped.any(), point.id
+        if model_kind(point) == "moe":
+            assert reading_over_achieved(step.forwards[0], place) >= 1, point.id
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,10 +117,13 @@ def test_the_stated_interval_holds_most_unseen_runs(problem: Problem, unseen: Ar
         assert 0.7 <= (left <= spread)[[k == kind for k in problem.kinds]].mean() <= 0.9
 
 
-def test_no_experts_are_read_faster_than_the_device_achieves() -> None:
+def test_no_rate_of_a_run_is_beyond_its_device() -> None:
+    """No operator takes its bound for want of time of its own; experts are read no faster than the device achieves."""
     for run in RUNS:
         at = setting(load_spec("zaya1-8b"), run.hardware, "bfloat16", engine="zyphra-vllm")
-        for forward in time_step(at, step_of(run.decoding), run.batch, run.generated_tokens / 2).forwards:
+        step = time_step(at, step_of(run.decoding), run.batch, run.generated_tokens / 2)
+        assert not step.clamped.any(), run.id
+        for forward in step.forwards:
             assert reading_over_achieved(forward, at) >= 1, run.id
 
 
