@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from hardware.files import UserError, known
-from hardware.profile import HardwareProfile, list_profiles
+from hardware.profile import HardwareProfile, list_profiles, load_profile
 from perfmodel.acceptance import judged, tokens_per_step
 from perfmodel.decoding import predict, setting
+from perfmodel.engine import list_engines, load_engine
 from perfmodel.model_spec import known_models, load_spec, require_context
 from perfmodel.prediction import Prediction
 from perfmodel.steps import step_of
@@ -23,11 +26,13 @@ from runtime.config import DTYPE_BYTES, DecodingConfig, Workload, require
 BATCHES = tuple(2**n for n in range(10))
 DTYPES = ("default", *DTYPE_BYTES)
 DENSE = "dense"
+DEFAULT_ENGINE = "default"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One operating point on some devices. dtype "default" is bfloat16 on a GPU and float32 on a CPU.
+    """One operating point on some devices. dtype "default" is bfloat16 on a GPU and float32 on a CPU, engine
+    "default" ours there.
 
     levels: "dense", or single_forward's proposal levels with commas. What a sampler does not use is kept for when
     another is chosen. Only known names are taken, never paths: an address that somebody sends must not make the server
@@ -45,6 +50,7 @@ class Choice:
     verify: bool = False
     acceptance_length: float = 6.8
     dtype: str = "default"
+    engine: str = DEFAULT_ENGINE
 
     def __post_init__(self) -> None:
         require(len(self.devices) >= 1, "at least one device must be chosen")
@@ -52,6 +58,7 @@ class Choice:
             ("hardware", self.devices, list_profiles()),
             ("model", (self.model,), known_models()),
             ("dtype", (self.dtype,), DTYPES),
+            ("engine", (self.engine,), (DEFAULT_ENGINE, *list_engines())),
         ):
             for name in names:
                 if name not in options:
@@ -81,6 +88,22 @@ class Choice:
     def query(self) -> dict[str, list[str]]:
         """The parameters of the address that shows this choice."""
         return {f.name: _texts(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+@cache
+def engine_kinds() -> dict[str, str]:
+    """The kind of hardware that each bundled engine runs on."""
+    return {name: load_engine(name).hardware_kind for name in list_engines()}
+
+
+def engines_of(devices: Sequence[str], chosen: str = DEFAULT_ENGINE) -> list[str]:
+    """What a user chooses from: the default, the engines that run on one of the devices, and what is chosen already."""
+    kinds = set()
+    for name in devices:
+        with suppress(UserError):  # said where the device is asked for its answer
+            kinds.add(load_profile(name).kind)
+    fitting = [name for name, kind in engine_kinds().items() if kind in kinds or name == chosen]
+    return [DEFAULT_ENGINE, *fitting]
 
 
 def choice_from_query(parameters: Mapping[str, Sequence[str]]) -> Choice:
@@ -136,12 +159,16 @@ def answer(choice: Choice, hardware: HardwareProfile) -> Answer:
     if dtype == "default":
         dtype = "float32" if hardware.kind == "cpu" else "bfloat16"
     workload = Workload(batch=choice.batch, prompt_tokens=choice.context, dtype=dtype)
-    single = predict(spec, hardware, workload, choice.decoding.autoregressive, context=choice.context)
+    engine = None if choice.engine == DEFAULT_ENGINE else choice.engine
+    single = predict(spec, hardware, workload, choice.decoding.autoregressive, context=choice.context, engine=engine)
     if not choice.decoding.drafts:
         return Answer(single, single, None)
-    chosen = predict(spec, hardware, workload, choice.decoding, context=choice.context, acceptance_length=choice.length)
+    chosen = predict(
+        spec, hardware, workload, choice.decoding, context=choice.context, acceptance_length=choice.length,
+        engine=engine,
+    )  # fmt: skip
     speedups = sweep(
-        setting(spec, hardware, dtype),
+        setting(spec, hardware, dtype, engine=engine),
         choice.decoding,
         batch=sorted({*BATCHES, choice.batch}),
         context=[choice.context],

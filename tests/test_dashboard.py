@@ -42,7 +42,7 @@ from dashboards.words import break_even_length, forwards, percent, quantity, rat
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, MemoryLevel, load_profile, save_profile
 from perfmodel.acceptance import judged
-from perfmodel.decoding import predict
+from perfmodel.decoding import MEMORY_SHARE, predict
 from perfmodel.model_spec import load_spec
 from perfmodel.prediction import Prediction
 from perfmodel.validation import Row
@@ -136,7 +136,7 @@ def test_the_speedup_line_says_what_predictions_say() -> None:
 
 def test_batches_that_do_not_fit_have_no_speedup() -> None:
     weights = 2 * load_spec("zaya1-8b").parameters
-    small, tiny = one_level("small", weights + 1e9), one_level("tiny", weights / 2)
+    small, tiny = one_level("small", (weights + 1e9) / MEMORY_SHARE), one_level("tiny", weights / 2)
     choice = Choice(context=1000)
     info = speedup_info({"small": answer(choice, small).speedups})  # type: ignore[dict-item]
     assert 1 in info.lines[0].batch
@@ -460,6 +460,26 @@ def test_a_samplers_own_controls(page: AppTest, sampler: str, kind: str, key: st
     assert page.number_input(key="acceptance_length").disabled == (sampler == "denoising" and key != "verify")
     page.selectbox(key="sampler").set_value("two_forward").run()
     assert getattr(page, kind)(key=key).disabled
+
+
+def test_the_engine_can_be_changed(page: AppTest) -> None:
+    """To one that runs on a device of the kind that is chosen; the address holds it."""
+    page.run()
+    engine = page.selectbox(key="engine")
+    assert {"default", "ridgepoint-eager", "vllm", "zyphra-vllm"} <= set(engine.options)
+    assert "ridgepoint-cpu" not in engine.options
+    before = metrics(page)
+    engine.set_value("zyphra-vllm").run()
+    assert shown(page) == []
+    found = answer(Choice(engine="zyphra-vllm"), load_profile("h100-sxm")).chosen
+    assert metrics(page)["two_forward tokens/s"] == f"{found.tokens_per_second:,.0f}" != before["two_forward tokens/s"]
+    assert page.query_params["engine"] == "zyphra-vllm"
+    page.query_params["engine"] = "ridgepoint-cpu"
+    page.run()
+    assert len(shown(page)) == 2 and all("runs on a cpu" in error for error in shown(page))
+    page.query_params["engine"] = "warp"
+    page.run()
+    assert "unknown engine" in shown(page)[0]
 
 
 def test_the_model_can_be_changed(page: AppTest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from dashboards.choice import DENSE, DTYPES, Answer, Choice, answer, choice_from_query
+from dashboards.choice import DENSE, DTYPES, Answer, Choice, answer, choice_from_query, engines_of
 from dashboards.figures import (
     roofline_info,
     roofline_plot,
@@ -82,6 +82,8 @@ def _controls() -> Choice:
             key="acceptance_length",
             disabled=not drafting or (denoising and not verify),
         )
+        engines = engines_of(devices, st.session_state["engine"])
+        engine = st.selectbox("Engine", engines, key="engine", help="what runs the model; default: this project's")
         dtype = st.selectbox("Weights", DTYPES, key="dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     return Choice(
         devices=tuple(devices),
@@ -95,6 +97,7 @@ def _controls() -> Choice:
         verify=verify,
         acceptance_length=length,
         dtype=dtype,
+        engine=engine,
     )
 
 
