@@ -61,7 +61,7 @@ def explain(
     )  # fmt: skip
     acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram, known_acceptance)
     device = load_profile(hardware)
-    precision = options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype)
+    precision = options.precision_of(model, dtype, device, weights, expert_weights, activations, cache_dtype)
     at = options.setting_of(model, device, precision, expert_coverage, engine, tensor_parallel, expert_parallel)
     found = run(at, decoding, acceptance, batch=batch, context=context, fillings=steps_per_block)
     header = {"model": at.spec.name, "hardware": at.device.hardware.name, "engine": at.engine.name, "batch": batch,
@@ -70,8 +70,8 @@ def explain(
     if as_json:
         return print_json(header | plain(found))
     _print_explanation(
-        f"{at.spec.name} on {at.device.hardware.name}, engine {at.engine.name}, {_short(decoding)}, batch {batch}, "
-        f"context {context}",
+        f"{at.spec.name} ({at.precision}) on {at.device.hardware.name}, engine {at.engine.name}, {_short(decoding)}, "
+        f"batch {batch}, context {context}",
         found,
     )
 
@@ -135,12 +135,12 @@ def breakeven(
     documents: list[dict[str, Any]] = []
     for name in options.names("hardware", hardware):
         device = load_profile(name)
-        precision = options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype)
+        precision = options.precision_of(model, dtype, device, weights, expert_weights, activations, cache_dtype)
         at = options.setting_of(model, device, precision, expert_coverage, engine, tensor_parallel, expert_parallel)
         for settings in tried:
             own = steps_per_block if settings[0].decoding.sampler == "denoising" else None
             found = break_even(at, settings, batches, contexts, fillings=own, headlines=claimed)
-            where = f"{at.spec.name} on {at.device.hardware.name}, engine {at.engine.name}"
+            where = f"{at.spec.name} ({at.precision}) on {at.device.hardware.name}, engine {at.engine.name}"
             if as_json:
                 header = {"hardware": at.device.hardware.name, "engine": at.engine.name,
                           "precision": str(at.precision), "parallel": plain(at.parallel),

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from perfmodel.contenders import Contender
 from perfmodel.decoding import Setting
 from perfmodel.kernels.call import Array
+from perfmodel.sizes import require_sizes
 from perfmodel.sweep import time_points
 from runtime.config import Sampler, require
 
@@ -80,6 +81,7 @@ def break_even(
     """
     for name, values in (("batch", batch), ("context", context)):
         require(len(values) > 0 and min(values) >= 1, f"{name} must have entries, all >= 1, but got {list(values)}")
+    require_sizes(batch=batch, context=context, draft_tokens=[c.decoding.draft_tokens for c in contenders])
     require(len(contenders) > 0, "a break-even map needs at least one setting to compare")
     decodings = [c.decoding for c in contenders]
     lengths = np.array([c.acceptance_length for c in contenders])

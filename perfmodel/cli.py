@@ -91,7 +91,7 @@ def predict(
         fillings=steps_per_block,
         expert_coverage=expert_coverage,
         engine=engine,
-        precision=options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype),
+        precision=options.precision_of(model, dtype, device, weights, expert_weights, activations, cache_dtype),
         parallel=Parallel(tensor_parallel, expert_parallel),
         request_spread=request_spread,
     )
@@ -150,7 +150,7 @@ def sweep(
     acceptance = options.acceptance_of(acceptance_length, acceptance_rate, acceptance_histogram, known_acceptance)
     jobs = options.settings_of(chosen, levels, drafts, acceptance)
     devices = [load_profile(name) for name in options.names("hardware", hardware)]
-    stored = [options.precision_of(dtype, d, weights, expert_weights, activations, cache_dtype) for d in devices]
+    stored = [options.precision_of(model, dtype, d, weights, expert_weights, activations, cache_dtype) for d in devices]
     places = [
         options.setting_of(model, device, precision, expert_coverage, engine, tensor_parallel, expert_parallel)
         for device, precision in zip(devices, stored, strict=True)

@@ -10,6 +10,7 @@ import typer
 
 from hardware.files import UserError
 from hardware.profile import HardwareProfile
+from perfmodel.sizes import require_sizes
 from runtime.config import SAMPLER_NAMES, DecodingConfig, replace, require
 
 if TYPE_CHECKING:
@@ -83,9 +84,12 @@ Engine = Annotated[
 def numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
     """The values of an axis or a histogram. UserError for what is no list of numbers."""
     try:
-        return [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise UserError(f"--{option} must be numbers with commas between them, but is {text!r}") from error
+    if kind is int:
+        require_sizes(**{option: found})
+    return found
 
 
 def names(option: str, text: str) -> list[str]:
@@ -136,6 +140,7 @@ def decoding_of(
         "confidence_threshold": threshold,
         "verify": verify or None,
     }
+    require_sizes(draft_tokens=draft_tokens, steps=steps or 1)
     chosen = {name: value for name, value in given.items() if value is not None}
     decoding = DecodingConfig(sampler, draft_tokens, **chosen, **others)  # type: ignore[arg-type]  # it checks names
     require(not levels or sampler == "single_forward", f"--levels are single_forward's, but --sampler is {sampler}")
@@ -175,6 +180,7 @@ def dtype_of(dtype: str | None, device: HardwareProfile) -> str:
 
 
 def precision_of(
+    model: str,
     dtype: str | None,
     device: HardwareProfile,
     weights: str | None = None,
@@ -182,10 +188,22 @@ def precision_of(
     activations: str | None = None,
     cache: str | None = None,
 ) -> Precision:
-    """What a model is served in. LM head, norms and all that no option names stay in the dtype."""
+    """What a model is served in. LM head, norms and all that no option names stay in the dtype.
+
+    Where neither a dtype nor weights are given, a GPU serves a quantised model as it was published. UserError for
+    experts of a model that has none.
+    """
+    from perfmodel.model_spec import load_spec
     from perfmodel.precision import quantised, uniform
 
-    usual = dtype_of(dtype, device)
+    usual, spec = dtype_of(dtype, device), load_spec(model)
+    require(
+        expert_weights is None or spec.num_experts > 0,
+        f"--expert-weights {expert_weights} is for models with experts, but {spec.name} has none",
+    )
+    if dtype is None and weights is None and spec.quantisation and device.kind == "gpu" and not device.measured:
+        own = spec.published_precision
+        weights, expert_weights, cache = own.weights, expert_weights or own.experts, cache or own.cache
     if (weights, expert_weights, activations, cache) == (None, None, None, None):
         return uniform(usual)
     require(

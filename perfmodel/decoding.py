@@ -24,6 +24,7 @@ from perfmodel.parallel import ALONE, Parallel, divided
 from perfmodel.precision import Precision, attention_dtypes, stored_bytes, uniform
 from perfmodel.prediction import Bound, ForwardPrediction, OperatorPrediction, Prediction
 from perfmodel.roofline import BOUNDS, Device, Timing, Timings, any_of, engine_timing, time_operators, total
+from perfmodel.sizes import require_sizes
 from perfmodel.steps import Step, step_of
 from runtime.config import DecodingConfig, KernelConfig, Workload, require
 
@@ -302,6 +303,7 @@ def predict(
     """
     batch = workload.batch
     require(context >= 1, f"context >= 1 must hold, but got {context}")
+    require_sizes(batch=batch, context=context, draft_tokens=decoding.draft_tokens)
     parts = step_of(decoding, fillings=fillings)
     require_context(spec, context + int(np.max(parts.reach)))
     committed = tokens_per_step(decoding, length=acceptance_length, histogram=histogram, rates=acceptance_rates)

@@ -20,6 +20,7 @@ from perfmodel.model_spec import require_context
 from perfmodel.precision import Precision, quantised
 from perfmodel.prediction import Bound
 from perfmodel.roofline import BOUNDS
+from perfmodel.sizes import require_sizes
 from perfmodel.steps import step_of
 from perfmodel.variation import (
     on_hardware,
@@ -119,6 +120,7 @@ def explain(
 ) -> Explanation:
     """Explain the step that `decoding.predict` predicts. UserError as there."""
     require(context >= 1 and batch >= 1, f"batch, context >= 1 must hold, but got {batch}, {context}")
+    require_sizes(batch=batch, context=context, draft_tokens=decoding.draft_tokens)
     point = _Point(at, decoding, float(batch), float(context), acceptance.tokens(decoding), fillings)
     point.check()
     step = point.step()

@@ -30,13 +30,13 @@ from perfmodel.decoding import (
 from perfmodel.model_spec import require_context
 from perfmodel.operators import Array
 from perfmodel.roofline import Timing, total
+from perfmodel.sizes import LARGEST
 from perfmodel.steps import step_of
 from runtime.config import DecodingConfig, require
 
 Metric = Literal["mean_tpot", "median_itl", "mean_step"]
 
 CHUNK_TOKENS = 8192  # of prompts in one step: the default of vLLM and SGLang on these devices, and of TensorRT-LLM
-MOST = 1e9  # requests in flight, and tokens of one
 MOST_VARIATION = 10.0
 
 
@@ -60,7 +60,7 @@ class Load:
     def __post_init__(self) -> None:
         for name in ("sequences", "prompt", "generated"):
             for value in map(float, (np.min(getattr(self, name)), np.max(getattr(self, name)))):
-                require(1 <= value <= MOST, f"1 <= {name} <= {MOST:g} must hold, but got {value:g}")
+                require(1 <= value <= LARGEST, f"1 <= {name} <= {LARGEST:g} must hold, but got {value:g}")
         most = MOST_VARIATION
         require(0 <= self.variation <= most, f"0 <= variation <= {most:g} must hold, but got {self.variation:g}")
 

@@ -49,7 +49,7 @@ def serving(
     from perfmodel.serving import Load, serve
 
     device = load_profile(hardware)
-    precision = options.precision_of(dtype, device, weights, expert_weights, activations, cache_dtype)
+    precision = options.precision_of(model, dtype, device, weights, expert_weights, activations, cache_dtype)
     at = options.setting_of(model, device, precision, expert_coverage, engine, tensor_parallel, expert_parallel)
     numbers = options.numbers("sequences", sequences, float)
     load = Load(

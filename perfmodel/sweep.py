@@ -13,6 +13,7 @@ from perfmodel.decoding import Setting, memory_bytes, time_step, usable_bytes
 from perfmodel.economics import economics
 from perfmodel.kernels.call import Array
 from perfmodel.model_spec import require_context
+from perfmodel.sizes import require_sizes
 from perfmodel.steps import most_fillings, step_of
 from runtime.config import DecodingConfig, replace, require
 
@@ -134,6 +135,7 @@ def sweep(
     """
     for name, values in (("batch", batch), ("context", context), ("draft_tokens", draft_tokens)):
         require(len(values) > 0 and min(values) >= 1, f"{name} must have entries, all >= 1, but got {list(values)}")
+    require_sizes(batch=batch, context=context, draft_tokens=draft_tokens)
     decodings = [replace(decoding, draft_tokens=int(k)) for k in draft_tokens]  # refuses a K that does not fit
     b, c, drafts = (np.asarray(v, dtype=float) for v in (batch, context, draft_tokens))
     whole = (len(b), len(c), len(drafts))
