@@ -161,5 +161,6 @@ def _power_law(alpha: float, tokens: int, experts: int, top_k: int) -> tuple[flo
     counts = np.minimum(np.rint(loads / loads.sum(1, keepdims=True) * total), tokens)
     missing = np.maximum(total - counts.sum(1), 0)
     found = (counts > 0).sum(1) + np.minimum(missing, (counts == 0).sum(1))
+    found = np.minimum(found, total)  # what rounding added to experts of one token leaves them idle
     squares = (counts**2).sum(1) + missing  # those that rounding missed are one to an expert
     return float(found.mean()), max(float((squares * found).mean() / total**2), 1.0)
