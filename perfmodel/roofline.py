@@ -240,15 +240,14 @@ class _MatmulTimes:
 LEFT_IN_CACHES = 4  # times their size: two kernels in turn find an end of their input and leave one of their output
 
 
-def bound_seconds(cost: OperatorCost, device: Device, weight_bytes: Array, kv_bytes: Array) -> Array:
+def bound_seconds(cost: OperatorCost, device: Device, per_weight_byte: Array) -> Array:
     """Roofline at datasheet peaks: no kernels that read the same weights and cache can be faster.
 
-    Of the forward's weights (`weight_bytes`) and cache (`kv_bytes`), the caches may each keep what they hold from one
-    forward to the next; of an operator's activations, what its kernels leave there for each other. So the bound has no
-    jump where something outgrows a cache.
+    The caches may keep what they hold from one forward to the next, of all weights (`per_weight_byte`: the least
+    seconds of each) as well as of an operator's own cache; of its activations, what its kernels leave there for each
+    other. So the bound has no jump where something outgrows a cache.
     """
-    moved = cost.weight_bytes * device.least_seconds_per_byte(weight_bytes)
-    moved = moved + cost.kv_bytes * device.least_seconds_per_byte(kv_bytes)
+    moved = cost.weight_bytes * per_weight_byte + cost.kv_bytes * device.least_seconds_per_byte(cost.kv_bytes)
     each = device.least_seconds_per_byte(cost.activation_set_bytes, LEFT_IN_CACHES)
     moved = moved + cost.activation_bytes * each
     return moved if cost.dtypes is None else np.maximum(cost.least_flops / device.peak_of_cost(cost), moved)
@@ -266,10 +265,9 @@ def time_operators(operators: Sequence[Executed], device: Device, engine: Engine
     """
     dispatch = engine.scale_of("dispatch")
     costs = engine.host_costs(device.hardware)
-    weight_bytes, kv_bytes = (
-        total([getattr(op.cost, name) for op in operators]) for name in ("weight_bytes", "kv_bytes")
-    )
-    stream_bytes = weight_bytes + kv_bytes
+    weight_bytes = total([op.cost.weight_bytes for op in operators])
+    per_weight_byte = device.least_seconds_per_byte(weight_bytes)
+    stream_bytes = weight_bytes + total([op.cost.kv_bytes for op in operators])
     cold = stream_bytes > device.largest_cache
     found = []
     for op in operators:
@@ -283,7 +281,7 @@ def time_operators(operators: Sequence[Executed], device: Device, engine: Engine
             node = op.launches * device.hardware.graph_node_seconds
             host = op.host_units * device.dispatch_seconds * dispatch
             extra = {"synchronous": host, "graph": node * dispatch, "eager": node}[engine.host]
-        bound = bound_seconds(op.cost, device, weight_bytes, kv_bytes)
+        bound = bound_seconds(op.cost, device, per_weight_byte)
         for count, call in op.cost.calls:
             if isinstance(call, Collective):
                 bound = bound + count * collective.bound(call, device.hardware)
