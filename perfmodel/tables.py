@@ -1,17 +1,14 @@
-"""Tables of operating points on disk: CSV by the standard library, Parquet by pyarrow (imported when it is written)."""
+"""Tables of operating points on disk, as CSV or Parquet, by pyarrow (imported when one is written)."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from hardware.files import UserError, write_atomic
+from hardware.files import write_atomic
 from runtime.config import require
 
 SUFFIXES = (".csv", ".parquet")
@@ -28,27 +25,24 @@ def write_table(path: Path, columns: Mapping[str, npt.NDArray[Any]]) -> Path:
     return write_atomic(path, _csv(columns) if path.suffix == ".csv" else _parquet(columns))
 
 
-def _csv(columns: Mapping[str, npt.NDArray[Any]]) -> str:
-    def values(column: npt.NDArray[Any]) -> list[Any]:
-        listed = column.tolist()
-        if column.dtype.kind == "f" and np.isnan(column).any():
-            return ["" if value != value else value for value in listed]
-        return listed
+def _table(columns: Mapping[str, npt.NDArray[Any]]) -> Any:
+    import pyarrow
 
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*map(values, columns.values()), strict=True))
-    return text.getvalue()
+    return pyarrow.table({name: pyarrow.array(column, from_pandas=True) for name, column in columns.items()})
+
+
+def _csv(columns: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    import pyarrow.csv
+
+    sink = pyarrow.BufferOutputStream()
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")  # it quotes every header
+    pyarrow.csv.write_csv(_table(columns), sink, options)
+    return ",".join(columns).encode() + b"\n" + bytes(sink.getvalue())
 
 
 def _parquet(columns: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError("a .parquet file needs pyarrow: install it, or name a .csv file") from error
-    table = pyarrow.table({name: pyarrow.array(column, from_pandas=True) for name, column in columns.items()})
+    import pyarrow.parquet
+
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink)
+    pyarrow.parquet.write_table(_table(columns), sink)
     return bytes(sink.getvalue())
