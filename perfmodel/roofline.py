@@ -116,7 +116,8 @@ class Device:
         peaks = {str(name): rate for name, rate in hardware.peak_flops_per_second.items()}
         if dtype not in peaks or dtype not in DTYPE_BYTES:
             usable = ", ".join(sorted(set(peaks) & set(DTYPE_BYTES)))
-            raise UserError(f"{hardware.name} has no peak for dtype {dtype!r}; it has {usable}")
+            why = "is for weights and caches, not for activations and sums" if dtype in peaks else "has no peak"
+            raise UserError(f"{dtype!r} {why} on {hardware.name}, whose dtypes are {usable}")
         self.hardware, self.dtype = hardware, dtype
         self.peak_flops = peaks[dtype]
         achieved = {str(name): rate for name, rate in hardware.achieved_flops_per_second.items()}
