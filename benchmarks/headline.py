@@ -15,8 +15,9 @@ import numpy as np
 from hardware.profile import list_profiles, load_profile
 from perfmodel.breakeven import break_even
 from perfmodel.contenders import Contender
-from perfmodel.decoding import ForwardTiming, Setting, memory_bytes, setting, time_forward, time_step, usable_bytes
+from perfmodel.decoding import ForwardTiming, Setting, setting, time_forward, time_step
 from perfmodel.kernels.call import Array
+from perfmodel.memory import memory_bytes, usable_bytes
 from perfmodel.model_spec import load_spec
 from perfmodel.published.evidence import FOLDER, compared, held_out_rows
 from perfmodel.published.points import TidarThroughputPoint

@@ -12,10 +12,11 @@ import numpy as np
 from hardware.files import UserError
 from hardware.profile import HardwareProfile
 from perfmodel.contenders import Acceptance
-from perfmodel.decoding import Setting, StepTiming, require_memory, require_precision, time_step
+from perfmodel.decoding import Setting, StepTiming, require_precision, time_step
 from perfmodel.engine import load_engine
 from perfmodel.execution import kernels_for
 from perfmodel.kernels.call import Array
+from perfmodel.memory import require_memory
 from perfmodel.model_spec import require_context
 from perfmodel.precision import Precision, quantised
 from perfmodel.prediction import Bound

@@ -17,16 +17,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from perfmodel.decoding import (
-    ForwardTiming,
-    Setting,
-    memory_bytes,
-    time_forward,
-    time_prefill,
-    time_step,
-    usable_bytes,
-    weight_bytes,
-)
+from perfmodel.decoding import ForwardTiming, Setting, time_forward, time_prefill, time_step
+from perfmodel.memory import memory_bytes, usable_bytes, weight_bytes
 from perfmodel.model_spec import require_context
 from perfmodel.operators import Array
 from perfmodel.roofline import Timing, total

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perfmodel.decoding import Setting, memory_bytes, time_step, usable_bytes
+from perfmodel.decoding import Setting, time_step
 from perfmodel.economics import economics
 from perfmodel.kernels.call import Array
+from perfmodel.memory import memory_bytes, usable_bytes
 from perfmodel.model_spec import require_context
 from perfmodel.sizes import require_sizes
 from perfmodel.steps import most_fillings, step_of

@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from hardware.profile import HardwareProfile
 from perfmodel.closed_batch import Drain, drain
-from perfmodel.decoding import ForwardTiming, Setting, StepTiming, require_memory, setting, time_step
+from perfmodel.decoding import ForwardTiming, Setting, StepTiming, setting, time_step
 from perfmodel.engine import EngineProfile, Requests, load_engine
 from perfmodel.fitting import Problem
+from perfmodel.memory import require_memory
 from perfmodel.model_spec import load_spec, require_context
 from perfmodel.published.points import Point, TidarForwardPoint, TidarThroughputPoint
 from perfmodel.roofline import Timings

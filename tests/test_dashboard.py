@@ -42,7 +42,8 @@ from dashboards.words import break_even_length, forwards, percent, quantity, rat
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, MemoryLevel, load_profile, save_profile
 from perfmodel.acceptance import judged
-from perfmodel.decoding import MEMORY_SHARE, predict
+from perfmodel.decoding import predict
+from perfmodel.memory import MEMORY_SHARE
 from perfmodel.model_spec import load_spec
 from perfmodel.prediction import Prediction
 from perfmodel.validation import Row

@@ -15,12 +15,13 @@ import ridgepoint
 from hardware.files import UserError
 from hardware.profile import list_profiles, load_profile
 from perfmodel.contenders import Acceptance
-from perfmodel.decoding import Setting, memory_bytes, predict, setting, time_forward, time_step, usable_bytes
+from perfmodel.decoding import Setting, predict, setting, time_forward, time_step
 from perfmodel.engine import HostCosts, load_engine
 from perfmodel.explain import explain
 from perfmodel.kernels import collective
 from perfmodel.kernels.attention import kv_bytes
 from perfmodel.kernels.call import Attention, Collective
+from perfmodel.memory import memory_bytes, usable_bytes
 from perfmodel.model_spec import load_spec
 from perfmodel.parallel import Parallel, sent_copies
 from perfmodel.precision import attention_dtypes, quantised

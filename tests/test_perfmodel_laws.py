@@ -14,19 +14,10 @@ from hypothesis import strategies as st
 from hardware.files import UserError
 from hardware.profile import list_profiles, load_profile
 from perfmodel.acceptance import judged
-from perfmodel.decoding import (
-    Setting,
-    interval,
-    memory_bytes,
-    predict,
-    setting,
-    time_forward,
-    time_prefill,
-    time_step,
-    usable_bytes,
-)
+from perfmodel.decoding import Setting, interval, predict, setting, time_forward, time_prefill, time_step
 from perfmodel.engine import EngineProfile, HostCosts, list_engines, load_engine, save_engine
 from perfmodel.kernels.library import load_library
+from perfmodel.memory import memory_bytes, usable_bytes
 from perfmodel.model_spec import known_models, load_spec
 from perfmodel.operators import ENGINE, FORWARD_OPERATORS
 from perfmodel.parallel import Parallel, divided, most_loaded
