@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from perfmodel.kernels.call import (
 from perfmodel.precision import arithmetic_dtype, stored_bytes
 
 _OUTPUT_BYTES = 2.0
-_MANY = 1000  # numbers of rows from which it pays to time each distinct one once: a grid's batches x slots repeat
+_MANY = 2000  # numbers of rows from which each distinct one is timed once, so many at a time: more leave the caches
 # Rows and columns of a tile, and in how many parts of k it is summed: what a library's heuristic picks from.
 _CHOICES = np.array(
     [(64, 64, 1), (64, 64, 2), (64, 64, 4), (64, 128, 1), (64, 128, 2), (64, 128, 4), (64, 128, 8), (128, 128, 1),
@@ -77,9 +78,9 @@ class GemmKernels:
         rows = np.asarray(call.m, dtype=float)
         if rows.size > _MANY and np.ndim(call.n) == np.ndim(call.k) == 0:
             distinct, where = _distinct(rows)
-            if distinct.size < rows.size:
-                parts = self.time(replace(call, m=distinct), hardware)
-                return Parts(*(seconds[where].reshape(rows.shape) for seconds in parts))
+            pieces = np.array_split(distinct, math.ceil(distinct.size / _MANY))
+            parts = zip(*(self.time(replace(call, m=piece), hardware) for piece in pieces), strict=True)
+            return Parts(*(np.concatenate(seconds)[where].reshape(rows.shape) for seconds in parts))
         m, n, k = floats(rows, call.n, call.k)
         memory, compute, extra = self._best(call, hardware, m, n, k)
         overhead = extra + self.launch_nodes * hardware.graph_node_seconds
