@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hardware.files import UserError
-from hardware.profile import Curves, HardwareProfile
+from hardware.profile import HardwareProfile
 from perfmodel.costs import Call, Matmul, OperatorCost
 from perfmodel.engine import EngineProfile, HostCosts
 from perfmodel.execution import Executed
@@ -20,6 +20,7 @@ from perfmodel.kernels.library import Family, Library, load_library
 from perfmodel.operators import engine_cost
 from perfmodel.precision import arithmetic_dtype, attention_dtypes
 from perfmodel.prediction import Bound
+from perfmodel.probed import MatmulTimes, bandwidth_curve
 from runtime.config import DTYPE_BYTES
 
 BOUNDS: tuple[Bound, ...] = ("memory", "compute", "overhead")  # codes 0, 1, 2
@@ -124,8 +125,8 @@ class Device:
         self.achieved_flops = achieved.get(dtype, self.peak_flops)
         curves = hardware.curves(threads) if hardware.measured else None
         self.dispatch_seconds = curves.elementwise_seconds if curves else hardware.launch_seconds
-        self._bandwidth = _bandwidth_curve(curves) if curves else None
-        self._matmuls = _MatmulTimes(hardware, curves, dtype) if curves else None
+        self._bandwidth = bandwidth_curve(curves) if curves else None
+        self._matmuls = MatmulTimes(hardware, curves, dtype) if curves else None
         if self._matmuls is not None and not self._matmuls.shapes:
             self._matmuls = None
         self.library: Library | None = load_library() if hardware.kind == "gpu" and not hardware.measured else None
@@ -197,45 +198,6 @@ class Device:
         if self._matmuls is None:
             return np.maximum(matmul.flops / self.achieved_flops, memory)
         return np.maximum(matmul.count * self._matmuls.seconds(matmul.rows, matmul.inner, matmul.outer), memory)
-
-
-def _bandwidth_curve(curves: Curves) -> tuple[Array, Array]:
-    """Log sizes and log rates. Small sets are slowed by the call itself, so a rate is at least that of larger sets."""
-    points = sorted(curves.bandwidth, key=lambda p: p.working_set_bytes)
-    rates = np.maximum.accumulate([p.bytes_per_second for p in reversed(points)])[::-1]
-    return np.log([p.working_set_bytes for p in points]), np.log(rates)
-
-
-class _MatmulTimes:
-    """Seconds of one product [rows, k] x [k, n] without its dispatch, from the probed shapes nearest to it.
-
-    Of each probed [k, n] the seconds are interpolated over rows and scaled by k * n; shapes are weighted by the
-    inverse fourth power of their distance in octaves. Every step keeps the order of rows: time never falls with them.
-    """
-
-    def __init__(self, hardware: HardwareProfile, curves: Curves, dtype: str) -> None:
-        overhead = hardware.graph_node_seconds if hardware.kind == "gpu" else curves.elementwise_seconds
-        peak = {str(d): rate for d, rate in hardware.peak_flops_per_second.items()}[dtype]
-        groups: dict[tuple[int, int], dict[int, list[float]]] = {}
-        for point in curves.matmul:
-            if point.dtype == dtype:
-                floor = 2 * point.m * point.k * point.n / peak
-                work = max((point.seconds - overhead) / point.batch, floor)
-                groups.setdefault((point.k, point.n), {}).setdefault(point.m, []).append(work)
-        self.shapes = [
-            (k, n, np.array(sorted(by_rows)), np.maximum.accumulate([min(by_rows[m]) for m in sorted(by_rows)]))
-            for (k, n), by_rows in groups.items()
-        ]
-
-    def seconds(self, rows: Array, k: int, n: int) -> Array:
-        total, weights = 0.0, 0.0
-        for inner, outer, known_rows, known_seconds in self.shapes:
-            distance = np.hypot(np.log2(inner / k), np.log2(outer / n))
-            weight = 1 / (0.05 + distance**4)
-            beyond = np.maximum(rows / known_rows[-1], 1.0)  # more rows than probed: in proportion
-            found = np.interp(rows, known_rows, known_seconds) * beyond * (k * n) / (inner * outer)
-            total, weights = total + weight * np.log(found), weights + weight
-        return np.exp(total / weights)
 
 
 LEFT_IN_CACHES = 4  # times their size: two kernels in turn find an end of their input and leave one of their output

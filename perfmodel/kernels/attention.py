@@ -91,9 +91,7 @@ class AttentionKernels:
 
     def time(self, call: Attention, hardware: HardwareProfile) -> Parts:
         """Seconds of the call. Arrays broadcast."""
-        peak = hardware.main_memory.peak_bandwidth_bytes_per_second
-        assert peak is not None  # a profile without it is refused when it is read
-        rate = min(main_bandwidth(hardware) * self.bandwidth_share, peak)
+        rate = main_bandwidth(hardware, self.bandwidth_share)
         read, split = kv_bytes(call), self.split_bytes * hardware.compute_units
         needed = read + _query_bytes(call)
         moved = needed + read * split / (read + split)

@@ -127,12 +127,15 @@ def floats(*sizes: npt.ArrayLike) -> list[Array]:
     return [np.asarray(size, dtype=float) for size in sizes]
 
 
-def main_bandwidth(hardware: HardwareProfile) -> float:
-    """Bytes per second that a stream from main memory achieved; the peak where no figure of it is known."""
+def main_bandwidth(hardware: HardwareProfile, share: float = 1.0) -> float:
+    """A share of the bytes per second that a stream from main memory achieved, at most the peak.
+
+    The achieved rate is the peak where no figure of it is known.
+    """
     memory = hardware.main_memory
-    found = memory.achieved_bandwidth_bytes_per_second or memory.peak_bandwidth_bytes_per_second
-    assert found is not None  # a profile without a peak is refused when it is read
-    return found
+    peak = memory.peak_bandwidth_bytes_per_second
+    assert peak is not None  # a profile without it is refused when it is read
+    return min((memory.achieved_bandwidth_bytes_per_second or peak) * share, peak)
 
 
 def matmul_rate(hardware: HardwareProfile, dtype: str) -> float:

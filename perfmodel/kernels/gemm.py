@@ -118,9 +118,7 @@ class GemmKernels:
 
     def _bandwidth(self, hardware: HardwareProfile) -> float:
         share = self.memory_share * (self.amd_memory_share if hardware.vendor == "AMD" else 1.0)
-        peak = hardware.main_memory.peak_bandwidth_bytes_per_second
-        assert peak is not None  # a profile without it is refused when it is read
-        return min(main_bandwidth(hardware) * share, peak)
+        return main_bandwidth(hardware, share)
 
     def _cached(self, hardware: HardwareProfile, size_bytes: Array) -> Array:
         """The rate of bytes that are used again and again: that of the first level to hold them all."""

@@ -69,9 +69,7 @@ class MoeKernels:
 
     def time(self, call: FusedMoe, hardware: HardwareProfile) -> Parts:
         """Seconds of the layer. Arrays broadcast."""
-        peak = hardware.main_memory.peak_bandwidth_bytes_per_second
-        assert peak is not None  # a profile without it is refused when it is read
-        rate = min(main_bandwidth(hardware) * self.bandwidth_share, peak)
+        rate = main_bandwidth(hardware, self.bandwidth_share)
         memory = (weight_bytes(call) + _activation_bytes(call)) / rate
         memory = memory + weight_bytes(call) * repeats(call) / (_cache_bandwidth(hardware) * self.cache_share)
         tokens, top_k, distinct = floats(call.tokens, call.top_k, call.distinct)
