@@ -13,8 +13,10 @@ from hardware.files import UserError, build, known, read_json
 LayerType = Literal["hybrid", "hybrid_sliding"]
 Sampler = Literal["autoregressive", "two_forward", "single_forward", "denoising"]
 ExpertMode = Literal["loop", "grouped", "gather", "dense"]
+Engine = Literal["eager", "compiled", "lean", "graphs"]
 SAMPLER_NAMES: tuple[Sampler, ...] = get_args(Sampler)
 EXPERT_MODES: tuple[ExpertMode, ...] = get_args(ExpertMode)
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # config.json keys of `transformers` that say nothing about the forward; every other unknown key is an error.
@@ -319,18 +321,26 @@ _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Decod
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How kernels run on this device. On a CPU: threads, and by tokens in a forward, how the experts are run.
+    """How forwards run on this device.
 
-    `experts` maps the largest token count of a bucket to a mode; the last bucket also serves larger counts.
-    loop: one matmul per expert that is hit; grouped: tokens sorted by expert, one grouped matmul; gather: each
-    token's expert weights gathered, one batched matmul; dense: every expert on every token, then select.
-    `threads` None leaves the process's setting.
+    engine: eager, plain torch operators, the reference; compiled, the fused forward through `torch.compile`; lean, the
+    fused forward with native CPU kernels; graphs, the fused forward with Triton kernels, whole steps replayed as CUDA
+    or HIP graphs.
+    tilings: of the Triton kernels, by the largest token count of a bucket, what replaces the kernel's default.
+    experts: how an eager forward runs the experts, by the largest token count of a bucket; the last bucket also serves
+    larger counts. loop: one matmul per expert that is hit; grouped: tokens sorted by expert, one grouped matmul;
+    gather: each token's expert weights gathered, one batched matmul; dense: every expert on every token, then select.
+    threads: of a CPU; None leaves the process's setting.
     """
 
     experts: dict[int, ExpertMode] = field(default_factory=lambda: {1: "gather", 1_000_000: "loop"})
     threads: int | None = None
+    engine: Engine = "eager"
+    tilings: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise known("engine", self.engine, ENGINES)
         require(len(self.experts) > 0, "experts must have at least one bucket")
         require(all(m >= 1 for m in self.experts), f"expert buckets must be >= 1, but got {sorted(self.experts)}")
         require(self.threads is None or self.threads >= 1, f"threads >= 1 must hold, but got {self.threads}")
@@ -339,6 +349,12 @@ class KernelConfig:
         """The mode for a forward of `tokens` tokens: the smallest bucket that holds them, else the largest."""
         fitting = [m for m in self.experts if m >= tokens]
         return self.experts[min(fitting) if fitting else max(self.experts)]
+
+    def tiling(self, kernel: str, tokens: int) -> dict[str, int] | None:
+        """The tiling set for this kernel at so many tokens, or None: the kernel's default serves."""
+        buckets = self.tilings.get(kernel, {})
+        fitting = [m for m in buckets if m >= tokens]
+        return buckets[min(fitting)] if fitting else None
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "autotune": ("hardware", "runtime", "perfmodel"),
     "dashboards": ("hardware", "runtime", "perfmodel", "autotune"),
 }
+KERNEL_PARTS = "acceptance attention cca experts native residual_norm router".split()
 # Modules whose import may load a slow library. Everything else imports it inside the functions that need it.
 TORCH_FREE_RUNTIME = {
     "runtime",
@@ -50,6 +51,10 @@ TORCH_FREE_RUNTIME = {
     "runtime.config",
     "runtime.conversion.cli",
     "runtime.deployment",
+    "runtime.kernels",
+    *(f"runtime.kernels.{name}" for name in KERNEL_PARTS),
+    "runtime.kernels.problem",
+    "runtime.kernels.target",
     "runtime.levels",
     "runtime.measurement",
     "runtime.options",

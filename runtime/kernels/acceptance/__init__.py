@@ -1,0 +1,1 @@
+"""Drawing tokens, and accepting or rejecting drafts, from logits alone."""

@@ -1,0 +1,1 @@
+"""Compressed convolutional attention between the projections and the attention: one launch."""

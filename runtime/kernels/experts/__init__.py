@@ -1,0 +1,1 @@
+"""The experts that are hit: gate, up and SiLU, then down."""

@@ -1,0 +1,1 @@
+"""The fused forward's operators for CPUs, in C."""

@@ -1,0 +1,1 @@
+"""Residual scaling and the norm behind it."""

@@ -1,0 +1,1 @@
+"""The whole router of a layer."""
