@@ -54,6 +54,7 @@ TORCH_FREE_RUNTIME = {
     "runtime.kernels",
     *(f"runtime.kernels.{name}" for name in KERNEL_PARTS),
     "runtime.kernels.problem",
+    "runtime.kernels.registry",
     "runtime.kernels.target",
     "runtime.levels",
     "runtime.measurement",
