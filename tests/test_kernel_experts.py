@@ -59,5 +59,5 @@ def test_half_precision_stays_near_fp32(tokens: int, dtype: torch.dtype) -> None
 
 def test_meta_tensors_give_the_shape() -> None:
     model, x, chosen, probability = call(3)
-    model, given = model.to("meta"), [value.to("meta") for value in (x, chosen.int(), probability)]
-    assert experts(*given, model.gate_up_proj, model.down_proj).shape == x.shape
+    gate_up, down = model.to("meta").weights()
+    assert experts(x.to("meta"), chosen.to("meta"), probability.to("meta"), gate_up, down).shape == x.shape
