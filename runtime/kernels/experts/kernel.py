@@ -239,6 +239,7 @@ def gate_up_vector_kernel(
     EXPERTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """`gate_up_kernel` for one token, without matrix cores: few rows, so that all their loads are in flight at once."""
     token = tl.program_id(0)
@@ -251,7 +252,7 @@ def gate_up_vector_kernel(
     gate_at += tl.minimum(n, WIDTH - 1)[:, None] * HIDDEN + k[None, :]
     gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, HIDDEN, BLOCK_K):
+    for start in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
         if HIDDEN % BLOCK_K == 0:
             values = tl.load(x + token * HIDDEN + start + k)
             gates = tl.load(gate_at + start)
@@ -280,6 +281,7 @@ def down_vector_kernel(
     EXPERTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """`down_kernel` for one token, without matrix cores."""
     token = tl.program_id(0)
@@ -291,7 +293,7 @@ def down_vector_kernel(
     k = tl.arange(0, BLOCK_K)
     down_at = down + expert.to(tl.int64) * (WIDTH * HIDDEN) + tl.minimum(n, HIDDEN - 1)[:, None] * WIDTH + k[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
+    for start in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
         if WIDTH % BLOCK_K == 0:
             values = tl.load(hidden + token * WIDTH + start + k)
             weights = tl.load(down_at + start)
@@ -330,6 +332,7 @@ def experts(x: Tensor, chosen: Tensor, probability: Tensor, gate_up: Tensor, dow
     down_tile = {"BLOCK_N": tiling["DOWN_N"], "BLOCK_K": tiling["DOWN_K"] // smaller, **options}
     columns, down_columns = triton.cdiv(width, tile["BLOCK_N"]), triton.cdiv(size, down_tile["BLOCK_N"])
     if block_m == 1:
+        shape["STAGES"] = options["num_stages"]  # loads of a loop without matrix products are staged on demand only
         given = {"x": x, "chosen": chosen, "gate_up": gate_up, "hidden": hidden}
         launch(gate_up_vector_kernel, (tokens, columns), given, shape, tile)
         given = {"hidden": hidden, "chosen": chosen, "probability": probability, "down": down, "out": out}
