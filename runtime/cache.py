@@ -7,6 +7,7 @@ position and are overwritten when that position is decoded again.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from runtime.config import ModelConfig, require
 
 
 class Cache:
-    """Keys and values [B, capacity, KV heads, head_dim] and a ring of CCA columns [B, ring + 1, column] per layer.
+    """Keys and values [rows, capacity, KV heads, head_dim] and a ring of CCA columns [rows, ring + 1, column] per layer.
+
+    The sequences held are the leading rows; the others are free. Tensors stay where they are for the cache's life:
+    sequences that leave or come only move rows, so that a graph that was captured on them stays valid.
 
     A column is what later positions need of a token: its query|key projections before the convolutions and its
     delayed half of the value. The ring keeps `conv_history` columns before the oldest length a rollback can return
@@ -31,16 +35,21 @@ class Cache:
         capacity: int,
         max_slots: int,
         *,
+        rows: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
+        """batch: empty sequences to begin with. rows: the most that can be held, by default those."""
         self.config = config
+        self.rows = batch if rows is None else rows
+        require(batch <= self.rows, f"batch <= rows must hold, but got {batch} and {self.rows}")
         self.capacity = capacity
         self.ring = max_slots + config.conv_history
         self.lengths = [0] * batch
         self.written = [0] * batch  # the furthest position, plus one, that a column was written for
-        kv = (batch, capacity, config.num_key_value_heads, config.head_dim)
-        ring = (batch, self.ring + 1, config.query_size + config.kv_size + config.kv_size // 2)
+        self.forward: Any = None  # what a fused engine keeps of this cache, see `runtime.engines`
+        kv = (self.rows, capacity, config.num_key_value_heads, config.head_dim)
+        ring = (self.rows, self.ring + 1, config.query_size + config.kv_size + config.kv_size // 2)
         layers = range(config.num_hidden_layers)
         size = len(layers) * (2 * math.prod(kv) + math.prod(ring)) * dtype.itemsize
         try:
@@ -50,9 +59,11 @@ class Cache:
             self.keys = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
             self.values = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
             self.columns = [torch.zeros(ring, dtype=dtype, device=device) for _ in layers]
+            self._lengths = torch.zeros(self.rows, dtype=torch.int32, device=device)
+            self._stale = any(self.lengths)  # whether the host's lengths have changed since they were copied
         except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
             raise UserError(
-                f"out of memory on {device}: a cache of batch {batch} and {capacity} positions takes {size:,} bytes "
+                f"out of memory on {device}: a cache of batch {self.rows} and {capacity} positions takes {size:,} bytes "
                 f"({str(error) or f'there are {memory_bytes():,}'})"
             ) from error
 
@@ -65,9 +76,26 @@ class Cache:
         """Note that a forward wrote the columns of `counts[b]` slots behind the lengths, accepted or not."""
         self.written = [max(w, n + c) for w, n, c in zip(self.written, self.lengths, counts, strict=True)]
 
-    def advance(self, counts: list[int]) -> None:
-        """Commit `counts[b]` of the slots that the last forward wrote for sequence b. All others are rejected."""
+    def device_lengths(self) -> Tensor:
+        """The lengths as int32 [rows] on the cache's device, 0 for free rows: always the same tensor."""
+        if self._stale:
+            lengths = self.lengths + [0] * (self.rows - self.batch)
+            if self._lengths.device.type == "cpu":
+                self._lengths.numpy()[:] = lengths
+            else:  # from pinned memory nobody has to wait for the copy
+                pinned = torch.tensor(lengths, dtype=torch.int32, pin_memory=True)
+                self._lengths.copy_(pinned, non_blocking=True)
+            self._stale = False
+        return self._lengths
+
+    def advance(self, counts: list[int], *, on_device: bool = False) -> None:
+        """Commit `counts[b]` of the slots that the last forward wrote for sequence b. All others are rejected.
+
+        on_device: a step has added them to `device_lengths()` itself, where they are not copied again.
+        """
+        stale = self._stale or not on_device
         self._move([n + c for n, c in zip(self.lengths, counts, strict=True)])
+        self._stale = stale
 
     def rollback(self, lengths: list[int]) -> None:
         """Shorten the sequences. UserError for a length whose columns the ring no longer has, or for a longer one."""
@@ -82,16 +110,24 @@ class Cache:
                 written - slack <= new <= written,
                 f"a length must be at most {slack} short of the {written} positions written, but got {new}",
             )
-        self.lengths = lengths
+        self.lengths, self._stale = lengths, True
 
     def select(self, rows: list[int]) -> None:
-        """Keep only these sequences, in this order."""
-        index = torch.tensor(rows, device=self.keys[0].device)
-        for store in (self.keys, self.values, self.columns):
-            for layer, tensor in enumerate(store):
-                store[layer] = tensor.index_select(0, index)
-        self.lengths = [self.lengths[r] for r in rows]
+        """Keep only these sequences, in this order; the same one may be taken twice. UserError beyond the rows.
+
+        Costs a copy of the sequences that change their row: to fill a gap with the last one is the cheapest.
+        """
+        require(len(rows) <= self.rows, f"the cache has {self.rows} rows, but got {len(rows)} sequences")
+        moved = [(to, row) for to, row in enumerate(rows) if to != row]
+        if moved:
+            to, source = torch.tensor(moved, device=self.keys[0].device).T
+            longest = max(self.lengths[row] for _, row in moved)
+            for layer in range(self.config.num_hidden_layers):
+                for store in (self.keys[layer], self.values[layer]):
+                    store[to, :longest] = store[source, :longest]
+                self.columns[layer][to] = self.columns[layer][source]
         self.written = [self.written[r] for r in rows]
+        self.lengths, self._stale = [self.lengths[r] for r in rows], True
 
     def put(self, row: int, source: Cache, source_row: int) -> None:
         """Replace one sequence by another cache's, in place. UserError unless the rings are equal and it fits."""
@@ -103,6 +139,7 @@ class Cache:
             self.values[layer][row, :length] = source.values[layer][source_row, :length]
             self.columns[layer][row] = source.columns[layer][source_row]
         self.lengths[row], self.written[row] = length, source.written[source_row]
+        self._stale = True
 
     def state(self, row: int) -> dict[str, Tensor]:
         """Everything the next forward can read of one sequence, by name: for comparing two histories."""

@@ -231,7 +231,7 @@ def test_select_keeps_sequences_in_order_and_they_go_on_unchanged() -> None:
     history.apply("prefill", 12, [12, 3, 7])
     history.apply("verify", SLOTS, [2, 1, 4])
     rows = [2, 0]
-    expected = [history.cache.state(row) for row in rows]
+    expected = [{name: t.clone() for name, t in history.cache.state(row).items()} for row in rows]
     history.cache.select(rows)
     assert history.cache.batch == 2 and history.cache.lengths == [11, 14]
     for row, state in enumerate(expected):
@@ -242,6 +242,58 @@ def test_select_keeps_sequences_in_order_and_they_go_on_unchanged() -> None:
     for row, (index, length) in enumerate(zip(rows, (7, 12), strict=True)):
         tokens = torch.tensor([history.kept[index][:length] + following[row].tolist()])
         assert relative_error(found[row], history.model.forward(tokens, causal(length + 3))[0, -3:]) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0, 2], [1, 2], [2, 1, 0], [0], [1, 0, 1, 2, 2]], ids=str)
+def test_sequences_move_without_the_tensors_moving(rows: list[int]) -> None:
+    model = MODELS["plain"]
+    cache = model.new_cache(ROWS, CAPACITY, SLOTS, rows=5)
+    model.forward(random_ids(ROWS, 12, TINY.vocab_size), causal(12), cache, counts=[12, 3, 7])
+    cache.advance([12, 3, 7])
+    places = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, *cache.columns, cache.device_lengths())]
+    expected = [{name: t.clone() for name, t in cache.state(row).items()} for row in rows]
+    cache.select(rows)
+    for row, state in enumerate(expected):
+        assert_same_state(cache.state(row), state)
+    now = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, *cache.columns, cache.device_lengths())]
+    assert now == places
+    following = random_ids(len(rows), 2, TINY.vocab_size, seed=1)
+    found = model.forward(following, causal(2), cache)
+    alone = [fresh(model, random_ids(ROWS, 12, TINY.vocab_size)[r, : [12, 3, 7][r]].tolist()) for r in rows]
+    for row, other in enumerate(alone):
+        assert relative_error(found[row], model.forward(following[row : row + 1], causal(2), other)[0]) < 1e-5
+
+
+def test_the_lengths_on_the_device_follow() -> None:
+    model = MODELS["plain"]
+    cache = model.new_cache(2, CAPACITY, SLOTS, rows=4)
+
+    def check(lengths: list[int]) -> None:
+        assert cache.lengths == lengths
+        assert cache.device_lengths().tolist() == lengths + [0] * (4 - len(lengths))
+
+    check([0, 0])
+    model.forward(random_ids(2, 5, TINY.vocab_size), causal(5), cache)
+    cache.advance([5, 4])
+    check([5, 4])
+    cache.rollback([3, 4])
+    check([3, 4])
+    model.forward(random_ids(2, 2, TINY.vocab_size), causal(2), cache)
+    cache.device_lengths()[:2] += torch.tensor([1, 2], dtype=torch.int32)  # as a step on the device does
+    cache.advance([1, 2], on_device=True)
+    check([4, 6])
+    cache.select([1, 0, 1])
+    check([6, 4, 6])
+    cache.put(0, fresh(model, [1] * 9), 0)
+    check([9, 4, 6])
+
+
+def test_more_sequences_than_rows_are_refused() -> None:
+    cache = MODELS["plain"].new_cache(2, CAPACITY, SLOTS)
+    with pytest.raises(UserError, match="the cache has 2 rows, but got 3 sequences"):
+        cache.select([0, 1, 1])
+    with pytest.raises(UserError, match="batch <= rows must hold, but got 2 and 1"):
+        MODELS["plain"].new_cache(2, CAPACITY, SLOTS, rows=1)
 
 
 def test_a_row_is_replaced_in_place_and_the_others_stay() -> None:

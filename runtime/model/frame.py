@@ -35,10 +35,15 @@ class Frame:
     kept: Rows | None = None  # ring entries that the kept columns go to: along the ring, or int64 [B, W]
     kept_slots: Tensor | None = None  # int64 [B, W]: which slots those are, in a ragged prefill; None: the first ones
 
+    def _held(self, store: Tensor) -> Tensor:
+        """The rows that hold a sequence."""
+        assert self.cache is not None
+        return store if len(self.cache.lengths) == self.cache.rows else store[: len(self.cache.lengths)]
+
     def past(self, layer: int) -> Tensor:
         """The cached columns before the first slot, oldest first: [B, history, column]."""
         assert self.cache is not None
-        ring = self.cache.columns[layer]
+        ring = self._held(self.cache.columns[layer])
         if isinstance(self.history, slice):
             return ring[:, self.history]
         assert self.history is not None
@@ -50,7 +55,7 @@ class Frame:
         """Write the committed slots' columns [B, S, column] into the ring, at their positions."""
         if self.cache is None or self.kept is None:
             return
-        ring = self.cache.columns[layer]
+        ring = self._held(self.cache.columns[layer])
         if self.kept_slots is not None:
             ring[self.batch, self.kept] = columns[self.batch, self.kept_slots]
         elif isinstance(self.kept, slice):
@@ -64,7 +69,7 @@ class Frame:
         """Write [B, S, KV heads, D] behind the cached keys and values; return all of them as [B, KV heads, T, D]."""
         if self.cache is None:
             return key.transpose(1, 2), value.transpose(1, 2)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self._held(self.cache.keys[layer]), self._held(self.cache.values[layer])
         if self.start is not None:
             keys[:, self.start : self.total] = key
             values[:, self.start : self.total] = value

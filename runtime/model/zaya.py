@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,8 @@ from runtime.model.frame import Frame, build_frame
 from runtime.model.layers import Derived, ResidualScaling, RMSNorm
 from runtime.model.moe import MoE
 from runtime.model.rotary import Rotary
+
+T = TypeVar("T")
 
 
 class Layer(nn.Module):
@@ -69,11 +74,13 @@ class Zaya(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = Rotary(config)
-        self._layers: list[Layer] = [layer for layer in self.model.layers if isinstance(layer, Layer)]
+        self.stack: list[Layer] = [layer for layer in self.model.layers if isinstance(layer, Layer)]
+        self._packed: dict[Callable[[Zaya], Any], Any] = {}
 
     def freeze(self) -> Zaya:
         """Derive the inference weights and stop gradients. Returns self."""
         self.requires_grad_(False).train(False)
+        self._packed.clear()
         for module in self.modules():
             if isinstance(module, Derived):
                 module.freeze()
@@ -84,15 +91,22 @@ class Zaya(nn.Module):
         for module in self.modules():
             if isinstance(module, Derived):
                 module.thaw()
+        self._packed.clear()
         return super().train(mode)
 
-    def new_cache(self, batch: int, capacity: int, max_slots: int) -> Cache:
+    def packed(self, pack: Callable[[Zaya], T]) -> T:
+        """What `pack` makes of this model's frozen weights, made once; forgotten when parameters may change."""
+        if pack not in self._packed:
+            self._packed[pack] = pack(self)
+        return self._packed[pack]  # type: ignore[no-any-return]
+
+    def new_cache(self, batch: int, capacity: int, max_slots: int, *, rows: int | None = None) -> Cache:
         """An empty cache for `batch` sequences of up to `capacity` positions, scratch slots included.
 
-        max_slots: the most slots of one forward that may be kept.
+        max_slots: the most slots of one forward that may be kept. rows: the most sequences it can come to hold.
         """
         weight = self.model.embed_tokens.weight
-        return Cache(self.config, batch, capacity, max_slots, dtype=weight.dtype, device=str(weight.device))
+        return Cache(self.config, batch, capacity, max_slots, rows=rows, dtype=weight.dtype, device=str(weight.device))
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Causal logits. input_ids int64 [B, T], attention_mask 1 for real tokens [B, T] (left or right padded).
@@ -139,7 +153,7 @@ class Zaya(nn.Module):
         residual = ((x + decoder.input_hidden_states_bias) * decoder.input_hidden_states_scale).float()
         mode = "loop" if torch.is_grad_enabled() else self.kernels.expert_mode(batch * slots)
         state = None
-        for layer in self._layers:
+        for layer in self.stack:
             residual, state, chosen = layer.run(residual, state, frame, mode)
             if routes is not None:
                 routes.append(chosen)
