@@ -53,6 +53,7 @@ TORCH_FREE_RUNTIME = {
     "runtime.deployment",
     "runtime.kernels",
     *(f"runtime.kernels.{name}" for name in KERNEL_PARTS),
+    "runtime.kernels.check",
     "runtime.kernels.problem",
     "runtime.kernels.registry",
     "runtime.kernels.target",

@@ -2,7 +2,7 @@
 
 Adding a kernel is a folder and a line in `KERNELS`. A folder `runtime/kernels/<folder>/` has
 
-* `reference.py` and `kernel.py`: a function `<name>` in each, with the same arguments; kernel.py's also takes `tiling=`;
+* `reference.py` and `kernel.py`: a function `<name>` in each, of the same arguments; kernel.py's takes `tiling=` too;
 * `tilings.py`: `tilings(target, problem) -> tuple[Tiling, ...]`, the default first;
 * `inputs.py`: `inputs(problem, dtype, device, seed=0) -> dict[str, Any]`, the arguments of both.
 
@@ -10,7 +10,7 @@ A kernel that is not named like its folder appends its name: `embed` in `residua
 `inputs_embed`. Two optional things of inputs.py concern `runtime.kernels.check`, which compares returned values and
 changed arguments, floating-point ones by relative norm, all others for equality:
 
-* `outputs` (`outputs_<name>`), a tuple: names of the returned values (default: a NamedTuple's fields, else their index);
+* `outputs` (`outputs_<name>`), a tuple: names of the returned values (default: a NamedTuple's fields, or their index);
 * `errors(arguments, expected, found) -> dict[str, float]` (`errors_<name>`): errors in place of the usual ones, by the
   name of an output, where equality is too strict (an argmax of values that are within rounding of each other). It gets
   the arguments, what the reference and what the kernel returned; the kernel's tolerance applies to what it returns.
