@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from runtime.config import EXPERT_MODES, ExpertMode, ModelConfig
 from runtime.kernels.experts.reference import experts
+from runtime.kernels.experts.tilings import tilings
+from runtime.kernels.problem import problem_of
+from runtime.kernels.target import TARGETS
 from runtime.model.moe import Experts
 
 CONFIG = ModelConfig(hidden_size=40, moe_intermediate_size=48, num_experts=5)
+# The registry's check has no more tokens than a program can sort by itself, and its tilings do not swap operands.
+MANY_TOKENS = """
+from runtime.kernels.check import check, prepare
+prepare("cpu")
+from runtime.kernels.problem import ODD, Problem
+from runtime.kernels.registry import kernel
+sizes = dict(BLOCK_N=32, BLOCK_K=64, DOWN_N=64, DOWN_K=32, GROUP_M=3, num_warps=4, num_stages=2)
+for tokens, rows, swap, dtype in ((17, 16, 1, "float32"), (300, 32, 0, "float16"), (777, 64, 1, "float32")):
+    tiling = sizes | dict(BLOCK_M=rows, SWAP=swap)
+    result = check(kernel("experts"), Problem(ODD, tokens, 1), dtype, "cpu", tiling)
+    assert result.passed, str(result)
+"""
 
 
 def call(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Experts, Tensor, Tensor, Tensor]:
@@ -61,3 +80,28 @@ def test_meta_tensors_give_the_shape() -> None:
     model, x, chosen, probability = call(3)
     gate_up, down = model.to("meta").weights()
     assert experts(x.to("meta"), chosen.to("meta"), probability.to("meta"), gate_up, down).shape == x.shape
+
+
+def test_many_tokens_and_swapped_operands_agree_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MANY_TOKENS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 64, 272, 1088, 2176])
+@pytest.mark.parametrize("target", TARGETS)
+def test_tilings_vary_and_suit_their_vendor(target: str, tokens: int) -> None:
+    found = tilings(TARGETS[target], problem_of(tokens, ModelConfig()))
+    assert len(found) >= 5
+    assert len({tuple(sorted(tiling.items())) for tiling in found}) == len(found)
+    assert len({tuple(tiling) for tiling in found}) == 1
+    assert all(tiling["num_warps"] <= TARGETS[target].max_warps for tiling in found)
+    assert all(("matrix_instr_nonkdim" in tiling) == (TARGETS[target].backend == "hip") for tiling in found)
+
+
+@pytest.mark.parametrize("tokens", [1, 272, 2176])
+def test_blocks_shrink_with_the_model(tokens: int) -> None:
+    for target in TARGETS.values():
+        for tiling in tilings(target, problem_of(tokens, CONFIG)):
+            assert tiling["BLOCK_N"] <= 64 and tiling["DOWN_N"] <= 64
+            assert 16 <= tiling["BLOCK_K"] <= 64 and 16 <= tiling["DOWN_K"] <= 64
