@@ -22,7 +22,7 @@ from hardware.files import UserError, known
 from runtime.config import ModelConfig, require
 from runtime.kernels.problem import ODD_PROBLEMS, Problem, full_problems
 from runtime.kernels.registry import KERNELS, Kernel, kernel
-from runtime.kernels.target import TARGETS, Tiling, constants, target_of_device
+from runtime.kernels.target import TARGETS, Tiling, constants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,8 +107,9 @@ def check(
     kernel: Kernel, problem: Problem, dtype: str, device: Any, tiling: Tiling | None = None, seed: int = 0
 ) -> CheckResult:
     """One kernel on one problem with one tiling (None: the default of the device's target)."""
-    tiling = tiling if tiling is not None else kernel.tilings(target_of_device(device), problem)[0]
-    return Subject(kernel, problem, dtype, device, seed).check(tiling)
+    from runtime.kernels.selection import default_tiling
+
+    return Subject(kernel, problem, dtype, device, seed).check(tiling or default_tiling(kernel.name, device, problem))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -197,7 +198,9 @@ def plan(kernels: Iterable[Kernel], device: str, tilings: Tilings) -> list[tuple
 
 def candidates(kernel: Kernel, problem: Problem, device: str, tilings: Tilings) -> list[Tiling]:
     """The default tilings, or all. The interpreter tries both vendors', of which it knows the block sizes only."""
-    targets = (TARGETS["sm_90"], TARGETS["gfx942"]) if device == "cpu" else (target_of_device(device),)
+    from runtime.kernels.selection import device_target
+
+    targets = (TARGETS["sm_90"], TARGETS["gfx942"]) if device == "cpu" else (device_target(device),)
     found = [t for target in targets for t in kernel.tilings(target, problem)[: 1 if tilings == "default" else None]]
     return list({tuple(sorted(constants(t).items())): t for t in found}.values()) if device == "cpu" else found
 

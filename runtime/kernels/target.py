@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from hardware.files import known
 
@@ -50,27 +50,6 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise known("target", name, TARGETS)
     return TARGETS[name]
-
-
-def target_of_device(device: Any) -> Target:
-    """The target whose tilings serve a torch device: for a GPU without its own, the next older one of its vendor (or
-    the oldest), with the shared memory of the device itself. A CPU, where only the interpreter runs, gets sm_90's."""
-    import torch
-
-    device = torch.device(device)
-    if device.type != "cuda":
-        return TARGETS["sm_90"]
-    properties = torch.cuda.get_device_properties(device)
-    backend = "hip" if torch.version.hip else "cuda"
-    if backend == "hip":
-        found = properties.gcnArchName.split(":")[0].removeprefix("gfx")
-        age = int(found, 16)
-    else:
-        age = 10 * properties.major + properties.minor
-    known_ages = {int(t.name[3:], 16 if backend == "hip" else 10): t for t in TARGETS.values() if t.backend == backend}
-    nearest = known_ages[max([a for a in known_ages if a <= age] or [min(known_ages)])]
-    shared = getattr(properties, "shared_memory_per_block_optin", nearest.shared_bytes)
-    return replace(nearest, shared_bytes=shared) if backend == "cuda" else nearest
 
 
 def constants(tiling: Tiling) -> dict[str, int]:
