@@ -134,7 +134,10 @@ def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
     """Candidates for this architecture and token count, the default first; each fits the target's shared memory."""
     amd = target.backend == "hip"
     table = _AMD if amd else _NVIDIA
-    rows = next(table[most] for most in table if problem.tokens <= most or most == max(table))
+    tokens = problem.tokens
+    if tokens > 64:  # the tables are ZAYA1-8B's: what counts now are the tokens of an expert
+        tokens = max(65, tokens * ModelConfig().num_experts // problem.config.num_experts)
+    rows = next(table[most] for most in table if tokens <= most or most == max(table))
     found: list[Tiling] = []
     for row in rows:
         tiling = _clipped(row, problem.config)
