@@ -18,7 +18,7 @@ from runtime.config import ModelConfig, require
 
 
 class Cache:
-    """Keys and values [rows, capacity, KV heads, head_dim] and a ring of CCA columns [rows, ring + 1, column] per layer.
+    """Keys, values [rows, capacity, KV heads, head_dim] and a ring of CCA columns [rows, ring + 1, column] per layer.
 
     The sequences held are the leading rows; the others are free. Tensors stay where they are for the cache's life:
     sequences that leave or come only move rows, so that a graph that was captured on them stays valid.
@@ -47,7 +47,7 @@ class Cache:
         self.ring = max_slots + config.conv_history
         self.lengths = [0] * batch
         self.written = [0] * batch  # the furthest position, plus one, that a column was written for
-        self.forward: Any = None  # what a fused engine keeps of this cache, see `runtime.engines`
+        self.bound: Any = None  # what an engine keeps of this cache: `runtime.engines.Bound`
         kv = (self.rows, capacity, config.num_key_value_heads, config.head_dim)
         ring = (self.rows, self.ring + 1, config.query_size + config.kv_size + config.kv_size // 2)
         layers = range(config.num_hidden_layers)
@@ -63,8 +63,8 @@ class Cache:
             self._stale = any(self.lengths)  # whether the host's lengths have changed since they were copied
         except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
             raise UserError(
-                f"out of memory on {device}: a cache of batch {self.rows} and {capacity} positions takes {size:,} bytes "
-                f"({str(error) or f'there are {memory_bytes():,}'})"
+                f"out of memory on {device}: a cache of batch {self.rows} and {capacity} positions takes {size:,} "
+                f"bytes ({str(error) or f'there are {memory_bytes():,}'})"
             ) from error
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.cache import Cache
-from runtime.config import LayerType, require
+from runtime.config import KernelConfig, LayerType, ModelConfig, require
 from runtime.kernels.cca.reference import CCAWeights, cca_weights
 from runtime.layout import Layout, causal, predecessors
 from runtime.model.moe import RouterWeights
@@ -81,6 +82,48 @@ def reference_ops() -> Ops:
     from runtime.kernels.router.reference import router
 
     return Ops(embed, residual_norm, F.linear, cca, attention, F.linear, router, experts, F.linear)
+
+
+def triton_ops(config: ModelConfig, kernels: KernelConfig, device: torch.device) -> Ops:
+    """The Triton kernels, with the tilings of `kernels` or the device's defaults; linear layers stay torch's."""
+    from runtime.kernels.attention.kernel import attention
+    from runtime.kernels.cca.kernel import cca
+    from runtime.kernels.experts.kernel import experts
+    from runtime.kernels.problem import Problem
+    from runtime.kernels.residual_norm.kernel import embed, residual_norm
+    from runtime.kernels.router.kernel import router
+    from runtime.kernels.selection import default_tiling
+    from runtime.kernels.target import Tiling
+
+    @cache
+    def tiling(kernel: str, batch: int, slots: int, capacity: int) -> Tiling:
+        return default_tiling(kernel, device, Problem(config, batch, slots, capacity), kernels)
+
+    def by_tokens(kernel: str, function: Callable[..., Any], place: int = 0) -> Callable[..., Any]:
+        """Argument `place` has a row per token, which is all that the tiling depends on."""
+
+        def call(*arguments: Any) -> Any:
+            return function(*arguments, tiling=tiling(kernel, arguments[place].shape[0], 1, 1))
+
+        return call
+
+    def attend(
+        query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, slots: int, *rest: Tensor | int | None
+    ) -> Tensor:
+        chosen = tiling("attention", lengths.shape[0], slots, keys.shape[1])
+        return attention(query, keys, values, lengths, slots, *rest, tiling=chosen)  # type: ignore[arg-type]
+
+    return Ops(
+        by_tokens("embed", embed),
+        by_tokens("residual_norm", residual_norm, 1),
+        F.linear,
+        by_tokens("cca", cca),
+        attend,
+        F.linear,
+        by_tokens("router", router),
+        by_tokens("experts", experts),
+        F.linear,
+    )
 
 
 class LayerWeights(NamedTuple):
@@ -188,7 +231,8 @@ def shared(layout: Layout) -> bool:
 class FusedForward:
     """The forward of one model over one cache. Holds the cache's tensors, not the cache."""
 
-    def __init__(self, model: Zaya, ops: Ops, cache: Cache) -> None:
+    def __init__(self, model: Zaya, ops: Ops, cache: Cache, *, compiled: bool = False) -> None:
+        """compiled: run the layers through `torch.compile`, once for every shape of a forward."""
         self.config, self.ops = model.config, ops
         self.weights = model.packed(forward_weights)
         self.keys, self.values, self.columns = cache.keys, cache.values, cache.columns
@@ -198,6 +242,7 @@ class FusedForward:
             kind: _tables(model.rotary.factors(kind, slice(cache.capacity), cache.capacity, table.dtype, table.device))
             for kind in sorted(set(model.config.layer_types))
         }
+        self._layer = _compiled() if compiled else run_layer
         self._whole = ops.whole(self) if ops.whole is not None else None
 
     @torch.no_grad()
@@ -258,7 +303,7 @@ class FusedForward:
             stores = (self.keys[index], self.values[index], self.columns[index])
             if row:
                 stores = tuple(store[row:] for store in stores)  # type: ignore[assignment]
-            residual, normed, state, chosen = run_layer(
+            residual, normed, state, chosen = self._layer(
                 ops, layer, w.eps, normed, residual, state, stores, layout, lengths, active, self.rotary[layer.kind]
             )
             routes.append(chosen)
@@ -291,6 +336,17 @@ def run_layer(
     branch = ops.experts(normed, chosen, probability, w.gate_up, w.down)
     residual, normed = ops.residual_norm(branch, residual, w.end_scaling, w.end_norm, eps)
     return residual, normed, state, chosen
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    compiled = torch.compile(run_layer, dynamic=False, fullgraph=True)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch._dynamo.config.patch(recompile_limit=1000):  # one for each batch and number of slots
+            return compiled(*arguments)
+
+    return run
 
 
 def _tables(factors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

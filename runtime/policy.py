@@ -11,8 +11,9 @@ import torch
 
 from hardware.files import UserError
 from runtime.checkpoint import model_hash
-from runtime.config import DecodingConfig, KernelConfig
+from runtime.config import DecodingConfig, KernelConfig, replace
 from runtime.deployment import Deployment, Rule, load_deployment
+from runtime.engines import engine_of
 from runtime.model.zaya import Zaya
 
 Settings: TypeAlias = DecodingConfig | Deployment | str | os.PathLike[str]
@@ -26,7 +27,7 @@ def rules_of(model: Zaya, decoding: Settings) -> tuple[Rule, ...]:
     """
     threads = torch.get_num_threads()
     if isinstance(decoding, DecodingConfig):
-        return (Rule(decoding, KernelConfig(model.kernels.experts, threads)),)
+        return (Rule(decoding, replace(model.kernels, threads=threads)),)
     deployment = decoding if isinstance(decoding, Deployment) else load_deployment(decoding)
     found = model_hash(model)
     if deployment.model_hash != found:
@@ -34,13 +35,7 @@ def rules_of(model: Zaya, decoding: Settings) -> tuple[Rule, ...]:
             f"this deployment was tuned for {deployment.model} ({deployment.model_hash}), but the model is {found}"
         )
     return tuple(
-        Rule(
-            rule.decoding,
-            KernelConfig(rule.kernels.experts, rule.kernels.threads or threads),
-            rule.max_batch,
-            rule.max_context,
-            rule.evidence,
-        )
+        replace(rule, kernels=replace(rule.kernels, threads=rule.kernels.threads or threads))
         for rule in deployment.rules
     )
 
@@ -55,14 +50,16 @@ def using(model: Zaya, kernels: KernelConfig | None = None) -> Iterator[KernelCo
     try:
         if kernels is not None:
             apply_kernels(model, kernels)
-        yield KernelConfig(model.kernels.experts, torch.get_num_threads())
+        yield replace(model.kernels, threads=torch.get_num_threads())
     finally:
-        apply_kernels(model, KernelConfig(before.experts, threads))
+        apply_kernels(model, replace(before, threads=threads))
         model.kernels = before
 
 
 def apply_kernels(model: Zaya, kernels: KernelConfig) -> None:
-    """Run the experts and use the threads that a kernel configuration says."""
+    """Use the engine, experts and threads that a kernel configuration says. UserError for an engine not to be had."""
+    if kernels.engine != model.kernels.engine:
+        engine_of(model, kernels.engine)
     model.kernels = kernels
     if kernels.threads is not None and kernels.threads != torch.get_num_threads():
         torch.set_num_threads(kernels.threads)

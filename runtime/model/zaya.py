@@ -139,12 +139,28 @@ class Zaya(nn.Module):
         counts: list[int] | None = None,
         routes: list[Tensor] | None = None,
     ) -> Tensor:
-        """Final hidden states [B, S, hidden] of int64 tokens [B, S] that follow the cached ones.
+        """The hidden states of `run`. `routes` collects each layer's chosen expert, int64 [B * S]."""
+        hidden, chosen = self.run(tokens, layout, cache, counts=counts)
+        if routes is not None:
+            routes.extend(chosen.long())
+        return hidden
+
+    def run(
+        self, tokens: Tensor, layout: Layout, cache: Cache | None = None, *, counts: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states [B, S, hidden] and chosen experts int [layers, B * S] of int64 tokens [B, S] that follow
+        the cached ones.
 
         The slots' keys, values and columns are written behind the cached ones, but the cache's lengths stay: the
-        caller commits with `cache.advance`. `counts` gives the real leading slots per sequence of a ragged prefill.
-        `routes` collects each layer's chosen expert, int64 [B * S].
+        caller commits with `cache.advance`. `counts` gives the real leading slots per sequence of a ragged prefill;
+        what is behind them is undefined.
         """
+        if cache is not None and self.kernels.engine != "eager" and not torch.is_grad_enabled():
+            from runtime.engines import run  # which imports this module
+
+            found = run(self, tokens, layout, cache, counts)
+            if found is not None:
+                return found
         batch, slots = tokens.shape
         decoder = self.model
         dtype = decoder.embed_tokens.weight.dtype
@@ -152,9 +168,8 @@ class Zaya(nn.Module):
         x = decoder.embed_tokens(tokens)
         residual = ((x + decoder.input_hidden_states_bias) * decoder.input_hidden_states_scale).float()
         mode = "loop" if torch.is_grad_enabled() else self.kernels.expert_mode(batch * slots)
-        state = None
+        state, routes = None, []
         for layer in self.stack:
             residual, state, chosen = layer.run(residual, state, frame, mode)
-            if routes is not None:
-                routes.append(chosen)
-        return decoder.norm(residual)
+            routes.append(chosen)
+        return decoder.norm(residual), torch.stack(routes)

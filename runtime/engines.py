@@ -1,0 +1,129 @@
+"""Which engine runs a model's forwards: chosen once, then followed by every forward over a cache.
+
+Forwards without a cache, and those that train, are always eager ones. So are, whatever the engine, layouts that differ
+per sequence, and on a GPU the prefill, whose operators are large enough for plain torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from hardware.files import UserError, known
+from runtime.cache import Cache
+from runtime.config import ENGINES, Engine, KernelConfig, replace, require
+from runtime.fused import ForwardWeights, FusedForward, Ops, forward_weights, reference_ops, shared, triton_ops
+from runtime.layout import Layout
+from runtime.model.zaya import Zaya
+
+
+def obstacle(model: Zaya, engine: Engine) -> str | None:
+    """Why this engine cannot run this model where it is, in one line; None when it can."""
+    weight = model.model.embed_tokens.weight
+    device, dtype = weight.device, str(weight.dtype).removeprefix("torch.")
+    if engine == "eager":
+        return None
+    if model.config.attention_bias:
+        return f"the engine {engine} runs models without attention_bias: use eager"
+    if engine == "graphs":
+        if device.type != "cuda":
+            return f"the engine graphs runs on a GPU, but the model is on {device}"
+        return None if _has_triton() else "the engine graphs needs triton, which is not installed"
+    if engine == "lean":
+        if device.type != "cpu":
+            return f"the engine lean runs on a CPU, but the model is on {device}"
+        if dtype not in ("float32", "bfloat16"):
+            return f"the engine lean computes in float32 or bfloat16, but the model is in {dtype}"
+        return _native_obstacle()
+    return None
+
+
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def _native_obstacle() -> str | None:
+    available = getattr(import_module("runtime.kernels.native"), "available", lambda: False)
+    return None if available() else "the engine lean needs a C compiler, cc, that builds its kernels"
+
+
+def engine_of(model: Zaya, name: str = "auto") -> Engine:
+    """The engine of this name; auto: the fastest that can run this model where it is. UserError for one that cannot."""
+    if name == "auto":
+        return next(engine for engine in ("graphs", "lean", "eager") if obstacle(model, engine) is None)
+    if name not in ENGINES:
+        raise known("engine", name, ("auto", *ENGINES))
+    reason = obstacle(model, name)
+    if reason is not None:
+        raise UserError(reason)
+    return name
+
+
+def use_engine(model: Zaya, name: str = "auto") -> Zaya:
+    """Let this engine run the model's forwards from here on. Returns the model."""
+    model.kernels = replace(model.kernels, engine=engine_of(model, name))
+    return model
+
+
+def operators(model: Zaya, kernels: KernelConfig) -> Ops:
+    """The operators of an engine's fused forward."""
+    if kernels.engine == "lean":
+        return import_module("runtime.kernels.native").native_ops()  # type: ignore[no-any-return]
+    if kernels.engine == "graphs":
+        return triton_ops(model.config, kernels, model.model.embed_tokens.weight.device)
+    return reference_ops()
+
+
+@dataclass
+class Bound:
+    """What an engine keeps of a cache: the forward over its tensors, for these weights and settings."""
+
+    kernels: KernelConfig
+    weights: ForwardWeights
+    forward: FusedForward
+    graphs: Any = None  # of `runtime.graphs`
+
+
+def bound(model: Zaya, cache: Cache) -> Bound:
+    """The engine's forward over this cache, made when the weights or the settings are new."""
+    kernels, weights = model.kernels, model.packed(forward_weights)
+    found: Bound | None = cache.bound
+    if found is not None and found.weights is weights:
+        if found.kernels is kernels:
+            return found
+        if (found.kernels.engine, found.kernels.tilings) == (kernels.engine, kernels.tilings):
+            found.kernels = kernels
+            return found
+    made = FusedForward(model, operators(model, kernels), cache, compiled=kernels.engine == "compiled")
+    cache.bound = Bound(kernels, weights, made)
+    return cache.bound
+
+
+def serves(model: Zaya, layout: Layout, cache: Cache, counts: list[int] | None) -> bool:
+    """Whether the model's engine runs such a forward, or leaves it to the eager one."""
+    if not shared(layout) or (counts is not None and (layout.visible is not None or layout.previous is not None)):
+        return False
+    if model.kernels.engine == "lean":
+        return True
+    # One launch reads a ring that it also writes, and a shape of its own would be compiled for every prompt.
+    return counts is None and layout.committed <= cache.ring - model.config.conv_history
+
+
+def run(
+    model: Zaya, tokens: Tensor, layout: Layout, cache: Cache, counts: list[int] | None
+) -> tuple[Tensor, Tensor] | None:
+    """`Zaya.run` by the model's engine: hidden states and routes, or None where it leaves that to the eager forward."""
+    if not serves(model, layout, cache, counts):
+        return None
+    batch, slots = tokens.shape
+    require(cache.batch == batch, f"the cache holds {cache.batch} sequences, but got {batch}")
+    total = max(cache.lengths) + slots
+    require(total <= cache.capacity, f"{total} positions do not fit the cache of {cache.capacity}")
+    if layout.committed:
+        cache.wrote(counts or [layout.committed] * batch)
+    return bound(model, cache).forward.forward(tokens, layout, cache.device_lengths(), counts=counts)
