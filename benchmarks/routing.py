@@ -45,7 +45,7 @@ from runtime.routing import (
     routing_json,
     write_routing,
 )
-from runtime.samplers import SAMPLERS
+from runtime.samplers import advance
 from runtime.samplers.acceptance import Randomness
 from runtime.samplers.state import Decode
 from runtime.tokenizer import BOS, VOCABULARY
@@ -125,7 +125,7 @@ def record(model: Zaya, rows: Sequence[Sequence[int]], decoding: DecodingConfig)
         anchors = torch.tensor([p[-1:] for p in prompts])
         decode = Recording(model, cache, decoding, anchors, Randomness(0, len(prompts)), list(range(len(prompts))))
         for _ in range(steps):
-            SAMPLERS[decoding.sampler](decode)
+            advance(decode)
         for kind, routes in decode.routes.items():
             found[kind].append(routes.numpy())
     return {kind: np.concatenate(parts, axis=1) for kind, parts in found.items()}

@@ -18,7 +18,7 @@ from runtime.deployment import Rule, rule_for
 from runtime.layout import causal
 from runtime.model.zaya import Zaya
 from runtime.policy import Settings, apply_kernels, rules_of
-from runtime.samplers import SAMPLERS
+from runtime.samplers import advance
 from runtime.samplers.acceptance import Randomness
 from runtime.samplers.state import Decode, ForwardCounter, TraceStep
 
@@ -172,7 +172,7 @@ class Batcher:
             decode.settle()
             decode.decoding = rule.decoding
         self._rule = rule
-        rows, events = SAMPLERS[rule.decoding.sampler](decode), self._cancellations()
+        rows, events = advance(decode), self._cancellations()
         for row, (running, tokens) in enumerate(zip(self._rows, rows, strict=True)):
             assert running is not None  # free rows have been filled or have left
             kept, reason = _truncate(tokens, running.room, running.stops)

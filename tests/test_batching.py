@@ -21,7 +21,7 @@ from runtime.deployment import Deployment, Rule, rule_for
 from runtime.engine import generate
 from runtime.model.zaya import Zaya
 from runtime.samplers import SAMPLERS
-from runtime.samplers.state import Decode
+from runtime.samplers.state import Decode, Step
 from tests.models import TINY, noisy_model
 
 torch.set_num_threads(1)
@@ -296,8 +296,8 @@ def served_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, Decodi
     """Filled, per step, with the sequences, their longest cached length, the settings, and how the experts run."""
     seen: list[tuple[int, int, DecodingConfig, Any]] = []
 
-    def noted(step: Callable[[Decode], list[list[int]]]) -> Callable[[Decode], list[list[int]]]:
-        def run(decode: Decode) -> list[list[int]]:
+    def noted(step: Callable[[Decode], Step]) -> Callable[[Decode], Step]:
+        def run(decode: Decode) -> Step:
             longest = max(n + len(row) for n, row in zip(decode.cache.lengths, decode.pending, strict=True))
             seen.append((len(decode.sequences), longest, decode.decoding, decode.model.kernels.experts))
             return step(decode)

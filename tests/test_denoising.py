@@ -23,7 +23,7 @@ from runtime.conversion.objective import conversion_layout
 from runtime.engine import GenerationResult, generate
 from runtime.layout import Layout, block, causal
 from runtime.model.zaya import Zaya
-from runtime.samplers import SAMPLERS, denoising
+from runtime.samplers import advance, denoising
 from runtime.samplers.acceptance import Randomness
 from runtime.samplers.state import Decode
 from tests.enumeration import RIGHT, WRONG
@@ -105,7 +105,7 @@ def test_one_verified_step_is_two_forward_bit_for_bit(settings: dict[str, Any], 
     runs = []
     for decoding in (DecodingConfig("two_forward", 5, **settings), denoise(5, 1, threshold, verify=True, **settings)):
         decode = start(model, prompts, decoding, seed=3)
-        committed = [SAMPLERS[decoding.sampler](decode) for _ in range(6)]
+        committed = [advance(decode) for _ in range(6)]
         runs.append((committed, decode.trace, {k: (c.forwards, c.slots) for k, c in decode.counters.items()}))
     (tokens, trace, counts), (denoised, denoised_trace, denoised_counts) = runs
     assert denoised == tokens and denoised_counts == counts
@@ -285,7 +285,7 @@ def test_a_trace_has_the_logits_that_each_token_was_drawn_from(decoding: Decodin
     model, prompts = model_of("plain"), prompts_of(3)
     decode = start(model, prompts, decoding)
     for _ in range(3):
-        denoising.step(decode)
+        advance(decode)
     expected = [reference(model, p, decoding, 3, 0, i) for i, p in enumerate(prompts)]
     assert decode.trace is not None and len(decode.trace) == 3
     for row in range(3):
@@ -315,7 +315,7 @@ def test_rows_may_lack_different_numbers_of_tokens(name: str, decoding: Decoding
     texts: list[list[int]] = [[] for _ in prompts]
     seen = set()
     for number in range(blocks):
-        for row, committed in enumerate(denoising.step(decode)):
+        for row, committed in enumerate(advance(decode)):
             texts[row] += committed
         counts = [(row * 3 + number) % size for row in range(4)]
         if number % 3 < 2:
@@ -334,7 +334,7 @@ def test_settled_the_cache_is_that_of_a_fresh_prefill_and_others_can_go_on(name:
     decode = start(model, prompts, decoding)
     texts = [list(p) for p in prompts]
     for _ in range(5):
-        for text, committed in zip(texts, denoising.step(decode), strict=True):
+        for text, committed in zip(texts, advance(decode), strict=True):
             text += committed
     if ragged:
         catch_up(decode, [0, 4, 1, 2])
@@ -353,7 +353,7 @@ def test_settled_the_cache_is_that_of_a_fresh_prefill_and_others_can_go_on(name:
         decode.decoding = following
         added: list[list[int]] = [[] for _ in texts]
         while min(map(len, added)) < 5:
-            for row, committed in enumerate(SAMPLERS[following.sampler](decode)):
+            for row, committed in enumerate(advance(decode)):
                 added[row] += committed
         assert [row[:5] for row in added] == expected
         texts = [text + new for text, new in zip(texts, added, strict=True)]

@@ -27,7 +27,7 @@ from runtime.layout import causal
 from runtime.model.zaya import Zaya
 from runtime.policy import using
 from runtime.samplers import SAMPLERS
-from runtime.samplers.state import Decode, TraceStep
+from runtime.samplers.state import Decode, Step, TraceStep
 from tests.models import noisy_model
 
 torch.set_num_threads(1)
@@ -123,7 +123,7 @@ WAYS: dict[str, Callable[..., st.SearchStrategy[DecodingConfig]]] = {
     "single_forward": single_forward,
     "denoising": denoising,
 }
-Step = Callable[[Decode], list[list[int]]]
+Sampler = Callable[[Decode], Step]
 LOSSLESS = st.just(1.0)
 ANY_WEIGHT = st.sampled_from([1.0, 0.6, 0.0])
 
@@ -173,10 +173,10 @@ class Run:
             compare(decode.cache.state(row), prefilled(self.model, text[:length], decode.cache).state(0))
             self.checks += 1
 
-    def checked(self, sampler: Step) -> Step:
+    def checked(self, sampler: Sampler) -> Sampler:
         """The sampler behind a comparison."""
 
-        def step(decode: Decode) -> list[list[int]]:
+        def step(decode: Decode) -> Step:
             self.check(decode)
             return sampler(decode)
 

@@ -27,7 +27,7 @@ from runtime.logits import (
     total_variation,
 )
 from runtime.model.zaya import Zaya
-from runtime.samplers import SAMPLERS
+from runtime.samplers import advance
 from runtime.samplers.acceptance import Draft, Randomness
 from runtime.samplers.state import Decode, TraceStep
 from tests.models import TINY, noisy_model, random_ids
@@ -54,7 +54,7 @@ def decode(
     state = Decode(model, cache, decoding, prompts[:, -1:], Randomness(seed, rows), list(range(rows)), trace=trace)
     outputs: list[list[int]] = [[] for _ in range(rows)]
     for _ in range(steps):
-        for sequence, tokens in zip(state.sequences, SAMPLERS[decoding.sampler](state), strict=True):
+        for sequence, tokens in zip(state.sequences, advance(state), strict=True):
             outputs[sequence] += tokens
     return trace, outputs
 

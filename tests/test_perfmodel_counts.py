@@ -136,7 +136,7 @@ def own_work(decoding: DecodingConfig, batch: int = 2) -> tuple[int, int, float]
     from torch.utils._pytree import tree_leaves
 
     from runtime.model.zaya import Zaya
-    from runtime.samplers import SAMPLERS
+    from runtime.samplers import advance
     from runtime.samplers.acceptance import Randomness
     from runtime.samplers.state import Decode
 
@@ -165,11 +165,10 @@ def own_work(decoding: DecodingConfig, batch: int = 2) -> tuple[int, int, float]
     with torch.no_grad():
         cache = model.new_cache(batch, 120 + decoding.slots, decoding.slots)
         decode = Decode(model, cache, decoding, torch.full((batch, 1), 5), Randomness(0, batch), list(range(batch)))
-        step = SAMPLERS[decoding.sampler]
-        step(decode)
-        step(decode)
+        advance(decode)
+        advance(decode)
         with Counting():
-            step(decode)
+            advance(decode)
     return int(found[0]), int(found[1]), found[2] / batch
 
 

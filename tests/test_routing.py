@@ -28,7 +28,7 @@ from runtime.routing import (
     read_routing,
     write_routing,
 )
-from runtime.samplers import SAMPLERS
+from runtime.samplers import advance
 from runtime.samplers.acceptance import Randomness
 from runtime.samplers.state import Decode
 from tests.models import TINY, noisy_model, random_ids
@@ -74,7 +74,7 @@ def counted(model: Zaya, rows: list[list[int]], decoding: DecodingConfig) -> dic
     decode = Decode(model, cache, decoding, tokens[:, -1:], Randomness(0, len(rows)), list(range(len(rows))))
     for _ in range(2 if decoding.sampler == "single_forward" else 1):
         decode.counters = {}
-        SAMPLERS[decoding.sampler](decode)
+        advance(decode)
     return {kind: counter.experts_per_layer() for kind, counter in decode.counters.items()}
 
 

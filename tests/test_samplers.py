@@ -26,7 +26,7 @@ from runtime.engine import GenerationResult, generate
 from runtime.model.zaya import Zaya
 from runtime.samplers import SAMPLERS, acceptance, two_forward
 from runtime.samplers.acceptance import Accepted, Draft, Randomness, choose, verify
-from runtime.samplers.state import Decode
+from runtime.samplers.state import Decode, Step
 from tests.enumeration import DRAWS, RIGHT, WRONG, Enumeration, p_value
 from tests.models import TINY, noisy_model, random_ids
 
@@ -147,7 +147,7 @@ def test_the_equivalence_program_finds_a_difference(
         found = verify(logits, *rest)
         return found._replace(token=logits[:, 0].argmin(-1))
 
-    monkeypatch.setattr(two_forward, "verify", wrong)
+    monkeypatch.setattr(acceptance, "verify", wrong)
     assert equivalence.main([*arguments, "--json"]) == 1
     first, _ = json.loads(capsys.readouterr().out)["results"]
     assert len(first["different"]) == 3
@@ -164,8 +164,9 @@ def test_weight_one_never_reads_the_draft_logits() -> None:
         Draft(torch.randint(0, 5, (4, 3)), torch.full((4, 3, 5), torch.inf), torch.zeros(3)),
     )
     for temperature in (0.0, 1.0):
-        found = verify(logits, drafts, temperature, 1.0, Randomness(0, 4))
-        clean = verify(logits, drafts._replace(logits=torch.zeros(4, 3, 5)), temperature, 1.0, Randomness(0, 4))
+        uniform = Randomness(0, 4).uniform(4, logits.device)
+        found = verify(logits, drafts, temperature, 1.0, uniform)
+        clean = verify(logits, drafts._replace(logits=torch.zeros(4, 3, 5)), temperature, 1.0, uniform)
         assert torch.equal(found.count, clean.count) and torch.equal(found.token, clean.token)
         assert bool(((found.token >= 0) & (found.token < 5)).all())
 
@@ -188,7 +189,7 @@ def test_greedy_mixing_takes_the_argmax_of_the_mixed_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, drafted = torch.randn(500, 4, 6, generator=generator), torch.randn(500, 3, 6, generator=generator)
     draft = Draft(drafted.argmax(-1), drafted, torch.zeros(3))
-    found = verify(logits, draft, 0.0, 0.4, Randomness(0, 500))
+    found = verify(logits, draft, 0.0, 0.4, None)
     best = (0.4 * logits[:, :3] + 0.6 * drafted).argmax(-1)
     for b in range(500):
         passed = list(itertools.takewhile(lambda j, b=b: best[b, j] == draft.tokens[b, j], range(3)))
@@ -197,25 +198,17 @@ def test_greedy_mixing_takes_the_argmax_of_the_mixed_logits() -> None:
     assert len(set(found.count.tolist())) == 4
 
 
-class Uniform(Randomness):
-    """One stream for all sequences: a stand-in where streams are not what is tested, because it starts faster."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = np.random.default_rng(seed)
-
-    def uniform(self, count: int, device: torch.device) -> Tensor:
-        return torch.from_numpy(self.generator.random((DRAWS, count)))
-
-
 @pytest.mark.parametrize("weight", [1.0, 0.7, 0.3, 0.0])
 @pytest.mark.parametrize("draft_temperature", [0.0, 0.8])
 def test_verification_commits_the_mixed_distribution(weight: float, draft_temperature: float) -> None:
     """Row j of what is committed follows the mix of row j, whatever was drafted; the bonus row stays autoregressive."""
     generator = torch.Generator().manual_seed(1)
     logits, drafted = torch.randn(3, 5, generator=generator), torch.randn(2, 5, generator=generator)
-    randomness = Uniform(7)
-    draft = acceptance.draw_drafts(drafted.expand(DRAWS, -1, -1), torch.full((2,), draft_temperature), randomness)
-    found = verify(logits.expand(DRAWS, -1, -1), draft, TEMPERATURE, weight, randomness)
+    random = np.random.default_rng(7).random
+    temperatures, many = torch.full((2,), draft_temperature), drafted.expand(DRAWS, -1, -1)
+    uniform = torch.from_numpy(random((DRAWS, 2))) if draft_temperature else None
+    draft = Draft(acceptance.draw(many, temperatures, uniform), many, temperatures)
+    found = verify(logits.expand(DRAWS, -1, -1), draft, TEMPERATURE, weight, torch.from_numpy(random((DRAWS, 3))))
     committed = torch.cat([draft.tokens, torch.zeros(DRAWS, 1, dtype=torch.int64)], dim=1)
     committed.scatter_(1, found.count[:, None], found.token[:, None])
     targets = torch.cat([weight * logits[:2] + (1 - weight) * drafted, logits[2:]])
@@ -263,44 +256,40 @@ def test_sampled_two_forward_with_long_drafts_has_the_autoregressive_distributio
     assert outcomes().p_value(decoding, seed=2, draws=4000) > RIGHT
 
 
-Verify = Callable[[Tensor, Draft, float, float, Randomness], Accepted]
+Verify = Callable[[Tensor, Draft, float, float, Tensor], Accepted]
 
 
-def accept_always(logits: Tensor, draft: Draft, temperature: float, weight: float, randomness: Randomness) -> Accepted:
+def accept_always(logits: Tensor, draft: Draft, temperature: float, weight: float, uniform: Tensor) -> Accepted:
     drafts = draft.tokens.shape[1]
     bonus = torch.softmax(logits[:, drafts] / temperature, -1)
-    token = choose(bonus, randomness.uniform(1, logits.device)[:, 0])
-    return Accepted(torch.full((len(logits),), drafts), token, logits)
+    return Accepted(torch.full((len(logits),), drafts), choose(bonus, uniform[:, -1]))
 
 
-def skip_the_residual(
-    logits: Tensor, draft: Draft, temperature: float, weight: float, randomness: Randomness
-) -> Accepted:
+def skip_the_residual(logits: Tensor, draft: Draft, temperature: float, weight: float, uniform: Tensor) -> Accepted:
     """On rejection, draw from the target itself."""
-    found = verify(logits, draft, temperature, weight, randomness)
+    found = verify(logits, draft, temperature, weight, uniform)
     row = logits[torch.arange(len(logits)), found.count]
-    redrawn = choose(torch.softmax(row / temperature, -1), randomness.uniform(1, logits.device)[:, 0])
-    return Accepted(found.count, redrawn, logits)
+    return Accepted(found.count, choose(torch.softmax(row / temperature, -1), uniform[:, -1]))
 
 
 def bonus_from_the_row_before(
-    logits: Tensor, draft: Draft, temperature: float, weight: float, randomness: Randomness
+    logits: Tensor, draft: Draft, temperature: float, weight: float, uniform: Tensor
 ) -> Accepted:
     wrong = torch.cat([logits[:, :-1], logits[:, -2:-1]], dim=1)
-    return verify(wrong, draft, temperature, weight, randomness)
+    return verify(wrong, draft, temperature, weight, uniform)
 
 
 def judge_with_the_next_row(
-    logits: Tensor, draft: Draft, temperature: float, weight: float, randomness: Randomness
+    logits: Tensor, draft: Draft, temperature: float, weight: float, uniform: Tensor
 ) -> Accepted:
-    return verify(logits.roll(-1, dims=1), draft, temperature, weight, randomness)
+    return verify(logits.roll(-1, dims=1), draft, temperature, weight, uniform)
 
 
 @pytest.mark.parametrize(
     "wrong", [accept_always, skip_the_residual, bonus_from_the_row_before, judge_with_the_next_row]
 )
 def test_the_same_test_rejects_wrong_verification(monkeypatch: pytest.MonkeyPatch, wrong: Verify) -> None:
-    monkeypatch.setattr(two_forward, "verify", wrong)
+    monkeypatch.setattr(acceptance, "verify", wrong)
     decoding = DecodingConfig("two_forward", 1, temperature=TEMPERATURE, draft_temperature=0.9)
     assert sampled_p_value(decoding) < WRONG
 
@@ -314,7 +303,7 @@ def test_the_same_test_rejects_an_invented_distribution_of_argmax_drafts(monkeyp
 def test_the_same_test_rejects_a_verifier_whose_state_was_not_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next token's convolutions read the columns of a rejected draft, at its place."""
 
-    def step(decode: Decode) -> list[list[int]]:
+    def step(decode: Decode) -> Step:
         committed = two_forward.step(decode)
         for layer, columns in enumerate(decode.cache.columns):
             decode.cache.columns[layer] = columns.roll(-1, dims=1)
@@ -336,18 +325,12 @@ def test_a_weight_of_zero_is_never_drawn() -> None:
 def test_a_rejection_that_leaves_nothing_over_redraws_from_the_target() -> None:
     """p and q equal but for the last bit: the residual is zero everywhere, and the last token has no probability."""
 
-    class Last(Randomness):
-        def __init__(self) -> None:
-            pass
-
-        def uniform(self, count: int, device: torch.device) -> Tensor:
-            return torch.full((1, count), 1 - 2**-53, dtype=torch.float64)
-
+    last = torch.full((1, 2), 1 - 2**-53, dtype=torch.float64)
     target = torch.tensor([[[0.0, 0.3, -200.0]] * 2])
     drafted = target[:, :1] + torch.tensor([3e-8, 0.0, 0.0])
     p, q = torch.softmax(target[:, 0], -1), torch.softmax(drafted[:, 0], -1)
     assert q[0, 0] > p[0, 0] and not bool((p > q).any())  # the case is the one described
-    found = verify(target, Draft(torch.zeros(1, 1, dtype=torch.int64), drafted, torch.ones(1)), 1.0, 1.0, Last())
+    found = verify(target, Draft(torch.zeros(1, 1, dtype=torch.int64), drafted, torch.ones(1)), 1.0, 1.0, last)
     assert found.count.tolist() == [0] and found.token.tolist() == [1]
 
 

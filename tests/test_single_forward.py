@@ -22,10 +22,10 @@ from runtime.config import DecodingConfig, ModelConfig, replace
 from runtime.engine import generate
 from runtime.layout import Layout, causal, draft, single_forward
 from runtime.model.zaya import Zaya
-from runtime.samplers import acceptance, state
+from runtime.samplers import advance, state
 from runtime.samplers import single_forward as sampler
 from runtime.samplers.acceptance import Draft, Randomness
-from runtime.samplers.state import Decode
+from runtime.samplers.state import Decode, Step
 from tests.enumeration import RIGHT, WRONG, Enumeration
 from tests.models import TINY, noisy_model, random_ids, relative_error
 from tests.test_cache import CONFIGS, assert_same_state
@@ -195,7 +195,7 @@ class Played:
             place = torch.arange(drafts)
             taken = (place < torch.tensor(wanted)[:, None]) | (place >= decode.drafted.lengths[:, None])
             decode.drafted = decode.drafted._replace(tokens=torch.where(taken, right, wrong))
-        committed = sampler.step(decode)
+        committed = advance(decode)
         for row, tokens in enumerate(committed):
             accepted = min(wanted[row], left[row])
             assert tokens == self.texts[row][self.done[row] + 1 : self.done[row] + 2 + accepted]
@@ -327,11 +327,13 @@ def test_weight_one_never_reads_the_draft_logits(monkeypatch: pytest.MonkeyPatch
 
     expected = run()
 
+    draw = Decode.draw
+
     def spoilt(*arguments: Any) -> Draft:
-        draft = acceptance.draw_drafts(*arguments)
+        draft = draw(*arguments)
         return draft._replace(logits=torch.full_like(draft.logits, torch.nan))
 
-    monkeypatch.setattr(sampler, "draw_drafts", spoilt)
+    monkeypatch.setattr(Decode, "draw", spoilt)
     assert run() == expected
 
 
@@ -469,8 +471,8 @@ def q_of_another_level(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def padding_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no drafts, the padding counts as drafted at the draft temperature."""
-    none = sampler._none
-    monkeypatch.setattr(sampler, "_none", lambda decode: none(decode)._replace(lengths=None))
+    none = sampler.undrafted
+    monkeypatch.setattr(sampler, "undrafted", lambda decode: none(decode)._replace(lengths=None))
 
 
 def dropped_positions_are_not_dropped_in_q(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,8 +499,8 @@ def verification_sees_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 def a_rejected_draft_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache keeps the last draft's slot where the token behind it belongs, as a wrong rollback would."""
 
-    def commit(decode: Decode, draft: Draft, accepted: Any) -> list[list[int]]:
-        committed = right(decode, draft, accepted)
+    def commit(decode: Decode, *arguments: Any) -> Step:
+        committed = right(decode, *arguments)
         for layer, columns in enumerate(decode.cache.columns):
             decode.cache.columns[layer] = columns.roll(-1, dims=1)
         return committed

@@ -7,11 +7,11 @@ draft has q = 1 at the draft. With mixing, p of the K draft rows comes from w * 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,7 +19,7 @@ class Draft(NamedTuple):
     """K drafts per sequence."""
 
     tokens: Tensor  # int64 [B, K]
-    logits: Tensor  # float32 [B, K, V] that they were drawn from
+    logits: Tensor  # [B, K, V] that they were drawn from
     temperatures: Tensor  # float32 [K] they were drawn at; 0 is argmax
     lengths: Tensor | None = None  # int64 [B], the leading drafts that count; None: all K
 
@@ -34,7 +34,32 @@ class Accepted(NamedTuple):
 
     count: Tensor  # int64 [B]
     token: Tensor  # int64 [B]
-    logits: Tensor  # float32 [B, K + 1, V] of the target that was sampled from
+
+
+class Sampling(Protocol):
+    """Draws and judges on the device: `Plain`, or the Triton kernels. No call reads a value back."""
+
+    def draw(self, logits: Tensor, temperatures: Tensor, uniform: Tensor | None) -> Tensor:
+        """One token per row, int64 [B, K], as `draw`."""
+
+    def verify(
+        self, ar_logits: Tensor, draft: Draft, temperature: float, mixing_weight: float, uniform: Tensor | None
+    ) -> Accepted:
+        """Decide on drafts, as `verify`."""
+
+
+class Plain:
+    """The reference: this module's functions."""
+
+    def draw(self, logits: Tensor, temperatures: Tensor, uniform: Tensor | None) -> Tensor:
+        """As `draw`."""
+        return draw(logits, temperatures, uniform)
+
+    def verify(
+        self, ar_logits: Tensor, draft: Draft, temperature: float, mixing_weight: float, uniform: Tensor | None
+    ) -> Accepted:
+        """As `verify`."""
+        return verify(ar_logits, draft, temperature, mixing_weight, uniform)
 
 
 class Randomness:
@@ -53,6 +78,12 @@ class Randomness:
         return torch.from_numpy(np.stack([g.random(count) for g in self.generators])).to(device)
 
 
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """These values on a device. Kept, because a step that is captured in a graph can copy nothing from the host."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def choose(weights: Tensor, uniform: Tensor) -> Tensor:
     """Draw an index by inverse CDF. weights [..., V] >= 0 with any positive sum, uniform [...] -> int64 [...]."""
     cumulative = weights.double().cumsum(-1)
@@ -61,44 +92,45 @@ def choose(weights: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(weights.shape[-1] - 1)
 
 
-def sample(logits: Tensor, temperature: float, randomness: Randomness) -> Tensor:
-    """One token per sequence from logits [B, V]; temperature 0 is argmax and draws nothing."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    uniform = randomness.uniform(1, logits.device)[:, 0]
-    return choose(torch.softmax(logits / temperature, -1), uniform)
+def draw(logits: Tensor, temperatures: Tensor, uniform: Tensor | None) -> Tensor:
+    """One token int64 [B, K] per row of logits [B, K, V]: the argmax, or a draw at the row's temperature > 0.
 
-
-def draw_drafts(logits: Tensor, temperatures: Tensor, randomness: Randomness) -> Draft:
-    """Draw one draft per row of float32 logits [B, K, V], each row at its own temperature [K]."""
+    temperatures: float32 [K]. uniform: float64 [B, K] in [0, 1); None when every row is an argmax.
+    """
     tokens = logits.argmax(-1)
+    if uniform is None:
+        return tokens
     warm = temperatures > 0
-    if bool(warm.any()):
-        scaled = logits / torch.where(warm, temperatures, 1.0)[:, None]
-        drawn = choose(torch.softmax(scaled, -1), randomness.uniform(logits.shape[1], logits.device))
-        tokens = torch.where(warm, drawn, tokens)
-    return Draft(tokens, logits, temperatures)
+    scaled = logits.float() / torch.where(warm, temperatures, 1.0)[:, None]
+    return torch.where(warm, choose(torch.softmax(scaled, -1), uniform), tokens)
+
+
+def mix(ar_logits: Tensor, draft: Draft | None, mixing_weight: float) -> Tensor:
+    """The target's float32 logits [B, R, V]: of the K rows that judge a draft, w * AR + (1 - w) * draft."""
+    target = ar_logits.float()
+    if draft is None or mixing_weight == 1:
+        return target
+    drafts = draft.tokens.shape[1]
+    mixed = mixing_weight * target[:, :drafts] + (1 - mixing_weight) * draft.logits
+    mixed = torch.where(_judged(draft)[..., None], mixed, target[:, :drafts])
+    return torch.cat([mixed, target[:, drafts:]], dim=1)
 
 
 def verify(
-    ar_logits: Tensor, draft: Draft, temperature: float, mixing_weight: float, randomness: Randomness
+    ar_logits: Tensor, draft: Draft, temperature: float, mixing_weight: float, uniform: Tensor | None
 ) -> Accepted:
-    """Decide on K drafts from the verifier's float32 logits [B, K + 1, V].
+    """Decide on K drafts from the verifier's logits [B, K + 1, V].
 
     Row j judges draft j. The bonus token comes from the row behind a sequence's last draft, which is never mixed.
+    uniform: float64 [B, K + 1] in [0, 1), the last one for the token; None at temperature 0, which draws nothing.
     """
-    drafts = draft.tokens.shape[1]
-    last = torch.full_like(draft.tokens[:, 0], drafts) if draft.lengths is None else draft.lengths  # the bonus rows
-    judged = torch.arange(drafts, device=last.device) < last[:, None]  # [B, K]
-    target = ar_logits
-    if mixing_weight != 1:
-        mixed = mixing_weight * ar_logits[:, :drafts] + (1 - mixing_weight) * draft.logits
-        target = torch.cat([torch.where(judged[..., None], mixed, ar_logits[:, :drafts]), ar_logits[:, drafts:]], dim=1)
+    drafts, judged = draft.tokens.shape[1], _judged(draft)
+    target = mix(ar_logits, draft, mixing_weight)
     if temperature == 0:
         best = target.argmax(-1)
         count = ((best[:, :drafts] == draft.tokens) & judged).long().cumprod(1).sum(1)
-        return Accepted(count, best.gather(1, count[:, None]).squeeze(1), target)
-    uniform = randomness.uniform(drafts + 1, ar_logits.device)
+        return Accepted(count, best.gather(1, count[:, None]).squeeze(1))
+    assert uniform is not None
     p = torch.softmax(target / temperature, -1)
     q = draft_probabilities(draft)
     index = draft.tokens[..., None]
@@ -107,15 +139,22 @@ def verify(
     row = count[:, None, None].expand(-1, 1, p.shape[-1])
     p = p.gather(1, row).squeeze(1)  # of the row that decides, [B, V]
     q = q.gather(1, row.clamp_max(drafts - 1)).squeeze(1)
-    remaining = torch.where((count == last)[:, None], p, (p - q).clamp_min(0))
+    remaining = torch.where((count == judged.sum(1))[:, None], p, (p - q).clamp_min(0))
     # Where p and q differ by rounding only, a draft can be rejected with nothing left over: redraw it from p.
     remaining = torch.where(remaining.sum(-1, keepdim=True) > 0, remaining, p)
-    return Accepted(count, choose(remaining, uniform[:, drafts]), target)
+    return Accepted(count, choose(remaining, uniform[:, drafts]))
+
+
+def _judged(draft: Draft) -> Tensor:
+    """Which drafts count, bool [B, K]."""
+    if draft.lengths is None:
+        return torch.ones_like(draft.tokens, dtype=torch.bool)
+    return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.lengths[:, None]
 
 
 def draft_probabilities(draft: Draft) -> Tensor:
     """q [B, K, V]: softmax at the row's temperature, or all of the mass on an argmax draft."""
     warm = (draft.temperatures > 0)[:, None]
-    scaled = draft.logits / torch.where(warm, draft.temperatures[:, None], 1.0)
-    certain = F.one_hot(draft.tokens, draft.logits.shape[-1]).to(draft.logits.dtype)
+    scaled = draft.logits.float() / torch.where(warm, draft.temperatures[:, None], 1.0)
+    certain = torch.zeros_like(scaled).scatter_(-1, draft.tokens[..., None], 1.0)
     return torch.where(warm, torch.softmax(scaled, -1), certain)

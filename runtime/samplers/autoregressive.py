@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
+
 from runtime.layout import causal
-from runtime.samplers.acceptance import sample
-from runtime.samplers.state import Decode
+from runtime.samplers.state import Decode, Step
 
 
-def step(decode: Decode) -> list[list[int]]:
+def step(decode: Decode) -> Step:
     """Commit one token per sequence."""
     hidden = decode.forward("decode", decode.anchors, causal(1, str(decode.anchors.device)))
-    logits = decode.model.project(hidden)
-    token = sample(logits[:, -1], decode.decoding.temperature, decode.randomness)
-    decode.note(logits, [1] * decode.cache.batch)
-    decode.cache.advance([1] * decode.cache.batch)
-    decode.anchors = token[:, None]
-    return [[t] for t in token.tolist()]
+    logits = decode.project(hidden)
+    decode.anchors = decode.draw(logits, (decode.decoding.temperature,)).tokens
+    return Step(F.pad(decode.anchors, (1, 0), value=1), logits)

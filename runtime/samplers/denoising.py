@@ -7,12 +7,15 @@ verification what is sampled follows neither the autoregressive distribution nor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.layout import block, causal, draft
-from runtime.samplers.acceptance import Draft, Randomness, draw_drafts, verify
-from runtime.samplers.state import Decode, commit
+from runtime.samplers.acceptance import Draft, Randomness, constant
+from runtime.samplers.state import Decode, Step, commit
 
 
 class Once(Randomness):
@@ -35,23 +38,26 @@ class Block:
     def __init__(self, decode: Decode, temperature: float) -> None:
         decoding, device = decode.decoding, decode.anchors.device
         batch, size = decode.anchors.shape[0], decoding.draft_tokens
+        self.decode = decode
         self.tokens = torch.full((batch, size), decode.mask_token, device=device)
         self.decided = torch.zeros(batch, size, dtype=torch.bool, device=device)
-        self.logits: Tensor | None = None  # float32 [B, K, V], of a position from the step that decided it
+        self.logits: Tensor | None = None  # [B, K, V], of a position from the step that decided it
         self.share = -(-size // decoding.denoising_steps)
         self.threshold = decoding.confidence_threshold
-        self.temperatures = torch.full((size,), temperature, device=device)
+        self.temperatures = (temperature,) * size
         self.randomness = Once(decode.randomness)
 
-    @property
-    def full(self) -> bool:
-        """Whether every position of every sequence is decided."""
-        return bool(self.decided.all())
+    def fillings(self) -> Iterator[int]:
+        """Count the forwards that fill the block. The device is asked whether it is full only where that can differ."""
+        for done in range(-(-len(self.temperatures) // self.share)):
+            if done and self.threshold is not None and bool(self.decided.all()):
+                return
+            yield done
 
     def decide(self, logits: Tensor) -> None:
-        """Draw a token for every undecided position from float32 logits [B, K, V], and keep the surest ones."""
-        drawn = draw_drafts(logits, self.temperatures, self.randomness).tokens
-        confidence = torch.softmax(logits, -1).gather(-1, drawn[..., None]).squeeze(-1)
+        """Draw a token for every undecided position from logits [B, K, V], and keep the surest ones."""
+        drawn = self.decode.draw(logits, self.temperatures, self.randomness).tokens
+        confidence = torch.softmax(logits.float(), -1).gather(-1, drawn[..., None]).squeeze(-1)
         now = unmask(confidence, self.decided, self.share, self.threshold)
         self.tokens = torch.where(now, drawn, self.tokens)
         self.logits = logits if self.logits is None else torch.where(now[..., None], logits, self.logits)
@@ -60,7 +66,8 @@ class Block:
     def draft(self) -> Draft:
         """The full block, as drafts to judge."""
         assert self.logits is not None
-        return Draft(self.tokens, self.logits, self.temperatures)
+        temperatures = constant(self.temperatures, torch.float32, str(self.tokens.device))
+        return Draft(self.tokens, self.logits, temperatures)
 
 
 def unmask(confidence: Tensor, decided: Tensor, share: int, threshold: float | None) -> Tensor:
@@ -75,32 +82,44 @@ def unmask(confidence: Tensor, decided: Tensor, share: int, threshold: float | N
     return now & ~decided
 
 
-def step(decode: Decode) -> list[list[int]]:
+def step(decode: Decode) -> Step:
     """Commit the K tokens of a block, or between 1 and K + 1 where a verification judges them."""
     return _verified(decode) if decode.decoding.verify else _unverified(decode)
 
 
-def _verified(decode: Decode) -> list[list[int]]:
+def _verified(decode: Decode) -> Step:
     """Every forward starts from the anchor, as in two_forward, of which one denoising step is the draft."""
     decoding, anchors, device = decode.decoding, decode.anchors, str(decode.anchors.device)
     filled = Block(decode, decoding.draft_temperature)
-    while not filled.full:
+    for _ in filled.fillings():
         tokens = torch.cat([anchors, filled.tokens], dim=1)
         hidden = decode.forward("draft", tokens, draft(decoding.draft_tokens, device))
-        filled.decide(decode.model.project(hidden[:, 1:]))
+        filled.decide(decode.project(hidden[:, 1:]))
     drafts = filled.draft()
     tokens = torch.cat([anchors, drafts.tokens], dim=1)
     hidden = decode.forward("verify", tokens, causal(decoding.draft_tokens + 1, device))
-    logits = decode.model.project(hidden)
-    accepted = verify(logits, drafts, decoding.temperature, decoding.mixing_weight, decode.randomness)
-    return commit(decode, drafts, accepted)
+    logits = decode.project(hidden)
+    return commit(decode, logits, drafts, decode.verify(logits, drafts))
 
 
-def _unverified(decode: Decode) -> list[list[int]]:
+def _unverified(decode: Decode) -> Step:
     """The block before enters the cache in the first forward of this one, so that a block costs S forwards at most."""
-    size, device = decode.decoding.draft_tokens, decode.anchors.device
+    size, device = decode.decoding.draft_tokens, str(decode.anchors.device)
     filled = Block(decode, decode.decoding.temperature)
-    pending = decode.pending
+    for number in filled.fillings():
+        if number:
+            hidden = decode.forward("draft", filled.tokens, block(size, (0,), device))
+        else:
+            hidden = _behind_pending(decode)
+        filled.decide(decode.project(hidden))
+    drafts = filled.draft()
+    decode.anchors = drafts.tokens[:, -1:]
+    return Step(F.pad(drafts.tokens, (1, 0), value=size), drafts.logits, cached=False)
+
+
+def _behind_pending(decode: Decode) -> Tensor:
+    """Hidden states [B, K, hidden] of a block of masks, from the forward that takes the pending tokens in."""
+    size, device, pending = decode.decoding.draft_tokens, decode.anchors.device, decode.pending
     counts = [len(row) for row in pending]
     width, even = max(counts), min(counts) == max(counts)
     masks = [decode.mask_token] * size
@@ -109,13 +128,4 @@ def _unverified(decode: Decode) -> list[list[int]]:
     hidden = decode.forward("draft", tokens, layout, counts=None if even else counts)
     decode.cache.advance(counts)
     slots = torch.tensor(counts, device=device)[:, None] + torch.arange(size, device=device)
-    hidden = hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))
-    filled.decide(decode.model.project(hidden))
-    while not filled.full:
-        hidden = decode.forward("draft", filled.tokens, block(size, (0,), str(device)))
-        filled.decide(decode.model.project(hidden))
-    drafts = filled.draft()
-    decode.note(drafts.logits, [size] * len(counts))
-    committed = drafts.tokens.tolist()
-    decode.anchors, decode.behind = drafts.tokens[:, -1:], [row[:-1] for row in committed]
-    return committed
+    return hidden.gather(1, slots[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hardware.files import UserError
@@ -13,7 +14,7 @@ from runtime.cache import Cache
 from runtime.config import DecodingConfig
 from runtime.layout import Layout, causal
 from runtime.model.zaya import Zaya
-from runtime.samplers.acceptance import Accepted, Draft, Randomness
+from runtime.samplers.acceptance import Accepted, Draft, Plain, Randomness, Sampling, constant, mix
 
 
 @dataclass
@@ -38,6 +39,25 @@ class TraceStep(NamedTuple):
     draft: Draft | None  # what was judged: of a verified step alone
 
 
+class Step(NamedTuple):
+    """What a step committed, all of it still on the device."""
+
+    committed: Tensor  # int64 [B, 1 + W]: how many tokens a row commits, then those tokens, then what does not count
+    logits: Tensor  # [B, R, V]: row r of the target, before mixing
+    draft: Draft | None = None  # what was judged
+    cached: bool = True  # the cache takes in what is committed, but its last token, which is the anchor
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [B]."""
+        return self.committed[:, 0]
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [B, W]."""
+        return self.committed[:, 1:]
+
+
 @dataclass
 class Decode:
     """The sequences being decoded together. The anchor is a sequence's last committed token, not yet in the cache."""
@@ -52,6 +72,7 @@ class Decode:
     trace: list[TraceStep] | None = None  # filled by the samplers when it is a list
     drafted: Draft | None = None  # drafts for the next step, of a sampler that drafts ahead
     behind: list[list[int]] | None = None  # per row, committed tokens ahead of the anchor that the cache lacks
+    sampling: Sampling = field(default_factory=Plain)
 
     @property
     def mask_token(self) -> int:
@@ -80,10 +101,27 @@ class Decode:
         counter.experts = distinct if counter.experts is None else counter.experts + distinct
         return hidden
 
-    def note(self, logits: Tensor, committed: list[int], draft: Draft | None = None) -> None:
-        """Keep the logits of a step when they are wanted."""
-        if self.trace is not None:
-            self.trace.append(TraceStep(list(self.sequences), logits, committed, draft))
+    def project(self, hidden: Tensor) -> Tensor:
+        """The logits [B, R, V] of hidden states [B, R, hidden]."""
+        return self.model.project(hidden)
+
+    def draw(self, logits: Tensor, temperatures: tuple[float, ...], randomness: Randomness | None = None) -> Draft:
+        """One token per row of logits [B, K, V], at K temperatures, of which 0 is argmax.
+
+        The uniforms are the decode's unless others are given; they are drawn when any row needs one.
+        """
+        uniform = None
+        if any(temperatures):
+            uniform = (randomness or self.randomness).uniform(len(temperatures), logits.device)
+        on_device = constant(temperatures, torch.float32, str(logits.device))
+        return Draft(self.sampling.draw(logits, on_device, uniform), logits, on_device)
+
+    def verify(self, logits: Tensor, draft: Draft) -> Accepted:
+        """Decide on K drafts from the verifier's logits [B, K + 1, V], as the settings say."""
+        decoding, uniform = self.decoding, None
+        if decoding.temperature:
+            uniform = self.randomness.uniform(logits.shape[1], logits.device)
+        return self.sampling.verify(logits, draft, decoding.temperature, decoding.mixing_weight, uniform)
 
     def select(self, rows: list[int]) -> None:
         """Keep only these rows, in this order."""
@@ -126,11 +164,24 @@ class Decode:
             self.cache.advance(counts)
 
 
-def commit(decode: Decode, draft: Draft, accepted: Accepted) -> list[list[int]]:
-    """Advance the cache and the anchors behind a verification; the tokens it commits per sequence."""
+def commit(decode: Decode, logits: Tensor, draft: Draft, accepted: Accepted) -> Step:
+    """Move the anchors behind a verification from logits [B, K + 1, V]; what it commits."""
     decode.anchors = accepted.token[:, None]
-    counts = accepted.count.tolist()
-    decode.cache.advance([n + 1 for n in counts])
-    decode.note(accepted.logits, [n + 1 for n in counts], draft)
-    tokens, last = draft.tokens.tolist(), accepted.token.tolist()
-    return [[*tokens[b][:n], last[b]] for b, n in enumerate(counts)]
+    count = accepted.count[:, None] + 1
+    committed = torch.cat([count, F.pad(draft.tokens, (0, 1))], dim=1).scatter_(1, count, decode.anchors)
+    return Step(committed, logits, draft)
+
+
+def finish(decode: Decode, step: Step) -> list[list[int]]:
+    """The host's part of a step: read what it committed, the only transfer, and follow it. Tokens per sequence."""
+    rows = step.committed.tolist()
+    tokens = [row[1 : 1 + row[0]] for row in rows]
+    counts = [len(row) for row in tokens]
+    if step.cached:
+        decode.cache.advance(counts)
+    else:
+        decode.behind = [row[:-1] for row in tokens]
+    if decode.trace is not None:
+        logits = mix(step.logits, step.draft, decode.decoding.mixing_weight)
+        decode.trace.append(TraceStep(list(decode.sequences), logits, counts, step.draft))
+    return tokens
