@@ -22,6 +22,7 @@ import hardware.cli
 import perfmodel.cli
 import runtime.cli
 import runtime.conversion.cli
+import runtime.kernels.cli
 from hardware.files import UserError
 
 app = typer.Typer(
@@ -56,7 +57,15 @@ def _root(
     pass
 
 
-for package in (hardware.cli, perfmodel.cli, runtime.cli, runtime.conversion.cli, autotune.cli, dashboards.cli):
+for package in (
+    hardware.cli,
+    perfmodel.cli,
+    runtime.cli,
+    runtime.conversion.cli,
+    runtime.kernels.cli,
+    autotune.cli,
+    dashboards.cli,
+):
     package.register(app)
 
 

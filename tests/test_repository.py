@@ -54,6 +54,8 @@ TORCH_FREE_RUNTIME = {
     "runtime.kernels",
     *(f"runtime.kernels.{name}" for name in KERNEL_PARTS),
     "runtime.kernels.check",
+    "runtime.kernels.cli",
+    "runtime.kernels.compiler",
     "runtime.kernels.problem",
     "runtime.kernels.registry",
     "runtime.kernels.target",
