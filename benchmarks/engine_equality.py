@@ -92,7 +92,7 @@ def compare_tokens(
     for index, (right, mine) in enumerate(zip(found["eager"], found[engine], strict=True)):
         if right != mine:
             first.append((index, next(i for i, (a, b) in enumerate(zip(right, mine, strict=True)) if a != b)))
-    return Tokens(engine, _dtype(model), _name(decoding), len(prompts), new_tokens, first)
+    return Tokens(engine, _dtype(model), described(decoding), len(prompts), new_tokens, first)
 
 
 @torch.no_grad()
@@ -140,7 +140,8 @@ def _dtype(model: Zaya) -> str:
     return str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
 
 
-def _name(decoding: DecodingConfig) -> str:
+def described(decoding: DecodingConfig) -> str:
+    """The settings in a few words."""
     warm = f", temperature {decoding.temperature:g}" if decoding.temperature else ""
     return f"{title(decoding)}, K = {decoding.draft_tokens}{warm}" if decoding.drafts else f"{title(decoding)}{warm}"
 
@@ -165,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         for engine in chosen.engines or _fastest(model):
             use_engine(model, engine)  # one that cannot run says so before anything is decoded
             for decoding in settings(chosen.draft_tokens):
-                print(f"{dtype}, {engine}: {_name(decoding)}", file=sys.stderr)
+                print(f"{dtype}, {engine}: {described(decoding)}", file=sys.stderr)
                 tokens.append(compare_tokens(model, engine, prompts, decoding, chosen.new_tokens))
             for slots in (1, chosen.draft_tokens + 1):
                 print(f"{dtype}, {engine}: logits of {slots} slots", file=sys.stderr)
