@@ -1,0 +1,61 @@
+"""Tilings of block attention."""
+
+from __future__ import annotations
+
+from runtime.kernels.problem import Problem
+from runtime.kernels.target import Target, Tiling
+
+
+def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
+    """Candidates, the default first: few large row tiles read the keys less often, small ones waste less."""
+    amd = target.backend == "hip"
+    rows = problem.slots * (problem.config.num_attention_heads // problem.config.num_key_value_heads)
+    whole = max(16, 1 << (rows - 1).bit_length())  # one tile for all of them
+    default = min(64, whole)
+    first = _base(amd, default)
+    found = [first, *(first | change for change in _changes(amd))]
+    for block_m in (16, 32, 64, 128):
+        if block_m <= whole and block_m != default:
+            base = _base(amd, block_m)
+            found += [base, base | {"BLOCK_N": base["BLOCK_N"] // 2}, base | {"LAUNCHES": 2}]
+    return tuple(found)
+
+
+def _base(amd: bool, block_m: int) -> dict[str, int]:
+    """Two programs per multiprocessor of the largest device. On AMD K and V stay in registers but for one stage."""
+    tiling = {
+        "BLOCK_M": block_m,
+        "BLOCK_N": 64,
+        "PROGRAMS": 608 if amd else 264,
+        "SPLIT_BLOCKS": 2,
+        "LAUNCHES": 1,
+        "XCDS": 8 if amd else 1,
+        "num_warps": 8 if block_m > 64 else 4,
+        "num_stages": 2 if amd or block_m > 64 else 3,
+    }
+    return tiling | ({"matrix_instr_nonkdim": 16, "kpack": 1, "waves_per_eu": 0} if amd else {})
+
+
+def _changes(amd: bool) -> list[dict[str, int]]:
+    """What is tried on the default, one thing at a time."""
+    common = [{"LAUNCHES": 2}, {"SPLIT_BLOCKS": 1}, {"SPLIT_BLOCKS": 4}, {"num_warps": 2}, {"num_warps": 8}]
+    if amd:
+        return [
+            *common,
+            {"BLOCK_N": 32},
+            {"BLOCK_N": 32, "num_stages": 1},
+            {"num_stages": 1},
+            {"PROGRAMS": 304},
+            {"XCDS": 1},
+            {"kpack": 2},
+            {"waves_per_eu": 2},
+        ]
+    return [
+        *common,
+        {"BLOCK_N": 32, "num_stages": 4},
+        {"BLOCK_N": 128, "num_stages": 2},
+        {"num_stages": 2},
+        {"num_stages": 4},
+        {"PROGRAMS": 132},
+        {"PROGRAMS": 528},
+    ]
