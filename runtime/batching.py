@@ -15,10 +15,10 @@ import torch
 from runtime.cache import Cache
 from runtime.config import DecodingConfig, KernelConfig, require
 from runtime.deployment import Rule, rule_for
+from runtime.graphs import bucket, step
 from runtime.layout import causal
 from runtime.model.zaya import Zaya
 from runtime.policy import Settings, apply_kernels, rules_of
-from runtime.samplers import advance
 from runtime.samplers.acceptance import Randomness
 from runtime.samplers.state import Decode, ForwardCounter, TraceStep
 
@@ -172,7 +172,7 @@ class Batcher:
             decode.settle()
             decode.decoding = rule.decoding
         self._rule = rule
-        rows, events = advance(decode), self._cancellations()
+        rows, events = step(decode), self._cancellations()
         for row, (running, tokens) in enumerate(zip(self._rows, rows, strict=True)):
             assert running is not None  # free rows have been filled or have left
             kept, reason = _truncate(tokens, running.room, running.stops)
@@ -199,8 +199,12 @@ class Batcher:
         """Prefill the requests together, and put them into free rows; the other rows stay where they are."""
         began, decode = time.perf_counter(), self._decode
         device = self.model.model.embed_tokens.weight.device
-        capacity = self.context + self._slots if decode is None else max(len(r.prompt) for _, r in new)
-        cache = self.model.new_cache(len(new), capacity, self._kept)
+        if decode is None:
+            padded = any(rule.kernels.engine == "graphs" for rule in self.rules)
+            rows_held = bucket(self.batch) if padded else self.batch
+            cache = self.model.new_cache(len(new), self.context + self._slots, self._kept, rows=rows_held)
+        else:
+            cache = self.model.new_cache(len(new), max(len(r.prompt) for _, r in new), self._kept)
         _prefill(self.model, cache, [list(r.prompt[:-1]) for _, r in new])
         randomness = Randomness(0, 0)
         randomness.generators = [np.random.default_rng(r.seed) for _, r in new]
@@ -212,7 +216,7 @@ class Batcher:
         else:
             rows = [row for row, running in enumerate(self._rows) if running is None][: len(new)]
             grown = len(new) - len(rows)
-            if grown:  # after a time of few requests: the others are copied once
+            if grown:
                 rows += range(len(self._rows), len(self._rows) + grown)
                 decode.select([*range(len(self._rows)), *[0] * grown])
                 self._rows += [None] * grown
@@ -229,12 +233,19 @@ class Batcher:
         """Drop the rows that nothing waits for."""
         if self._decode is None or None not in self._rows:
             return
-        rows = [row for row, running in enumerate(self._rows) if running is not None]
+        rows = _packed([running is not None for running in self._rows])
         if rows:
             self._decode.select(rows)
         else:
             self._decode = None
         self._rows = [self._rows[row] for row in rows]
+
+
+def _packed(taken: list[bool]) -> list[int]:
+    """The rows that are taken, in the order that moves the fewest: the last ones fill the gaps."""
+    count = sum(taken)
+    last = [row for row in range(count, len(taken)) if taken[row]]
+    return [row if taken[row] else last.pop() for row in range(count)]
 
 
 def _prefill(model: Zaya, cache: Cache, prompts: list[list[int]]) -> None:

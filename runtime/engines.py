@@ -18,6 +18,7 @@ from runtime.config import ENGINES, Engine, KernelConfig, replace, require
 from runtime.fused import ForwardWeights, FusedForward, Ops, forward_weights, reference_ops, shared, triton_ops
 from runtime.layout import Layout
 from runtime.model.zaya import Zaya
+from runtime.samplers.acceptance import Plain, Sampling
 
 
 def obstacle(model: Zaya, engine: Engine) -> str | None:
@@ -77,6 +78,13 @@ def operators(model: Zaya, kernels: KernelConfig) -> Ops:
     if kernels.engine == "graphs":
         return triton_ops(model.config, kernels, model.model.embed_tokens.weight.device)
     return reference_ops()
+
+
+def sampling_of(model: Zaya) -> Sampling:
+    """What draws and judges in a captured step."""
+    if model.model.embed_tokens.weight.is_cuda:
+        return import_module("runtime.kernels.acceptance.sampling").TritonSampling(model)  # type: ignore[no-any-return]
+    return Plain()
 
 
 @dataclass

@@ -26,7 +26,15 @@ class Draft(NamedTuple):
     def select(self, rows: list[int]) -> Draft:
         """Only these sequences, in this order."""
         lengths = None if self.lengths is None else self.lengths[rows]
-        return Draft(self.tokens[rows], self.logits[rows], self.temperatures, lengths)
+        # Logits that nobody reads are one number, expanded: no copy may make them real.
+        unread = self.logits.stride(0) == 0
+        logits = self.logits[:1].expand(len(rows), -1, -1) if unread else self.logits[rows]
+        return Draft(self.tokens[rows], logits, self.temperatures, lengths)
+
+    def leading(self, batch: int) -> Draft:
+        """The first sequences, as views."""
+        lengths = None if self.lengths is None else self.lengths[:batch]
+        return Draft(self.tokens[:batch], self.logits[:batch], self.temperatures, lengths)
 
 
 class Accepted(NamedTuple):

@@ -16,18 +16,52 @@ from runtime.layout import Layout, causal
 from runtime.model.zaya import Zaya
 from runtime.samplers.acceptance import Accepted, Draft, Plain, Randomness, Sampling, constant, mix
 
+_COUNTED_AT_ONCE = 64  # forwards
 
-@dataclass
+
 class ForwardCounter:
     """Forwards of one kind: how many, how many token slots in all, and the distinct experts summed per layer."""
 
-    forwards: int = 0
-    slots: int = 0
-    experts: Tensor | None = None  # int64 [layers], summed over forwards; the skip expert does not count
+    def __init__(self) -> None:
+        self.forwards = self.slots = 0
+        self._experts: Tensor | None = None  # int64 [layers]
+        self._routes: list[Tensor] = []  # of forwards not counted yet: many at once cost hardly more than one
+
+    def add(self, slots: int, routes: Tensor, experts: int) -> None:
+        """Count a forward of `slots` token slots that chose int [layers, slots] of so many experts."""
+        self.forwards += 1
+        self.slots += slots
+        self._classes = experts + 1
+        if self._routes and (routes.shape != self._routes[0].shape or len(self._routes) == _COUNTED_AT_ONCE):
+            self._count()
+        self._routes.append(routes)
+
+    def merge(self, forwards: int, slots: int, experts: Tensor) -> None:
+        """Count forwards whose distinct experts per layer, int64 [layers], have been added up."""
+        self.forwards += forwards
+        self.slots += slots
+        self._experts = experts.clone() if self._experts is None else self._experts + experts
+
+    def _count(self) -> None:
+        routes, self._routes = torch.stack(self._routes), []
+        self.merge(0, 0, distinct_experts(routes, self._classes).sum(0))
+
+    @property
+    def experts(self) -> Tensor | None:
+        """Distinct experts int64 [layers], summed over forwards; the skip expert does not count."""
+        if self._routes:
+            self._count()
+        return self._experts
 
     def experts_per_layer(self) -> list[float]:
         """Mean distinct experts that a forward ran, by layer."""
         return [] if self.experts is None else (self.experts.double() / self.forwards).tolist()
+
+
+def distinct_experts(routes: Tensor, classes: int) -> Tensor:
+    """How many experts, int64 [..., layers], occur in int [..., layers, N]; the last class, which skips, is none."""
+    hit = torch.zeros(*routes.shape[:-1], classes, dtype=torch.int64, device=routes.device)
+    return hit.scatter_(-1, routes.long(), 1)[..., :-1].sum(-1)
 
 
 class TraceStep(NamedTuple):
@@ -90,15 +124,11 @@ class Decode:
 
     def forward(self, kind: str, tokens: Tensor, layout: Layout, *, counts: list[int] | None = None) -> Tensor:
         """Run and count one forward; hidden states [B, S, hidden]. counts: kept slots per row where they differ."""
-        routes: list[Tensor] = []
-        hidden = self.model.forward(tokens, layout, self.cache, counts=counts, routes=routes)
-        counter = self.counters.setdefault(kind, ForwardCounter())
-        counter.forwards += 1
-        counter.slots += tokens.numel()
-        experts = self.model.config.num_experts
-        hit = torch.zeros(len(routes), experts + 1, dtype=torch.int64, device=tokens.device)
-        distinct = hit.scatter_(1, torch.stack(routes), 1)[:, :experts].sum(1)
-        counter.experts = distinct if counter.experts is None else counter.experts + distinct
+        hidden, routes = self.model.run(tokens, layout, self.cache, counts=counts)
+        counter = self.counters.get(kind)
+        if counter is None:
+            counter = self.counters[kind] = ForwardCounter()
+        counter.add(tokens.numel(), routes, self.model.config.num_experts)
         return hidden
 
     def project(self, hidden: Tensor) -> Tensor:

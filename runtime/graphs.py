@@ -1,0 +1,304 @@
+"""Whole decoding steps over static buffers, replayed as CUDA or HIP graphs: forwards, sampling, acceptance, lengths.
+
+A graph belongs to a number of rows and to decoding settings. Fewer sequences than rows are padded: what stands behind
+them reads no expert and its length stays 0. All that a replay needs from the host are random numbers, and all that it
+gives back are the tokens, in one transfer. Without a GPU nothing is recorded and a replay runs the step itself, on the
+same buffers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.config import DecodingConfig, require
+from runtime.engines import bound, sampling_of
+from runtime.fused import FusedForward
+from runtime.layout import Layout
+from runtime.samplers import SAMPLERS, advance, capturable, reads_draft_logits
+from runtime.samplers.acceptance import Draft, Randomness
+from runtime.samplers.single_forward import undrafted
+from runtime.samplers.state import Decode, ForwardCounter, Step, distinct_experts
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows of a graph
+MOST_GRAPHS = 24  # kept of one cache; each holds some tens of MB
+
+
+def bucket(batch: int) -> int:
+    """The rows of the graph that serves so many sequences."""
+    return next((rows for rows in BUCKETS if rows >= batch), -(-batch // BUCKETS[-1]) * BUCKETS[-1])
+
+
+def step(decode: Decode) -> list[list[int]]:
+    """One step of the decode's sampler: the committed tokens per sequence. Replayed where the engine is `graphs`.
+
+    Logits that are traced are not kept by a graph, and some settings follow lists of the host: those steps run as they
+    are.
+    """
+    if decode.model.kernels.engine != "graphs" or decode.trace is not None or not capturable(decode.decoding):
+        return advance(decode)
+    kept = bound(decode.model, decode.cache)
+    if kept.graphs is None:
+        kept.graphs = StepGraphs(decode, kept.forward)
+    found: StepGraphs = kept.graphs
+    return found.step(decode)
+
+
+class StepGraphs:
+    """The graphs of one cache, the least recently used one dropped when there are too many."""
+
+    def __init__(self, decode: Decode, fused: FusedForward) -> None:
+        self._fused = fused
+        device = decode.anchors.device
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._graphs: OrderedDict[tuple[int, DecodingConfig], StepGraph] = OrderedDict()
+
+    def step(self, decode: Decode) -> list[list[int]]:
+        """Replay the graph for these sequences and settings; it is captured the first time."""
+        key = min(bucket(len(decode.sequences)), decode.cache.rows), decode.decoding
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = StepGraph(decode, self._fused, key[0], self._pool)
+            if len(self._graphs) > MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return graph.step(decode)
+
+
+class StaticRandomness(Randomness):
+    """Uniforms in one device buffer, handed out in the order of the calls of a step, and drawn before each replay.
+
+    A sequence draws the same numbers from its stream as it does from `Randomness`.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.generators = []
+        self.rows, self.device = rows, device
+        self.counts: list[int] = []  # numbers per sequence of each call
+        self._calls = 0
+        self._parts: list[Tensor] = []
+        self._flat: Tensor | None = None
+
+    def rewind(self) -> None:
+        """A step begins."""
+        self._calls = 0
+
+    def uniform(self, count: int, device: torch.device) -> Tensor:
+        """float64 [rows, count], the buffer of this call."""
+        index, self._calls = self._calls, self._calls + 1
+        if self._flat is None:  # the first step, which finds out what is drawn
+            self.counts.append(count)
+            return torch.zeros(self.rows, count, dtype=torch.float64, device=self.device)
+        assert self.counts[index] == count, "a step always draws the same"
+        return self._parts[index]
+
+    def allocate(self) -> None:
+        """Make the buffers, after a step has run."""
+        numbers = self.rows * sum(self.counts)
+        pinned = self.device.type == "cuda"
+        self._flat = torch.zeros(numbers, dtype=torch.float64, device=self.device)
+        self._host = torch.zeros(numbers, dtype=torch.float64, pin_memory=pinned)
+        sizes = [self.rows * count for count in self.counts]
+        self._parts = [p.view(self.rows, -1) for p in self._flat.split(sizes)] if sizes else []
+        self._places = [p.view(self.rows, -1).numpy() for p in self._host.split(sizes)] if sizes else []
+
+    def fill(self, generators: list[np.random.Generator]) -> None:
+        """Draw for the sequences of these streams."""
+        if not self.counts or self._flat is None:
+            return
+        for row, generator in enumerate(generators):
+            for place in self._places:
+                generator.random(out=place[row])
+        self._flat.copy_(self._host, non_blocking=True)
+
+
+Tally: TypeAlias = tuple[int, int, Tensor]  # of one kind: forwards, slots per sequence, distinct experts [layers]
+
+
+@dataclass
+class PaddedDecode(Decode):
+    """What a sampler works on in a graph: static buffers of `rows` sequences, of which the first `active` are real."""
+
+    fused: FusedForward = field(kw_only=True)
+    lengths: Tensor = field(kw_only=True)  # int32 [rows]
+    active: int = field(kw_only=True)
+    kept: int = 0  # the most slots that a forward of the step writes to the ring
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    limits: dict[int, Tensor] = field(default_factory=dict)  # int32 [1], active tokens by slots per sequence
+
+    def forward(self, kind: str, tokens: Tensor, layout: Layout, *, counts: list[int] | None = None) -> Tensor:
+        """Run and count one forward; hidden states [rows, S, hidden]."""
+        slots = tokens.shape[1]
+        if slots not in self.limits:
+            self.limits[slots] = torch.tensor([self.active * slots], dtype=torch.int32, device=tokens.device)
+        hidden, routes = self.fused.forward(tokens, layout, self.lengths, active=self.limits[slots])
+        self.kept = max(self.kept, layout.committed)
+        experts = distinct_experts(routes, self.model.config.num_experts + 1)
+        if kind in self.tallies:
+            forwards, width, before = self.tallies[kind]
+            self.tallies[kind] = forwards + 1, width + slots, before + experts
+        else:
+            self.tallies[kind] = 1, slots, experts
+        return hidden
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The logits in the model's dtype: sampling kernels raise it where they read."""
+        return self.fused.project(hidden)
+
+    def resize(self, active: int) -> None:
+        """So many sequences are real from here on."""
+        self.active = active
+        for slots, limit in self.limits.items():
+            limit.fill_(active * slots)
+
+
+class StepGraph:
+    """The step of one sampler and setting on `rows` sequences."""
+
+    @torch.inference_mode()
+    def __init__(self, decode: Decode, fused: FusedForward, rows: int, pool: Any) -> None:
+        device, decoding = decode.anchors.device, decode.decoding
+        self._pool, self._device = pool, device
+        self._anchors = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._alive = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._randomness = StaticRandomness(rows, device)
+        self._decode = PaddedDecode(
+            decode.model,
+            decode.cache,
+            decoding,
+            self._anchors,
+            self._randomness,
+            list(range(rows)),
+            sampling=sampling_of(decode.model),
+            fused=fused,
+            lengths=decode.cache.device_lengths()[:rows],
+            active=0,
+        )
+        self._drafted: Draft | None = None
+        if decoding.sampler == "single_forward":
+            drafted = undrafted(self._decode)
+            if reads_draft_logits(decoding):
+                dtype = fused.weights.table.dtype
+                drafted = drafted._replace(logits=torch.zeros(drafted.logits.shape, dtype=dtype, device=device))
+            self._drafted = drafted
+        self._loaded: tuple[Tensor | None, Draft | None] = (None, None)  # what the caller's decode has of these buffers
+        self._committed: Tensor | None = None  # int64 [rows, 1 + W], where a replay leaves its result
+        self._host: Tensor | None = None
+        self._replay: Callable[[], None] | None = None
+
+    @torch.inference_mode()
+    def step(self, decode: Decode) -> list[list[int]]:
+        """Commit one step for the sequences of `decode`."""
+        cache, batch = decode.cache, len(decode.sequences)
+        lengths = cache.device_lengths()
+        total = max(cache.lengths) + decode.decoding.slots
+        require(total <= cache.capacity, f"{total} positions do not fit the cache of {cache.capacity}")
+        self._load(decode, batch)
+        if self._replay is None:
+            self._capture(lengths)
+            self._loaded = (None, None)
+            self._load(decode, batch)
+        assert self._replay is not None
+        self._randomness.fill(decode.randomness.generators)
+        self._replay()
+        rows = self._read(decode, batch)
+        tokens = [row[1 : 1 + row[0]] for row in rows]
+        cache.wrote([self._decode.kept] * batch)
+        cache.advance([len(row) for row in tokens], on_device=True)
+        decode.anchors, decode.drafted = self._loaded = self._views(batch)
+        return tokens
+
+    def _run(self) -> None:
+        """The step on the static buffers."""
+        padded = self._decode
+        padded.anchors, padded.drafted, padded.tallies = self._anchors, self._drafted, {}
+        self._randomness.rewind()
+        step: Step = SAMPLERS[padded.decoding.sampler](padded)
+        padded.lengths.add_(step.counts * self._alive)
+        self._anchors.copy_(padded.anchors)
+        if self._drafted is not None:
+            assert padded.drafted is not None and padded.drafted.lengths is not None
+            _copy(self._drafted, padded.drafted, reads_draft_logits(padded.decoding))
+        self._committed = step.committed
+
+    def _capture(self, lengths: Tensor) -> None:
+        """Warm the step up, which compiles kernels and finds what is drawn, and record it."""
+        before = lengths.clone()
+
+        def warm() -> None:
+            self._run()
+            lengths.copy_(before)  # or the next run would write further behind
+
+        if self._device.type != "cuda":
+            warm()
+            self._randomness.allocate()
+            self._replay = self._run
+            return
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            warm()
+            self._randomness.allocate()
+            warm()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._run()
+        assert self._committed is not None
+        self._host = torch.zeros(self._committed.shape, dtype=torch.int64, pin_memory=True)
+        self._replay = graph.replay
+
+    def _load(self, decode: Decode, batch: int) -> None:
+        """Copy what is not in the static buffers yet: after a change of sequences, or of the graph."""
+        if batch != self._decode.active:
+            self._decode.resize(batch)
+            self._alive[:batch], self._alive[batch:] = 1, 0
+        anchors, drafted = self._loaded
+        if decode.anchors is not anchors:
+            self._anchors[:batch].copy_(decode.anchors)
+        if self._drafted is not None and (decode.drafted is not drafted or drafted is None):
+            if decode.drafted is None:
+                assert self._drafted.lengths is not None
+                self._drafted.tokens.zero_()
+                self._drafted.lengths.zero_()
+            else:
+                _copy(self._drafted.leading(batch), decode.drafted, reads_draft_logits(decode.decoding))
+
+    def _views(self, batch: int) -> tuple[Tensor, Draft | None]:
+        """The sequences' part of the buffers; the same objects as long as their number stays."""
+        anchors, drafted = self._loaded
+        if anchors is not None and len(anchors) == batch:
+            return anchors, drafted
+        return self._anchors[:batch], None if self._drafted is None else self._drafted.leading(batch)
+
+    def _read(self, decode: Decode, batch: int) -> list[list[int]]:
+        """Wait for the tokens of the replay; what is counted is added meanwhile."""
+        assert self._committed is not None
+        if self._host is not None:
+            self._host.copy_(self._committed, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        for kind, (forwards, slots, experts) in self._decode.tallies.items():
+            decode.counters.setdefault(kind, ForwardCounter()).merge(forwards, slots * batch, experts)
+        if self._host is None:
+            return self._committed[:batch].tolist()  # type: ignore[no-any-return]
+        arrived.synchronize()
+        return self._host[:batch].tolist()  # type: ignore[no-any-return]
+
+
+def _copy(to: Draft, source: Draft, logits: bool) -> None:
+    """Put drafts into a buffer. logits: those are read later."""
+    to.tokens.copy_(source.tokens)
+    assert to.lengths is not None
+    if source.lengths is None:
+        to.lengths.fill_(source.tokens.shape[1])
+    else:
+        to.lengths.copy_(source.lengths)
+    if logits:
+        to.logits.copy_(source.logits)

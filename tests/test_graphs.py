@@ -1,0 +1,152 @@
+"""Steps over static buffers give what eager steps give: here without a GPU, where a replay runs the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+
+from runtime import engines, graphs
+from runtime.batching import Batcher, Request
+from runtime.config import DecodingConfig, Engine, KernelConfig, replace
+from runtime.engine import GenerationResult, generate
+from runtime.fused import reference_ops
+from runtime.graphs import StaticRandomness, bucket
+from runtime.model.zaya import Zaya
+from runtime.samplers.acceptance import Randomness
+from tests.models import noisy_model, random_ids
+
+torch.set_num_threads(1)
+SETTINGS = {
+    "autoregressive": DecodingConfig(),
+    "two_forward": DecodingConfig("two_forward", 4),
+    "anchored": DecodingConfig("two_forward", 3, anchor_draft=True),
+    "mixed": DecodingConfig("two_forward", 4, mixing_weight=0.5),
+    "dense levels": DecodingConfig("single_forward", 4),
+    "sparse levels": DecodingConfig("single_forward", 6, proposal_levels=(0, 2, 5)),
+    "mixed levels": DecodingConfig("single_forward", 3, mixing_weight=0.4),
+    "verified": DecodingConfig("denoising", 5, denoising_steps=2, verify=True),
+    "by confidence": DecodingConfig("denoising", 5, denoising_steps=2, confidence_threshold=0.4, verify=True),
+    "unverified": DecodingConfig("denoising", 5, denoising_steps=3),
+}
+EACH = pytest.mark.parametrize("decoding", SETTINGS.values(), ids=SETTINGS)
+PROMPTS = [row[: 2 + 3 * i].tolist() for i, row in enumerate(random_ids(5, 14, 28, seed=3))]
+LIMITS = [9, 3, 12, 7, 10]
+
+
+@pytest.fixture(autouse=True)
+def _reference_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The engine `graphs` with plain torch operators, on the CPU."""
+    monkeypatch.setattr(engines, "operators", lambda *_: reference_ops())
+    monkeypatch.setattr(engines, "obstacle", lambda *_: None)
+    yield
+
+
+@cache
+def model() -> Zaya:
+    return noisy_model(seed=2)
+
+
+def run(engine: Engine, decoding: DecodingConfig, batch: int | None = None, seed: int = 0) -> GenerationResult:
+    model().kernels = KernelConfig(engine=engine)
+    try:
+        return generate(model(), PROMPTS, decoding, max_new_tokens=LIMITS, seed=seed, stop_tokens=[7], batch=batch)
+    finally:
+        model().kernels = KernelConfig()
+
+
+def warm(decoding: DecodingConfig) -> DecodingConfig:
+    judged = decoding.drafts and decoding.denoising_steps == 1 and (decoding.verify or decoding.sampler != "denoising")
+    return replace(decoding, temperature=1.0, draft_temperature=0.7 if judged else 0.0)
+
+
+@pytest.mark.parametrize("batch", [None, 1, 3], ids=["closed", "alone", "refilled"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@EACH
+def test_replayed_steps_give_the_eager_tokens_and_counters(
+    decoding: DecodingConfig, sampled: bool, batch: int | None
+) -> None:
+    decoding = warm(decoding) if sampled else decoding
+    eager, replayed = run("eager", decoding, batch, seed=4), run("graphs", decoding, batch, seed=4)
+    assert replayed.tokens == eager.tokens
+    assert replayed.acceptance_histogram == eager.acceptance_histogram
+    assert replayed.counters.keys() == eager.counters.keys()
+    for kind, counter in eager.counters.items():
+        found = replayed.counters[kind]
+        assert (found.forwards, found.slots) == (counter.forwards, counter.slots), kind
+        assert found.experts_per_layer() == pytest.approx(counter.experts_per_layer()), kind
+
+
+def test_a_graph_serves_every_number_of_sequences_up_to_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    build = graphs.StepGraph.__init__
+
+    def counted(self: graphs.StepGraph, *arguments: object) -> None:
+        made.append(arguments[2])  # type: ignore[arg-type]
+        build(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(graphs.StepGraph, "__init__", counted)
+    run("graphs", SETTINGS["two_forward"])
+    assert sorted(made) == sorted(set(made)) and set(made) <= {1, 2, 4, 8}
+
+
+def test_the_least_recently_used_graph_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    decoding = warm(SETTINGS["dense levels"])
+    assert run("graphs", decoding).tokens == run("eager", decoding).tokens
+
+
+def test_a_trace_takes_the_steps_as_they_are() -> None:
+    trace: list = []
+    model().kernels = KernelConfig(engine="graphs")
+    try:
+        found = generate(model(), PROMPTS, SETTINGS["two_forward"], max_new_tokens=LIMITS, stop_tokens=[7], trace=trace)
+    finally:
+        model().kernels = KernelConfig()
+    assert found.tokens == run("eager", SETTINGS["two_forward"]).tokens
+    assert trace and all(step.logits.dtype == torch.float32 for step in trace)
+
+
+def test_requests_that_come_and_go_between_steps_change_nothing() -> None:
+    decoding = warm(SETTINGS["sparse levels"])
+    outputs = []
+    for engine in ("eager", "graphs"):
+        model().kernels = KernelConfig(engine=engine)  # type: ignore[arg-type]
+        batcher, found = Batcher(model(), decoding, batch=4, context=40), {}
+        for index, prompt in enumerate(PROMPTS):
+            found[batcher.submit(Request(prompt, LIMITS[index], (1, index), ()))] = []
+            for event in batcher.step():
+                found[event.id] += event.tokens
+            if index == 3:
+                batcher.cancel(2)
+        while batcher.active or batcher.waiting:
+            for event in batcher.step():
+                found[event.id] += event.tokens
+        outputs.append(found)
+    model().kernels = KernelConfig()
+    assert outputs[0] == outputs[1]
+
+
+def test_static_uniforms_are_those_of_each_stream_in_order() -> None:
+    static, plain = StaticRandomness(4, torch.device("cpu")), Randomness(3, 2)
+    for count in (3, 1, 5):
+        assert static.uniform(count, torch.device("cpu")).shape == (4, count)
+    static.allocate()
+    for _ in range(2):
+        static.rewind()
+        static.fill(Randomness(3, 2).generators if _ == 0 else streams)
+        found = [static.uniform(count, torch.device("cpu"))[:2].clone() for count in (3, 1, 5)]
+        if _ == 0:
+            streams = Randomness(3, 2).generators
+            for generator in streams:
+                generator.random(9)
+        for count, part in zip((3, 1, 5), found, strict=True):
+            assert torch.equal(part, plain.uniform(count, torch.device("cpu")))
+
+
+def test_a_bucket_holds_its_batch_with_little_padding() -> None:
+    for batch in range(1, 700):
+        assert batch <= bucket(batch) <= max(2 * batch - 1, batch + 255)
+        assert bucket(bucket(batch)) == bucket(batch)
