@@ -1,0 +1,95 @@
+"""The native kernels as a library: compiled on first use, kept in the user's folder, shared by later processes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from hardware.files import UserError
+from hardware.fingerprint import cpu_model
+
+_FOLDER = Path(__file__).parent
+# Contracting a product and a sum into one rounding is C's default with GNU extensions; nothing else is relaxed.
+_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+
+
+def home() -> Path:
+    """Where compiled libraries lie: `$RIDGEPOINT_HOME/native`, or `~/.ridgepoint/native`."""
+    chosen = os.environ.get("RIDGEPOINT_HOME")
+    return (Path(chosen) if chosen else Path.home() / ".ridgepoint") / "native"
+
+
+def compiler() -> str:
+    """The C compiler: `$CC`, or the first of cc, gcc and clang. UserError when there is none."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None:
+        raise UserError(f"the engine lean needs a C compiler: none of {', '.join(names)} was found")
+    return found
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL:
+    """The library, compiled unless it was before. UserError, in one line, where that fails."""
+    import torch  # noqa: F401  # first, so that its OpenMP runtime is the one that is shared
+
+    chosen = compiler()
+    sources = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".c", ".h"))
+    runtime = _openmp()
+    parts = [*_FLAGS, chosen, str(runtime), cpu_model(), _features(), *(path.read_text("utf-8") for path in sources)]
+    name = f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    try:
+        folder = home()
+        if not (folder / name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _build(chosen, runtime, folder / name)
+        return ctypes.CDLL(str(folder / name))
+    except OSError as error:
+        raise UserError(f"the engine lean needs its compiled kernels, which failed: {error}") from error
+
+
+def _build(chosen: str, runtime: Path | None, target: Path) -> None:
+    """Compile to a name of its own, then rename: another process may be doing the same."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made, library = Path(folder) / "native.o", Path(folder) / "native.so"
+        _call([chosen, *_FLAGS, "-fopenmp", "-c", str(_FOLDER / "native.c"), "-o", str(made)])
+        link = [chosen, "-shared", str(made), "-lm", "-o", str(library)]
+        try:
+            # torch's own runtime where there is one: a second pool of threads would spin against the first.
+            if runtime is None:
+                raise UserError("no OpenMP runtime is loaded")
+            _call([*link, str(runtime), "-Wl,-z,defs"])
+        except UserError:
+            _call([*link, "-fopenmp"])
+        os.replace(library, target)
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise UserError(f"the engine lean needs its kernels compiled, but {command[0]} failed: {said}")
+
+
+def _openmp() -> Path | None:
+    """The libgomp that this process has loaded."""
+    if not sys.platform.startswith("linux"):
+        return None
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = (Path(line.split(maxsplit=5)[5]) for line in lines if "libgomp" in line)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _features() -> str:
+    """What the processor can do beyond its name: a virtual machine may move to another one."""
+    if not sys.platform.startswith("linux"):
+        return ""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
