@@ -145,6 +145,7 @@ def _router(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    RELEASE: tl.constexpr,
 ):
     tile, piece, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -162,7 +163,10 @@ def _router(
         weight = tl.load(down + r[None, :] * H + k[:, None], mask=(r < R)[None, :] & (k < H)[:, None], other=0.0)
         sums = tl.dot(tokens_in, weight, sums, input_precision="ieee")
     where = partial + split * tokens * R + rows[:, None] * R + r[None, :]
-    tl.store(where, sums, mask=here[:, None] & (r < R)[None, :], cache_modifier=".cg")
+    inside = here[:, None] & (r < R)[None, :]
+    tl.store(where, sums, mask=inside, cache_modifier=".cg")
+    if RELEASE:  # adds nothing: every wave waits until its own stores are where other blocks see them
+        tl.atomic_add(where, tl.zeros_like(sums), mask=inside, sem="release", scope="gpu")
     tl.debug_barrier()  # all threads have stored before one of them reports it
     before = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu")
     tl.store(partial + touched, warm.to(tl.float32), mask=before < 0)  # never: only so that the loads are kept

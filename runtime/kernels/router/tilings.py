@@ -10,6 +10,10 @@ def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
     """BLOCK_M tokens, BLOCK_R rows and BLOCK_K columns of the down-projection, SPLIT its columns' shares, BLOCK_N
     columns of the MLP's first layer at once.
 
+    RELEASE: whether every wave releases its own stores. AMD needs it: there a barrier does not wait for the stores of
+    the other waves, so that the one which reports a block's arrival could not vouch for them (LLVM pull request
+    160501 is about such a failure). NVIDIA orders stores across a barrier.
+
     Few tokens: the more blocks share the weights, the sooner they are read. Many: the tiles of tokens are enough.
     """
     config, tokens = problem.config, problem.tokens
@@ -25,7 +29,8 @@ def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
         for columns in (32, 64, 16) if amd else (64, 32, 128):
             for warps, stages in ((4, 2), (8, 2)) if amd else ((8, 3), (4, 3), (4, 2)):
                 sizes = _fit(config.hidden_size, config.router_hidden_size, width, 128, columns, split)
-                found.append({"BLOCK_M": rows, **sizes, "num_warps": warps, "num_stages": stages})
+                options = {"RELEASE": int(amd), "num_warps": warps, "num_stages": stages}
+                found.append({"BLOCK_M": rows, **sizes, **options})
     if amd:
         kpacks = (1, 2) if target.name == "gfx942" else (1,)  # newer matrix cores take no packed operands
         found = [
