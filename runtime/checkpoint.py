@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hardware.files import UserError, known, plain, read_json, write_atomic
 from runtime.config import DType, ModelConfig, model_config_from_json
+from runtime.engines import use_engine
 from runtime.model.moe import Router
 from runtime.model.zaya import Zaya
 
@@ -41,8 +42,11 @@ def find_checkpoint(path_or_name: str) -> Path:
     raise known("model", path_or_name, bundled())
 
 
-def load_model(path_or_name: str, *, device: str = "cpu", dtype: DType = "float32") -> Zaya:
-    """Load a checkpoint for inference. Raises UserError for a missing, truncated or mismatched file."""
+def load_model(path_or_name: str, *, device: str = "cpu", dtype: DType = "float32", engine: str = "auto") -> Zaya:
+    """Load a checkpoint for inference, which `engine` runs; auto: the fastest that can.
+
+    Raises UserError for a missing, truncated or mismatched file, and for an engine that cannot run here.
+    """
     folder = find_checkpoint(path_or_name)
     config = model_config_from_json(folder / "config.json")
     model = empty_model(config, device=device, dtype=dtype)
@@ -69,7 +73,7 @@ def load_model(path_or_name: str, *, device: str = "cpu", dtype: DType = "float3
             raise UserError(f"cannot read {path} (truncated or not safetensors): {error}") from error
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, for example {sorted(missing)[0]!r}")
-    return model.freeze()
+    return use_engine(model.freeze(), engine)
 
 
 def empty_model(config: ModelConfig, *, device: str = "cpu", dtype: DType = "float32") -> Zaya:

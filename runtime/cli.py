@@ -17,6 +17,7 @@ from runtime.options import (
     Device,
     DraftTemperature,
     DraftTokens,
+    EngineName,
     Json,
     Levels,
     Mixing,
@@ -72,6 +73,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 0,
     device: Device = "cpu",
     dtype: Type = "float32",
+    engine: EngineName = "auto",
     threads: Threads = None,
     out: Annotated[Path | None, typer.Option(help="JSONL file to append each record to, as soon as it exists.")] = None,
     as_json: Json = False,
@@ -98,7 +100,7 @@ def bench(
     require(new_tokens >= 0, f"new_tokens >= 0 must hold, but got {new_tokens}")
     if batching not in (*get_args(Batching), "both"):
         raise known("batching", batching, (*get_args(Batching), "both"))
-    loaded = load(model, device, dtype, threads)
+    loaded = load(model, device, dtype, threads, engine)
     from runtime.bench import identify
 
     identity = identify(loaded, model, command_line())
@@ -245,6 +247,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = "cpu",
     dtype: Type = "float32",
+    engine: EngineName = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -268,7 +271,7 @@ def generate(
     require(not (stream and as_json), "--json prints one document at the end: give --stream or --json, not both")
     decoding = decoding_of(**options)
     texts = _texts(prompt, prompts)
-    loaded = load(model, device, dtype, threads)
+    loaded = load(model, device, dtype, threads, engine)
     from runtime.checkpoint import find_checkpoint
     from runtime.engine import generate as run
     from runtime.tokenizer import BOS, ByteTokenizer, load_tokenizer

@@ -49,8 +49,9 @@ def _has_triton() -> bool:
 
 
 def _native_obstacle() -> str | None:
-    available = getattr(import_module("runtime.kernels.native"), "available", lambda: False)
-    return None if available() else "the engine lean needs a C compiler, cc, that builds its kernels"
+    from runtime.kernels import native
+
+    return native.obstacle()
 
 
 def engine_of(model: Zaya, name: str = "auto") -> Engine:
@@ -74,7 +75,9 @@ def use_engine(model: Zaya, name: str = "auto") -> Zaya:
 def operators(model: Zaya, kernels: KernelConfig) -> Ops:
     """The operators of an engine's fused forward."""
     if kernels.engine == "lean":
-        return import_module("runtime.kernels.native").native_ops()  # type: ignore[no-any-return]
+        from runtime.kernels.native import native_ops
+
+        return native_ops()
     if kernels.engine == "graphs":
         return triton_ops(model.config, kernels, model.model.embed_tokens.weight.device)
     return reference_ops()
@@ -135,3 +138,11 @@ def run(
     if layout.committed:
         cache.wrote(counts or [layout.committed] * batch)
     return bound(model, cache).forward.forward(tokens, layout, cache.device_lengths(), counts=counts)
+
+
+def project(model: Zaya, hidden: Tensor) -> Tensor:
+    """`Zaya.project` by the native kernels: hidden [..., hidden] -> float32 logits [..., V]."""
+    from runtime.kernels.native.operators import linear
+
+    flat = linear(hidden.reshape(-1, hidden.shape[-1]), model.lm_head.weight, model.lm_head.bias)
+    return flat.view(*hidden.shape[:-1], -1).float()

@@ -50,6 +50,29 @@ def step(decode: Decode) -> list[list[int]]:
     return found.step(decode)
 
 
+def captured(
+    function: Callable[[], Any], device: torch.device, *, warm: Callable[[], Any] | None = None, pool: Any = None
+) -> Callable[[], Any]:
+    """What replays `function` as one graph; on a CPU the function itself. It must read and write static tensors only.
+
+    warm: what is called before, twice, on a stream beside; by default the function.
+    """
+    warm = warm or function
+    if device.type != "cuda":
+        warm()
+        return function
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        warm()
+        warm()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
 class StepGraphs:
     """The graphs of one cache, the least recently used one dropped when there are too many."""
 
@@ -99,7 +122,9 @@ class StaticRandomness(Randomness):
         return self._parts[index]
 
     def allocate(self) -> None:
-        """Make the buffers, after a step has run."""
+        """Make the buffers, once a step has run."""
+        if self._flat is not None:
+            return
         numbers = self.rows * sum(self.counts)
         pinned = self.device.type == "cuda"
         self._flat = torch.zeros(numbers, dtype=torch.float64, device=self.device)
@@ -233,26 +258,13 @@ class StepGraph:
 
         def warm() -> None:
             self._run()
+            self._randomness.allocate()
             lengths.copy_(before)  # or the next run would write further behind
 
-        if self._device.type != "cuda":
-            warm()
-            self._randomness.allocate()
-            self._replay = self._run
-            return
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            warm()
-            self._randomness.allocate()
-            warm()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._run()
-        assert self._committed is not None
-        self._host = torch.zeros(self._committed.shape, dtype=torch.int64, pin_memory=True)
-        self._replay = graph.replay
+        self._replay = captured(self._run, self._device, warm=warm, pool=self._pool)
+        if self._device.type == "cuda":
+            assert self._committed is not None
+            self._host = torch.zeros(self._committed.shape, dtype=torch.int64, pin_memory=True)
 
     def _load(self, decode: Decode, batch: int) -> None:
         """Copy what is not in the static buffers yet: after a change of sequences, or of the graph."""

@@ -126,8 +126,15 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Measurement]:
             data = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not valid JSON: {error.msg}") from error
-        kernels = data.get("kernels") if isinstance(data, dict) else None
-        if isinstance(kernels, dict) and isinstance(kernels.get("experts"), dict):  # JSON has no integer keys
-            kernels["experts"] = {int(k) if k.isdecimal() else k: v for k, v in kernels["experts"].items()}
+        if isinstance(data, dict) and isinstance(kernels := data.get("kernels"), dict):
+            if "experts" in kernels:
+                kernels["experts"] = _by_number(kernels["experts"])
+            if isinstance(tilings := kernels.get("tilings"), dict):
+                kernels["tilings"] = {name: _by_number(buckets) for name, buckets in tilings.items()}
         records.append(build(Measurement, data, f"{path} line {number}"))
     return records
+
+
+def _by_number(data: Any) -> Any:
+    """JSON has no integer keys."""
+    return {int(k) if k.isdecimal() else k: v for k, v in data.items()} if isinstance(data, dict) else data

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hardware.files import UserError, known
-from runtime.config import DTYPE_BYTES, SAMPLER_NAMES, SETTING_OF, DecodingConfig, require
+from runtime.config import DTYPE_BYTES, ENGINES, SAMPLER_NAMES, SETTING_OF, DecodingConfig, require
 
 if TYPE_CHECKING:
     from runtime.model.zaya import Zaya
@@ -22,6 +22,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 Model = Annotated[str, typer.Option(help="A bundled checkpoint's name, or a checkpoint folder.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N (ROCm too).")]
 Type = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", help=f"auto (the fastest that can run here), {', '.join(ENGINES)}.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads (default: torch's own choice).")]
 # The settings of a `DecodingConfig`, for `decoding_of`; None: not given.
 SamplerName = Annotated[str | None, typer.Option("--sampler", help=f"{', '.join(SAMPLER_NAMES)}.")]
@@ -44,16 +47,18 @@ Verify = Annotated[
 ]
 
 
-def load(model: str, device: str, dtype: str, threads: int | None) -> Zaya:
+def load(model: str, device: str, dtype: str, threads: int | None, engine: str = "auto") -> Zaya:
     """The model on its device; the first of bad names and values is refused before torch loads."""
     if dtype not in DTYPE_BYTES:
         raise known("dtype", dtype, DTYPE_BYTES)
+    if engine not in ("auto", *ENGINES):
+        raise known("engine", engine, ("auto", *ENGINES))
     check_device(device, threads)
     from runtime.checkpoint import find_checkpoint, load_model
 
     find_checkpoint(model)  # its errors come first
     use_device(device, threads)
-    return load_model(model, device=device, dtype=dtype)  # type: ignore[arg-type]
+    return load_model(model, device=device, dtype=dtype, engine=engine)  # type: ignore[arg-type]
 
 
 def check_device(device: str, threads: int | None) -> None:

@@ -128,6 +128,10 @@ class Zaya(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """The LM head: hidden [..., hidden] -> float32 logits [..., V]."""
+        if self.kernels.engine == "lean" and not torch.is_grad_enabled():
+            from runtime.engines import project
+
+            return project(self, hidden)
         return self.lm_head(hidden).float()
 
     def forward(
