@@ -7,7 +7,6 @@ per sequence, and on a GPU the prefill, whose operators are large enough for pla
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -84,10 +83,16 @@ def operators(model: Zaya, kernels: KernelConfig) -> Ops:
 
 
 def sampling_of(model: Zaya) -> Sampling:
-    """What draws and judges in a captured step."""
-    if model.model.embed_tokens.weight.is_cuda:
-        return import_module("runtime.kernels.acceptance.sampling").TritonSampling(model)  # type: ignore[no-any-return]
-    return Plain()
+    """What draws and judges in a step that is captured: kernels on a GPU, else plain torch."""
+    device = model.model.embed_tokens.weight.device
+    if device.type != "cuda":
+        return Plain()
+    from runtime.kernels.acceptance.kernel import Kernels
+    from runtime.kernels.problem import Problem
+    from runtime.kernels.selection import Selection
+
+    select = Selection(device, model.kernels)
+    return Kernels(lambda kernel, batch, slots: select(kernel, Problem(model.config, batch, slots)))
 
 
 @dataclass
