@@ -15,7 +15,7 @@ import torch
 from runtime.cache import Cache
 from runtime.config import DecodingConfig, KernelConfig, require
 from runtime.deployment import Rule, rule_for
-from runtime.graphs import bucket, step
+from runtime.graphs import lease, step
 from runtime.layout import causal
 from runtime.model.zaya import Zaya
 from runtime.policy import Settings, apply_kernels, rules_of
@@ -200,11 +200,10 @@ class Batcher:
         began, decode = time.perf_counter(), self._decode
         device = self.model.model.embed_tokens.weight.device
         if decode is None:
-            padded = any(rule.kernels.engine == "graphs" for rule in self.rules)
-            rows_held = bucket(self.batch) if padded else self.batch
-            cache = self.model.new_cache(len(new), self.context + self._slots, self._kept, rows=rows_held)
+            cache = lease(self.model, self, len(new), self.context + self._slots, self._kept, self.batch)
         else:
-            cache = self.model.new_cache(len(new), max(len(r.prompt) for _, r in new), self._kept)
+            kept = decode.cache.ring - self.model.config.conv_history
+            cache = self.model.new_cache(len(new), max(len(r.prompt) for _, r in new), kept)
         _prefill(self.model, cache, [list(r.prompt[:-1]) for _, r in new])
         randomness = Randomness(0, 0)
         randomness.generators = [np.random.default_rng(r.seed) for _, r in new]

@@ -72,6 +72,13 @@ class Cache:
         """Sequences held."""
         return len(self.lengths)
 
+    def reset(self, batch: int) -> None:
+        """Hold so many empty sequences instead. UserError beyond the rows."""
+        require(batch <= self.rows, f"the cache has {self.rows} rows, but got {batch} sequences")
+        for columns in self.columns:  # what a first token finds before it is zero
+            columns.zero_()
+        self.lengths, self.written, self._stale = [0] * batch, [0] * batch, True
+
     def wrote(self, counts: list[int]) -> None:
         """Note that a forward wrote the columns of `counts[b]` slots behind the lengths, accepted or not."""
         self.written = [max(w, n + c) for w, n, c in zip(self.written, self.lengths, counts, strict=True)]

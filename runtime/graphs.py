@@ -12,27 +12,54 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.cache import Cache
 from runtime.config import DecodingConfig, require
 from runtime.engines import bound, sampling_of
 from runtime.fused import FusedForward
 from runtime.layout import Layout
+from runtime.model.zaya import Zaya
 from runtime.samplers import SAMPLERS, advance, capturable, reads_draft_logits
 from runtime.samplers.acceptance import Draft, Randomness
 from runtime.samplers.single_forward import undrafted
 from runtime.samplers.state import Decode, ForwardCounter, Step, distinct_experts
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows of a graph
+CAPACITY_STEP = 256  # positions of a leased cache are a multiple of these, so that the next owner finds room
 MOST_GRAPHS = 24  # kept of one cache; each holds some tens of MB
 
 
 def bucket(batch: int) -> int:
     """The rows of the graph that serves so many sequences."""
     return next((rows for rows in BUCKETS if rows >= batch), -(-batch // BUCKETS[-1]) * BUCKETS[-1])
+
+
+@torch.inference_mode()
+def lease(model: Zaya, owner: object, batch: int, capacity: int, max_slots: int, rows: int) -> Cache:
+    """`Zaya.new_cache` for as long as `owner` lives. The engine `graphs` gives its cache of before to the next owner,
+    with the graphs that were captured on it, where it is large enough and nobody uses it any more.
+    """
+    if model.kernels.engine != "graphs":
+        return model.new_cache(batch, capacity, max_slots, rows=rows)
+    found: tuple[Cache, ReferenceType[object]] | None = model.leased
+    if found is not None and found[1]() in (None, owner):
+        cache = found[0]
+        model.leased = None  # or the memory of two would be needed
+        if cache.rows >= rows and cache.capacity >= capacity and cache.ring >= max_slots + model.config.conv_history:
+            cache.reset(batch)
+            model.leased = cache, ref(owner)
+            return cache
+        del cache, found
+    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    cache = model.new_cache(batch, capacity, max_slots, rows=bucket(rows))
+    if model.leased is None:
+        model.leased = cache, ref(owner)
+    return cache
 
 
 def step(decode: Decode) -> list[list[int]]:

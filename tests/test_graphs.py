@@ -92,6 +92,30 @@ def test_a_graph_serves_every_number_of_sequences_up_to_its_rows(monkeypatch: py
     assert sorted(made) == sorted(set(made)) and set(made) <= {1, 2, 4, 8}
 
 
+def test_the_next_generation_finds_the_graphs_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding = warm(SETTINGS["sparse levels"])
+    expected = [run("eager", decoding, seed=seed).tokens for seed in (1, 2)]
+    model().train().freeze()
+    assert run("graphs", decoding, seed=1).tokens == expected[0]
+    cache = model().leased[0]
+    monkeypatch.setattr(graphs.StepGraph, "_capture", lambda *_: pytest.fail("captured again"))
+    assert run("graphs", decoding, seed=2).tokens == expected[1]
+    assert model().leased[0] is cache
+
+
+def test_a_cache_in_use_is_nobody_elses() -> None:
+    own = noisy_model()
+    own.kernels = KernelConfig(engine="graphs")
+    owners = [Batcher(own, DecodingConfig(), batch=2, context=20) for _ in range(2)]
+    caches = [graphs.lease(own, owner, 2, 20, 1, 2) for owner in owners]
+    assert caches[0] is not caches[1]
+    assert graphs.lease(own, owners[0], 1, 20, 1, 2) is caches[0]
+    larger = graphs.lease(own, owners[0], 3, 20, 1, 3)
+    assert larger is not caches[0] and larger.rows == 4 and larger.capacity == graphs.CAPACITY_STEP
+    del owners
+    assert graphs.lease(own, own, 2, 200, 1, 4) is larger
+
+
 def test_the_least_recently_used_graph_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
     decoding = warm(SETTINGS["dense levels"])

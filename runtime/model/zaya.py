@@ -76,11 +76,13 @@ class Zaya(nn.Module):
         self.rotary = Rotary(config)
         self.stack: list[Layer] = [layer for layer in self.model.layers if isinstance(layer, Layer)]
         self._packed: dict[Callable[[Zaya], Any], Any] = {}
+        self.leased: Any = None  # a cache and who uses it: `runtime.graphs.lease`
 
     def freeze(self) -> Zaya:
         """Derive the inference weights and stop gradients. Returns self."""
         self.requires_grad_(False).train(False)
         self._packed.clear()
+        self.leased = None
         for module in self.modules():
             if isinstance(module, Derived):
                 module.freeze()
@@ -92,6 +94,7 @@ class Zaya(nn.Module):
             if isinstance(module, Derived):
                 module.thaw()
         self._packed.clear()
+        self.leased = None
         return super().train(mode)
 
     def packed(self, pack: Callable[[Zaya], T]) -> T:
