@@ -134,8 +134,8 @@ def _config(model: str) -> ModelConfig:
 
 
 def _summary(kernel: Kernel) -> str:
-    """The first sentence of the reference's docstring, without importing it."""
-    path = Path(__file__).parent / (kernel.folder or kernel.name) / "reference.py"
+    """The first paragraph of its docstring, without importing it: triton may be missing."""
+    path = Path(__file__).parent / (kernel.folder or kernel.name) / "kernel.py"
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name == kernel.name:
             return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())

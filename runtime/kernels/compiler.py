@@ -104,10 +104,10 @@ def launches(kernel: Kernel, problem: Problem, dtype: str, tiling: Tiling) -> li
     return found
 
 
-def build(launch: Launch, target: Target) -> Program:
-    """Compile one launch in this process. Raises whatever the compilers raise."""
+def specialise(launch: Launch, target: Target) -> tuple[Any, Any, dict[str, Any]]:
+    """Triton's source, target and options of a launch: constants, alignment and ranges as its JIT finds them."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile, make_backend
+    from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
     architecture = target.name if target.backend == "hip" else int(target.name.removeprefix("sm_"))
@@ -117,10 +117,17 @@ def build(launch: Launch, target: Target) -> Program:
     given = {**launch.arguments, **launch.constants, **constants(launch.tiling), **target.options(launch.tiling)}
     bound, specialization, options = bind(**given)
     options, signature, constexprs, attributes = function._pack_args(backend, options, bound, specialization, options)
-    source = ASTSource(function, signature, constexprs, attributes)
-    compiled = compile(source, target=gpu, options=options.__dict__)
+    return ASTSource(function, signature, constexprs, attributes), gpu, dict(options.__dict__)
+
+
+def build(launch: Launch, target: Target) -> Program:
+    """Compile one launch in this process. Raises whatever the compilers raise."""
+    from triton.compiler import compile
+
+    source, gpu, options = specialise(launch, target)
+    compiled = compile(source, target=gpu, options=options)
     read = _read_amd if target.backend == "hip" else _read_nvidia
-    return read(function.__name__, compiled)
+    return read(launch.function.__name__, compiled)
 
 
 def _read_nvidia(name: str, compiled: Any) -> Program:
@@ -167,10 +174,11 @@ def compile_one(job: Job) -> Compiled:
             programs.append(build(launch, target))
     except Exception as error:
         return Compiled(job, tuple(programs), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    return Compiled(job, tuple(programs), _judge(programs, target))
+    return Compiled(job, tuple(programs), judge(programs, target))
 
 
-def _judge(programs: Sequence[Program], target: Target) -> str:
+def judge(programs: Sequence[Program], target: Target) -> str:
+    """`usable`, or what keeps a kernel's launches from running well on the target."""
     shared = max((program.shared_bytes for program in programs), default=0)
     spilled = max((program.spilled_bytes for program in programs), default=0)
     if shared > target.shared_bytes:
