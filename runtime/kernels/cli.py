@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +11,7 @@ from hardware.files import known
 from runtime.config import DTYPE_BYTES, ModelConfig, model_config_from_json, require
 from runtime.kernels.check import prepare, report, require_triton
 from runtime.kernels.problem import problem_of
-from runtime.kernels.registry import KERNELS, Kernel, kernel
+from runtime.kernels.registry import KERNELS, kernel
 from runtime.kernels.target import TARGETS, target
 from runtime.options import Json, integers, print_json, progress_bar
 
@@ -36,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 def list_kernels(as_json: Json = False) -> None:
     """Name the kernels, the operators that predictions and measurements know them by, and the targets."""
-    rows = [{"kernel": k.name, "operator": k.operator, "does": _summary(k)} for k in KERNELS.values()]
+    rows = [{"kernel": k.name, "operator": k.operator, "does": k.does} for k in KERNELS.values()]
     if as_json:
         return print_json({"kernels": rows, "targets": list(TARGETS)})
     for row in rows:
@@ -131,12 +129,3 @@ def _config(model: str) -> ModelConfig:
     from runtime.checkpoint import find_checkpoint
 
     return model_config_from_json(find_checkpoint(model) / "config.json")
-
-
-def _summary(kernel: Kernel) -> str:
-    """The first paragraph of its docstring, without importing it: triton may be missing."""
-    path = Path(__file__).parent / (kernel.folder or kernel.name) / "kernel.py"
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef) and node.name == kernel.name:
-            return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-    raise AssertionError(f"{path} lacks {kernel.name}")

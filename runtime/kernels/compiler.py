@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     from runtime.kernels.launch import Launch
 
 USABLE = "usable"
-MATRIX_INSTRUCTIONS = {  # the opcode and its shape, in SASS and in AMD's assembly
-    "cuda": re.compile(r"\s(?:UR?\w*, )?((?:[HQID]G?MMA|UTC[HQI]MMA)(?:\.\d+x\d+x\d+|\.\d+)?)[.\s]"),
-    "hip": re.compile(r"^\s+v_((?:s?mfma)_\w+)", re.MULTILINE),
+# Of the matrix cores, with their shapes: in PTX, which is much quicker to read than a disassembly, and AMD's assembly.
+MATRIX_INSTRUCTIONS = {
+    "cuda": re.compile(r"^\s+(?:@%p\d+ )?((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]+)", re.MULTILINE),
+    "hip": re.compile(r"^\s+v_(s?mfmac?_\w+)", re.MULTILINE),
 }
 
 
@@ -136,11 +138,18 @@ def _read_nvidia(name: str, compiled: Any) -> Program:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     spilled = usage["STACK"] + usage["LOCAL"]
-    return Program(name, usage["REG"], 0, spilled, int(compiled.metadata.shared), _counts("cuda", text))
+    matrix = _counts(_short(name) for name in MATRIX_INSTRUCTIONS["cuda"].findall(compiled.asm["ptx"]))
+    return Program(name, usage["REG"], 0, spilled, int(compiled.metadata.shared), matrix)
+
+
+def _short(instruction: str) -> str:
+    """wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 -> wgmma.m64n32k16."""
+    parts = instruction.split(".")
+    return ".".join([parts[0], *(part for part in parts if re.fullmatch(r"m\d+n\d+k\d+", part))])
 
 
 def _read_amd(name: str, compiled: Any) -> Program:
@@ -157,13 +166,12 @@ def _read_amd(name: str, compiled: Any) -> Program:
         read("agpr_count"),
         read("private_segment_fixed_size"),
         int(compiled.metadata.shared),
-        _counts("hip", text),
+        _counts(MATRIX_INSTRUCTIONS["hip"].findall(text)),
     )
 
 
-def _counts(backend: str, text: str) -> dict[str, int]:
-    found = MATRIX_INSTRUCTIONS[backend].findall(text)
-    return {name: found.count(name) for name in sorted(set(found))}
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items()))
 
 
 def compile_one(job: Job) -> Compiled:

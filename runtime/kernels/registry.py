@@ -32,12 +32,14 @@ from runtime.kernels.target import Target, Tiling
 class Kernel:
     """One operator of the fused forward.
 
-    operator: the name that predictions and measurements know it by. folder: below runtime/kernels, default the name.
+    operator: the name that predictions and measurements know it by. does: in a line. folder: below runtime/kernels,
+    default the name.
     scratch: arguments that the kernel may overwrite, so that what they hold afterwards says nothing.
     """
 
     name: str
     operator: str
+    does: str = ""
     folder: str = ""
     scratch: tuple[str, ...] = ()
 
@@ -75,14 +77,16 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
-        Kernel("embed", "embedding", folder="residual_norm"),
-        Kernel("residual_norm", "norms_residual", scratch=("residual",)),
-        Kernel("cca", "cca"),
-        Kernel("attention", "attention"),
-        Kernel("router", "router"),
-        Kernel("experts", "experts"),
-        Kernel("draw", "sampler", folder="acceptance"),
-        Kernel("verify", "sampler", folder="acceptance"),
+        Kernel("embed", "embedding", "token embeddings, scaled, as the first residual", folder="residual_norm"),
+        Kernel("residual_norm", "norms_residual", "residual scaling and RMSNorm", scratch=("residual",)),
+        Kernel("cca", "cca", "convolutions, means, L2 norm, key temperature and RoPE; writes the cache"),
+        Kernel("attention", "attention", "all slots of a sequence over its cached keys and values, split by keys"),
+        Kernel("router", "router", "down-projection, state, norm, MLP, softmax and the choice of an expert"),
+        Kernel("experts", "experts", "gate, up, SiLU and down of the experts that are hit"),
+        Kernel(
+            "draw", "sampler", "a token from each row of logits, without probabilities in memory", folder="acceptance"
+        ),
+        Kernel("verify", "sampler", "accept or reject drafts, and draw where one is rejected", folder="acceptance"),
     )
 }
 
