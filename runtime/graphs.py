@@ -278,6 +278,7 @@ class StepGraph:
             assert padded.drafted is not None and padded.drafted.lengths is not None
             _copy(self._drafted, padded.drafted, reads_draft_logits(padded.decoding))
         self._committed = step.committed
+        padded.anchors, padded.drafted = self._anchors, self._drafted  # or logits would stay in the graph's memory
 
     def _capture(self, lengths: Tensor) -> None:
         """Warm the step up, which compiles kernels and finds what is drawn, and record it."""
@@ -292,6 +293,7 @@ class StepGraph:
         if self._device.type == "cuda":
             assert self._committed is not None
             self._host = torch.zeros(self._committed.shape, dtype=torch.int64, pin_memory=True)
+            self._arrived = torch.cuda.Event()
 
     def _load(self, decode: Decode, batch: int) -> None:
         """Copy what is not in the static buffers yet: after a change of sequences, or of the graph."""
@@ -321,13 +323,12 @@ class StepGraph:
         assert self._committed is not None
         if self._host is not None:
             self._host.copy_(self._committed, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
+            self._arrived.record()
         for kind, (forwards, slots, experts) in self._decode.tallies.items():
             decode.counters.setdefault(kind, ForwardCounter()).merge(forwards, slots * batch, experts)
         if self._host is None:
             return self._committed[:batch].tolist()  # type: ignore[no-any-return]
-        arrived.synchronize()
+        self._arrived.synchronize()
         return self._host[:batch].tolist()  # type: ignore[no-any-return]
 
 
