@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import equivalence
 from runtime.batching import Batcher, Request
 from runtime.checkpoint import bundled, load_model, save_model
-from runtime.config import DecodingConfig, replace
+from runtime.config import DecodingConfig, KernelConfig, replace
 from runtime.engine import GenerationResult, generate
 from runtime.model.zaya import Zaya
-from runtime.samplers import SAMPLERS, acceptance, two_forward
+from runtime.samplers import SAMPLERS, acceptance, capturable, reads_draft_logits, two_forward
 from runtime.samplers.acceptance import Accepted, Draft, Randomness, choose, verify
-from runtime.samplers.state import Decode, Step
+from runtime.samplers.state import Decode, Step, finish
 from tests.enumeration import DRAWS, RIGHT, WRONG, Enumeration, p_value
 from tests.models import TINY, noisy_model, random_ids
 
@@ -372,3 +376,96 @@ def test_a_batch_equals_its_sequences_alone(decoding: DecodingConfig, temperatur
         assert [token for [event] in events for token in event.tokens] == together.tokens[index]
         assert events[-1][0].finish_reason == together.finish_reasons[index]
         assert len(events) == together.steps[index]
+
+
+# On the device
+
+
+STEPS = [
+    DecodingConfig(),
+    DecodingConfig(temperature=1.0),
+    DecodingConfig("two_forward", 4, mixing_weight=0.5, temperature=1.0, draft_temperature=0.5),
+    DecodingConfig("two_forward", 1, temperature=1.0, anchor_draft=True),
+    DecodingConfig("single_forward", 3, mixing_weight=0.4, temperature=1.0, proposal_levels=(0, 2)),
+    DecodingConfig("denoising", 4, temperature=1.0, denoising_steps=2, verify=True),
+    DecodingConfig("denoising", 4, denoising_steps=2, confidence_threshold=0.5, verify=True),
+    DecodingConfig("denoising", 4, temperature=1.0, denoising_steps=2),
+]
+
+
+@pytest.mark.parametrize("decoding", STEPS, ids=str)
+def test_only_a_capturable_step_never_reads_the_device(decoding: DecodingConfig) -> None:
+    """On tensors without values whatever reads one fails."""
+    model = Zaya(TINY).to("meta").freeze()
+    model.kernels = KernelConfig({1_000_000: "gather"})
+    decode = decode_of(model, decoding, "meta")
+    with torch.no_grad():
+        try:
+            found = [SAMPLERS[decoding.sampler](decode) for _ in range(2)]
+        except (RuntimeError, NotImplementedError):
+            assert not capturable(decoding)
+            return
+    assert capturable(decoding)
+    assert all(step.tokens.shape[0] == step.counts.shape[0] == 2 for step in found)
+
+
+@pytest.mark.parametrize("decoding", [d for d in STEPS if capturable(d)], ids=str)
+def test_a_capturable_step_copies_nothing_to_the_device_and_draws_as_much_as_every_other(
+    decoding: DecodingConfig,
+) -> None:
+    """A graph replays the addresses it saw: of constants made before, and of uniforms in the order of its draws."""
+    drawn: list[int] = []
+    buffer = torch.rand(2, 8, dtype=torch.float64)
+
+    class Static(Randomness):
+        def uniform(self, count: int, device: torch.device) -> Tensor:
+            drawn.append(count)
+            return buffer[:, :count]
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            frames = {Path(f.f_code.co_filename).parent.name for f, _ in traceback.walk_stack(sys._getframe(1))}
+            caller = next(name for name in ("model", "samplers", "tests") if name in frames)
+            assert caller == "model" or not func.__name__.startswith("lift_fresh")
+            return func(*args, **(kwargs or {}))
+
+    decode = decode_of(tiny(), decoding, "cpu")
+    decode.randomness = Static(0, 2)
+    per_step = []
+    with torch.no_grad():
+        for number in range(4):
+            drawn.clear()
+            with Copies() if number else nullcontext():
+                step = SAMPLERS[decoding.sampler](decode)
+            finish(decode, step)
+            per_step.append(list(drawn))
+    assert all(counts == per_step[0] for counts in per_step)
+    assert bool(per_step[0]) == (decoding.temperature > 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("draft_temperature", [0.0, 0.8])
+@pytest.mark.parametrize("sampler", ["two_forward", "single_forward"])
+def test_draft_logits_that_nobody_reads_may_be_lost(
+    monkeypatch: pytest.MonkeyPatch, sampler: Any, draft_temperature: float, weight: float, temperature: float
+) -> None:
+    decoding = DecodingConfig(sampler, 3, weight, temperature, draft_temperature)
+    expected, draw = tokens_of(tiny(), prompts_of(3), decoding), Decode.draw
+
+    def lost(*arguments: Any) -> Draft:
+        found = draw(*arguments)
+        return found._replace(logits=torch.full_like(found.logits, torch.nan))
+
+    monkeypatch.setattr(Decode, "draw", lost)
+    if reads_draft_logits(decoding):
+        assert tokens_of(tiny(), prompts_of(3), decoding) != expected
+    else:
+        assert tokens_of(tiny(), prompts_of(3), decoding) == expected
+
+
+def decode_of(model: Zaya, decoding: DecodingConfig, device: str) -> Decode:
+    """Two sequences that have an anchor and nothing before it."""
+    cache = model.new_cache(2, 60, decoding.slots)
+    anchors = torch.full((2, 1), 5, device=device)
+    return Decode(model, cache, decoding, anchors, Randomness(0, 2), [0, 1])
