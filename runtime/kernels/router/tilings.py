@@ -5,6 +5,21 @@ from __future__ import annotations
 from runtime.kernels.problem import Problem
 from runtime.kernels.target import Target, Tiling
 
+_NVIDIA: tuple[tuple[int, Tiling], ...] = (  # BLOCK_N and how it is compiled
+    (64, {"num_warps": 8, "num_stages": 3}),
+    (32, {"num_warps": 4, "num_stages": 3}),
+    (64, {"num_warps": 8, "num_stages": 2}),
+    (32, {"num_warps": 8, "num_stages": 4}),
+    (128, {"num_warps": 8, "num_stages": 2}),
+)
+_AMD: tuple[tuple[int, Tiling], ...] = (
+    (32, {"num_warps": 4, "num_stages": 2, "matrix_instr_nonkdim": 16, "kpack": 1, "waves_per_eu": 0}),
+    (32, {"num_warps": 8, "num_stages": 2, "matrix_instr_nonkdim": 16, "kpack": 1, "waves_per_eu": 2}),
+    (32, {"num_warps": 4, "num_stages": 2, "matrix_instr_nonkdim": 16, "kpack": 2, "waves_per_eu": 0}),
+    (64, {"num_warps": 8, "num_stages": 1, "matrix_instr_nonkdim": 16, "kpack": 1, "waves_per_eu": 0}),
+    (16, {"num_warps": 4, "num_stages": 2, "matrix_instr_nonkdim": 16, "kpack": 1, "waves_per_eu": 1}),
+)
+
 
 def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
     """BLOCK_M tokens, BLOCK_R rows and BLOCK_K columns of the down-projection, SPLIT its columns' shares, BLOCK_N
@@ -26,19 +41,9 @@ def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
         shapes = [(32, 64, 1), (32, 64, 2), (64, 64, 1), (32, 128, 1), (16, 64, 1), (64, 128, 1)]
     found: list[Tiling] = []
     for rows, width, split in shapes:
-        for columns in (32, 64, 16) if amd else (64, 32, 128):
-            for warps, stages in ((4, 2), (8, 2)) if amd else ((8, 3), (4, 3), (4, 2)):
-                sizes = _fit(config.hidden_size, config.router_hidden_size, width, 128, columns, split)
-                options = {"RELEASE": int(amd), "num_warps": warps, "num_stages": stages}
-                found.append({"BLOCK_M": rows, **sizes, **options})
-    if amd:
-        kpacks = (1, 2) if target.name == "gfx942" else (1,)  # newer matrix cores take no packed operands
-        found = [
-            {**tiling, "matrix_instr_nonkdim": 16, "kpack": kpack, "waves_per_eu": waves}
-            for kpack in kpacks
-            for waves in (0, 2)
-            for tiling in found
-        ]
+        for columns, options in _AMD if amd else _NVIDIA:
+            sizes = _fit(config.hidden_size, config.router_hidden_size, width, 128, columns, split)
+            found.append({"BLOCK_M": rows, **sizes, "RELEASE": int(amd), **options})
     distinct = {tuple(sorted(tiling.items())): tiling for tiling in found}
     return tuple(distinct.values())
 
