@@ -1,0 +1,68 @@
+"""What a kernel must move and compute, and how timings are shown; timing itself needs a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from hardware.files import UserError
+from runtime.kernels.problem import ODD, SLIDING, Problem
+from runtime.kernels.registry import KERNELS
+from runtime.kernels.timing import Timed, Traffic, main, rows, time_tilings, traffic
+
+
+def needed(name: str, problem: Problem, dtype: torch.dtype = torch.float32, **changes: Any) -> Traffic:
+    kernel = KERNELS[name]
+    arguments = kernel.inputs(problem, dtype, "cpu") | changes
+    return traffic(kernel, arguments, kernel.reference()(**arguments))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_more_tokens_move_more(name: str) -> None:
+    problems = [Problem(ODD, batch, 5, 20) for batch in (1, 4)]
+    few, many = (needed(name, problem) for problem in problems)
+    assert 0 < few.moved_bytes < many.moved_bytes and few.flops <= many.flops
+
+
+def test_a_cached_token_costs_a_key_and_a_value_however_many_slots_see_it() -> None:
+    by_slots = []
+    for slots in (1, 5):
+        short, long = (needed("attention", Problem(ODD, 1, slots, context)) for context in (20, 21))
+        by_slots.append(long.moved_bytes - short.moved_bytes)
+    assert by_slots == [2 * ODD.num_key_value_heads * ODD.head_dim * 4] * 2
+
+
+def test_a_window_bounds_what_attention_reads() -> None:
+    near, far = (needed("attention", Problem(SLIDING, 1, 1, context)) for context in (30, 300))
+    assert near == far != needed("attention", Problem(ODD, 1, 1, 300))
+
+
+def test_only_experts_hit_are_read() -> None:
+    problem = Problem(ODD, 4, 1)
+    moved = [
+        needed("experts", problem, chosen=torch.tensor(chosen, dtype=torch.int32)).moved_bytes
+        for chosen in ([5, 5, 5, 5], [2, 2, 2, 2], [0, 2, 2, 5], [0, 1, 2, 3])
+    ]
+    expert = 3 * ODD.moe_intermediate_size * ODD.hidden_size * 4
+    assert [b - a for a, b in pairwise(moved)] == [expert, expert, 2 * expert]
+
+
+def test_the_table_puts_reasons_behind_timings() -> None:
+    timed = Timed("attention", "", "bfloat16", {"BLOCK_M": 16}, Traffic(4_000_000, 8_000_000), (1e-6, 2e-6, 3e-6), 4e12)
+    assert (timed.median_seconds, timed.bytes_per_second, timed.copy_share) == (2e-6, 2e12, 0.5)
+    failed = replace(timed, seconds=(), outcome="does not fit")
+    assert failed.median_seconds > timed.median_seconds and "median_seconds" not in failed.plain()
+    lines = rows([timed, failed])
+    assert "50.0%" in lines[1] and "BLOCK_M=16" in lines[1] and lines[2].endswith("BLOCK_M=16: does not fit")
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="torch sees none"):
+        time_tilings(KERNELS["attention"], Problem(ODD))
+    assert main(["--kernel", "attention"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
