@@ -30,7 +30,7 @@ def inputs(problem: Problem, dtype: torch.dtype, device: torch.device | str, see
         "slots": slots,
         "visible": None if layout.visible is None else layout.visible.to(torch.int8).to(device),
         "offsets": layout.offsets.to(torch.int32).to(device),
-        "window": config.sliding_window if "hybrid_sliding" in config.layer_types else None,
+        "window": problem.window,
     }
 
 

@@ -76,9 +76,18 @@ def _attend_block(
     WINDOW: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys. Without MASKED all of them are cached tokens, which only a window can hide."""
+    """One block of keys. Without MASKED they exist and every row sees them, unless a window hides them; then they are
+    cached tokens."""
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
+    t = n - length  # the slot that a row of the cache holds, if any
+    if MASKED:  # before the keys are loaded, so that the mask's many addresses are gone by then
+        if visible is None:
+            seen = t[None, :] <= slot[:, None]
+        else:
+            among = real[:, None] & (t >= 0)[None, :] & (t < slots)[None, :]
+            seen = tl.load(visible + slot[:, None] * slots + t[None, :], mask=among, other=0) != 0
+            seen = seen | (t < 0)[None, :]
     where = n[:, None] * STRIDE + d[None, :]
     if MASKED or BLOCK_D != D:
         loaded = (n < end)[:, None] & (d < D)[None, :]
@@ -88,14 +97,7 @@ def _attend_block(
         k = tl.load(keys + where)
         v = tl.load(values + where)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    t = n - length  # the slot that a row of the cache holds, if any
     if MASKED:
-        if visible is None:
-            seen = t[None, :] <= slot[:, None]
-        else:
-            among = real[:, None] & (t >= 0)[None, :] & (t < slots)[None, :]
-            seen = tl.load(visible + slot[:, None] * slots + t[None, :], mask=among, other=0) != 0
-            seen = seen | (t < 0)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
     if WINDOW > 0:
         position = t  # relative to the length, like the offsets
@@ -167,13 +169,17 @@ def _attention(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    cached = tl.minimum(tl.maximum(length // BLOCK_N, begin), stop)  # blocks before it hold cached tokens only
-    for block in range(begin, cached):
+    sure = length  # keys before it are seen by all rows
+    if visible is None and WINDOW == 0:
+        sure += tile * BLOCK_M // GROUP + 1
+    edge = tl.minimum(tl.maximum(sure // BLOCK_N, begin), stop)
+    for block in range(begin, edge):
         best, total, acc = _attend_block(
-            q, keys + start, values + start, block, length, length, slots, visible, offsets, slot, real, scale,
+            q, keys + start, values + start, block, length + slots, length, slots, visible, offsets, slot, real, scale,
             best, total, acc, WINDOW, KV_HEADS * D, D, BLOCK_D, BLOCK_N, False,
         )  # fmt: skip
-    for block in range(cached, stop):
+    # Seldom more than two blocks; and a pipelined mask would take the registers of every stage.
+    for block in tl.range(edge, stop, num_stages=1):
         best, total, acc = _attend_block(
             q, keys + start, values + start, block, length + slots, length, slots, visible, offsets, slot, real, scale,
             best, total, acc, WINDOW, KV_HEADS * D, D, BLOCK_D, BLOCK_N, True,

@@ -12,17 +12,18 @@ def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
     rows = problem.slots * (problem.config.num_attention_heads // problem.config.num_key_value_heads)
     whole = max(16, 1 << (rows - 1).bit_length())  # one tile for all of them
     default = min(64, whole)
-    first = _base(amd, default)
+    masked = problem.kind != "causal"
+    first = _base(amd, default, masked)
     found = [first, *(first | change for change in _changes(amd))]
     for block_m in (16, 32, 64, 128):
         if block_m <= whole and block_m != default:
-            base = _base(amd, block_m)
+            base = _base(amd, block_m, masked)
             found += [base, base | {"BLOCK_N": base["BLOCK_N"] // 2}, base | {"LAUNCHES": 2}]
-    return tuple(found)
+    return tuple(tiling for place, tiling in enumerate(found) if tiling not in found[:place])
 
 
-def _base(amd: bool, block_m: int) -> dict[str, int]:
-    """Two programs per multiprocessor of the largest device. On AMD K and V stay in registers but for one stage."""
+def _base(amd: bool, block_m: int, masked: bool) -> dict[str, int]:
+    """Two programs per multiprocessor. On NVIDIA the addresses of a mask that is loaded take many registers."""
     tiling = {
         "BLOCK_M": block_m,
         "BLOCK_N": 64,
@@ -30,7 +31,7 @@ def _base(amd: bool, block_m: int) -> dict[str, int]:
         "SPLIT_BLOCKS": 2,
         "LAUNCHES": 1,
         "XCDS": 8 if amd else 1,
-        "num_warps": 8 if block_m > 64 else 4,
+        "num_warps": 8 if block_m > 64 or (masked and block_m > 32 and not amd) else 4,
         "num_stages": 2 if amd or block_m > 64 else 3,
     }
     return tiling | ({"matrix_instr_nonkdim": 16, "kpack": 1, "waves_per_eu": 0} if amd else {})
