@@ -63,11 +63,11 @@ def compile_kernels(
     require(all(count >= 1 for count in counts), f"tokens >= 1 must hold, but got {min(counts)}")
     config = _config(model)
     require_triton()
-    from runtime.kernels.compiler import table, triton_version
+    from runtime.kernels.compiler import compile_all, jobs, triton_version
 
     problems = [problem_of(count, config, context) for count in counts]
     with progress_bar("compile") as progress:
-        found = table(wanted, places, problems, dtype, most=None if all_tilings else FEW, progress=progress)
+        found = compile_all(jobs(wanted, places, problems, dtype, None if all_tilings else FEW), progress)
     if as_json:
         return print_json({"triton": triton_version(), "results": [result.plain() for result in found]})
     print(

@@ -295,23 +295,25 @@ def usable(kernel: Kernel, target: Target, problem: Problem, dtype: str) -> list
         return compilers.usable(kernel, target, problem, dtype)
 
 
-def table(
+def jobs(
     kernels: Iterable[Kernel],
     targets: Iterable[Target],
     problems: Sequence[Problem],
     dtype: str,
-    *,
     most: int | None = None,
-    progress: Callable[[str, float], None] | None = None,
-) -> list[Compiled]:
-    """Every kernel on every target and problem with its first `most` tilings (None: all), in that order."""
-    jobs = [
+) -> list[Job]:
+    """Every kernel on every target and problem with its first `most` tilings (None: all)."""
+    return [
         Job(kernel.name, target.name, problem, dtype, tiling)
         for kernel in kernels
         for target in targets
         for problem in problems
         for tiling in kernel.tilings(target, problem)[:most]
     ]
+
+
+def compile_all(jobs: Sequence[Job], progress: Callable[[str, float], None] | None = None) -> list[Compiled]:
+    """What came of each job, in their order. progress: what was done, and the share done."""
     found: dict[int, Compiled] = {}
     with Compilers() as compilers:
         for place, result in compilers.compile(jobs):
