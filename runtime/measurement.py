@@ -13,7 +13,7 @@ from typing import Any, Literal
 from hardware.files import UserError, build, plain
 from runtime.config import DecodingConfig, KernelConfig, Workload, require
 
-Kind = Literal["forward", "generation"]
+Kind = Literal["forward", "generation", "operator"]
 ForwardKind = Literal["decode", "draft", "verify", "single"]
 Batching = Literal["closed", "continuous"]
 INTERVAL_ROUNDS = 6  # the fewest whose range holds the median with 95%: 1 - 2 / 2^6 = 96.9%
@@ -29,6 +29,7 @@ class Measurement:
     """Raw samples of one quantity at one operating point.
 
     kind "forward": `seconds` are the times of one forward of `batch` x `slots` tokens over `context` cached tokens.
+    kind "operator": `seconds` are those that one operator took in such a forward, all layers together.
     kind "generation": `seconds` are whole generations; `tokens` their committed tokens (one count per sample).
     `simulated` names what was not real (for example "random weights; imposed acceptance"), or is None.
     """
@@ -52,13 +53,19 @@ class Measurement:
     experts_per_layer: float | None = None  # distinct experts a layer ran in one forward, mean over layers
     quality: dict[str, float] = field(default_factory=dict)
     simulated: str | None = None
-    forward: ForwardKind | None = None  # of a record of kind "forward": a draft and a verify differ at equal slots
+    forward: ForwardKind | None = None  # of a forward or an operator: a draft and a verify differ at equal slots
+    operator: str | None = None  # which one a record of kind "operator" is about, by perfmodel's names
     batching: Batching = "closed"  # of a generation: batches that drain, or slots that are refilled
     full_tokens_per_second: float | None = None  # of a generation: median over the steps with a sequence in every slot
 
     def __post_init__(self) -> None:
         require(len(self.seconds) >= 1, "a measurement must have at least one sample")
         require(all(0 < s < math.inf for s in self.seconds), f"0 < seconds must hold, but got {self.seconds}")
+        require(
+            (self.operator is not None) == (self.kind == "operator"),
+            f"a record names an operator when its kind is 'operator', but its kind is {self.kind!r} and it names "
+            f"{self.operator!r}",
+        )
         require(
             len(self.tokens) == (len(self.seconds) if self.kind == "generation" else 0),
             f"a {self.kind} has {'one token count per sample' if self.kind == 'generation' else 'no token counts'}, "

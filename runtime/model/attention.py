@@ -110,11 +110,19 @@ class Attention(Derived):
         )
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        """x: [B, S, hidden] -> [B, S, hidden]."""
-        config, w = self.config, self.weights()
-        batch, slots, _ = x.shape
+        """x: [B, S, hidden] -> [B, S, hidden]. Each step is an operator of its own, so that it can be timed."""
+        w = self.weights()
+        return self.output(w, self.attention(*self.cca(w, self.qkv(w, x), frame), frame))
+
+    def qkv(self, w: AttentionWeights, x: Tensor) -> Tensor:
+        """x [B, S, hidden] -> queries, keys, delayed and current values, before the convolutions, [B, S, columns]."""
+        return F.linear(x, w.projection, w.projection_bias)
+
+    def cca(self, w: AttentionWeights, projected: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+        """What is projected -> queries [B, S, heads, D], and all keys and values [B, KV heads, T, D], new ones kept."""
+        config = self.config
+        batch, slots, _ = projected.shape
         qk_size, heads = config.query_size + config.kv_size, config.num_attention_heads + config.num_key_value_heads
-        projected = F.linear(x, w.projection, w.projection_bias)
         columns = projected[..., : qk_size + config.kv_size // 2]
         taps, delayed = self._continue(columns, w.before, frame)
         frame.keep(self.layer, columns)
@@ -131,8 +139,15 @@ class Attention(Derived):
         query, key = qk[:, :, : config.num_attention_heads], qk[:, :, config.num_attention_heads :]
         value = torch.cat([projected[..., qk_size + config.kv_size // 2 :], delayed], dim=-1)
         value = value.view(batch, slots, config.num_key_value_heads, config.head_dim)
-        keys, values = frame.store(self.layer, key, value)
-        return F.linear(attend(query, keys, values, frame.masks[self.kind]), w.output, w.output_bias)
+        return query, *frame.store(self.layer, key, value)
+
+    def attention(self, query: Tensor, keys: Tensor, values: Tensor, frame: Frame) -> Tensor:
+        """`attend` under this layer's mask: [B, S, heads * D]."""
+        return attend(query, keys, values, frame.masks[self.kind])
+
+    def output(self, w: AttentionWeights, attended: Tensor) -> Tensor:
+        """[B, S, heads * D] -> [B, S, hidden]."""
+        return F.linear(attended, w.output, w.output_bias)
 
     def _continue(self, columns: Tensor, before: Tensor | None, frame: Frame) -> tuple[Tensor, Tensor]:
         """Convolution inputs [B, S, query + key, taps] and the previous token's delayed value [B, S, kv / 2]."""

@@ -58,6 +58,11 @@ class Decoder(nn.Module):
         self.input_hidden_states_scale = nn.Parameter(torch.ones(config.hidden_size))
         self.input_hidden_states_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [...] -> the first residual, fp32 [..., hidden]."""
+        x = self.embed_tokens(tokens)
+        return ((x + self.input_hidden_states_bias) * self.input_hidden_states_scale).float()
+
 
 class Zaya(nn.Module):
     """ZAYA for causal and block-diffusion decoding.
@@ -172,8 +177,7 @@ class Zaya(nn.Module):
         decoder = self.model
         dtype = decoder.embed_tokens.weight.dtype
         frame = build_frame(self.config, self.rotary, layout, cache, batch=batch, counts=counts, dtype=dtype)
-        x = decoder.embed_tokens(tokens)
-        residual = ((x + decoder.input_hidden_states_bias) * decoder.input_hidden_states_scale).float()
+        residual = decoder.embed(tokens)
         mode = "loop" if torch.is_grad_enabled() else self.kernels.expert_mode(batch * slots)
         state, routes = None, []
         for layer in self.stack:

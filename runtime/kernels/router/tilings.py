@@ -20,6 +20,11 @@ _AMD: tuple[tuple[int, Tiling], ...] = (
     (16, {"num_warps": 4, "num_stages": 2, "matrix_instr_nonkdim": 16, "kpack": 1, "waves_per_eu": 1}),
 )
 
+# Tokens, and rows and shares of the columns of the down-projection. The place of the one that makes about 128 blocks of
+# so many tokens; its neighbours are tried too.
+_SHAPES = ((16, 16, 8), (16, 16, 4), (16, 32, 4), (16, 64, 4), (32, 64, 4), (32, 64, 2), (32, 64, 1), (64, 64, 1))
+_UP_TO = {1: 32, 2: 64, 3: 128, 4: 256, 5: 512}
+
 
 def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
     """BLOCK_M tokens, BLOCK_R rows and BLOCK_K columns of the down-projection, SPLIT its columns' shares, BLOCK_N
@@ -33,15 +38,13 @@ def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
     """
     config, tokens = problem.config, problem.tokens
     amd = target.backend == "hip"
-    if tokens <= 32:
-        shapes = [(16, 16, 4), (16, 16, 8), (16, 32, 8), (16, 16, 2), (16, 32, 4), (16, 64, 8)]
-    elif tokens <= 256:
-        shapes = [(16, 32, 4), (16, 64, 4), (32, 32, 4), (16, 64, 2), (32, 64, 2), (32, 64, 4)]
-    else:
-        shapes = [(32, 64, 1), (32, 64, 2), (64, 64, 1), (32, 128, 1), (16, 64, 1), (64, 128, 1)]
+    best = next((place for place, most in _UP_TO.items() if tokens <= most), 6)
+    shapes = sorted(_SHAPES, key=lambda shape: abs(_SHAPES.index(shape) - best))[:6]
     found: list[Tiling] = []
     for rows, width, split in shapes:
         for columns, options in _AMD if amd else _NVIDIA:
+            if options.get("kpack") == 2 and target.name != "gfx942":  # later matrix cores do not pack
+                continue
             sizes = _fit(config.hidden_size, config.router_hidden_size, width, 128, columns, split)
             found.append({"BLOCK_M": rows, **sizes, "RELEASE": int(amd), **options})
     distinct = {tuple(sorted(tiling.items())): tiling for tiling in found}
