@@ -68,7 +68,8 @@ def forwards() -> None:
         for name, layout in LAYOUTS.items():
             if dtype != torch.float32 and name != "verify":  # the interpreter is slow
                 continue
-            found, expected = [], []
+            found: list[Tensor] = []
+            expected: list[Tensor] = []
             for engine, results in (("graphs", found), ("eager", expected)):
                 cache = prefilled(with_engine(model, "eager"))
                 tokens = random_ids(len(COUNTS), layout.slots, CONFIG.vocab_size, seed=3)
