@@ -149,5 +149,6 @@ def project(model: Zaya, hidden: Tensor) -> Tensor:
     """`Zaya.project` by the native kernels: hidden [..., hidden] -> float32 logits [..., V]."""
     from runtime.kernels.native.operators import linear
 
-    flat = linear(hidden.reshape(-1, hidden.shape[-1]), model.lm_head.weight, model.lm_head.bias)
+    weights = model.packed(forward_weights)
+    flat = linear(hidden.reshape(-1, hidden.shape[-1]), weights.head, weights.head_bias)
     return flat.view(*hidden.shape[:-1], -1).float()

@@ -245,7 +245,6 @@ class FusedForward:
         self._layer = _compiled() if compiled else run_layer
         self._whole = ops.whole(self) if ops.whole is not None else None
 
-    @torch.no_grad()
     def forward(
         self,
         tokens: Tensor,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ import torch
 from hardware.files import UserError
 from runtime import engines
 from runtime.checkpoint import load_model, model_hash, save_model
-from runtime.config import DecodingConfig, KernelConfig, replace
+from runtime.config import DecodingConfig, Engine, KernelConfig, replace
 from runtime.deployment import Deployment, Rule
 from runtime.engine import generate
 from runtime.engines import engine_of, serves, use_engine
+from runtime.fused import reference_ops
 from runtime.kernels import native
 from runtime.layout import block, causal, draft
 from runtime.policy import using
@@ -96,6 +99,25 @@ def test_training_and_whole_texts_are_eager_whatever_the_engine(monkeypatch: pyt
     model.logits(tokens)
     model.train().requires_grad_(True)
     model.forward(tokens, causal(5)).sum().backward()
+
+
+@pytest.mark.parametrize("engine", ["lean", "graphs"])
+def test_a_dropped_cache_takes_its_forward_along(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, without the garbage collector: the next cache may need the memory."""
+    model = noisy_model()
+    model.kernels = KernelConfig(engine=engine)
+    if engine == "graphs":
+        monkeypatch.setattr(engines, "operators", lambda *_: reference_ops())
+    cache = model.new_cache(1, 20, 4)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model.forward(torch.tensor([[1, 2]]), causal(2), cache)
+        forward = ref(engines.bound(model, cache).forward)
+        del cache
+        assert forward() is None
+    finally:
+        gc.enable()
 
 
 def test_the_compiled_engine_decodes_the_eager_tokens() -> None:

@@ -114,7 +114,9 @@ class NativeForward:
 
     def __init__(self, fused: FusedForward) -> None:
         """UserError where the library cannot be built."""
-        self._config, self._fused = fused.config, fused  # which holds the cache's tensors
+        # The cache's tensors are held, but not `fused`, which holds this: a circle would keep them all for long.
+        self._config, self._cache = fused.config, (fused.keys, fused.values, fused.columns)
+        self._capacity, self._ring = fused.capacity, fused.ring
         weights = fused.weights
         self._dtype = weights.table.dtype
         self._function = function("forward", self._dtype)
@@ -190,8 +192,8 @@ class NativeForward:
         if found is None:
             if len(self._steps) >= 1024:  # every prompt length is a layout
                 self._steps.clear()
-            kept, fused = Kept(), self._fused
-            step = Step(batch, 0, fused.capacity, fused.ring, layout.committed, row, lengths.data_ptr())
+            kept = Kept()
+            step = Step(batch, 0, self._capacity, self._ring, layout.committed, row, lengths.data_ptr())
             step.active = padding
             put_layout(step, kept, layout.offsets, layout.taps, layout.visible)
             found = self._steps[key] = (step, kept, layout)
