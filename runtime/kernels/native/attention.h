@@ -29,7 +29,12 @@ static void NAME(attend_block)(
             for (long j = 0; j < n; j++)
                 if (!NAME(sees)(step, window, length, slot, from + j)) row[j] = -INFINITY;
         for (long j = n; j < parts(n, LANES) * LANES; j++) row[j] = -INFINITY;
-        for (long j = 0; j < n; j++) top = fmaxf(top, row[j] * scale);
+        vf tops = splat(-INFINITY);
+        for (long j = 0; j < n; j += LANES) {
+            vf v = load_f32(row + j);
+            tops = select_f(v > tops, v, tops);
+        }
+        for (int lane = 0; lane < LANES; lane++) top = fmaxf(top, tops[lane] * scale);
         vf sum_ = splat(0);
         for (long j = 0; j < n; j += LANES) {
             vf p = exp_f(load_f32(row + j) * scale - top);
@@ -39,7 +44,7 @@ static void NAME(attend_block)(
         if (top > highest[i]) {
             float shrink = expf(highest[i] - top);
             total[i] *= shrink;
-            for (long d = 0; d < width; d++) out[i * width + d] *= shrink;
+            for (long d = 0; d < width && shrink; d++) out[i * width + d] *= shrink;
             highest[i] = top;
         }
         total[i] += sum(sum_);

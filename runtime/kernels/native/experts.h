@@ -5,7 +5,7 @@ static void NAME(gate_up)(
     Team* team, const Sizes* sizes, const T* x, const Buffers* at, const T* weights, T* inner
 ) {
     const int32_t *order = at->order, *first = at->first, *hit = at->hit;
-    long hits = count_hit(at), hidden = sizes->hidden, width = sizes->width, chunk = WEIGHTS / 2, each = parts(width, chunk);
+    long hits = count_hit(at, sizes->experts), hidden = sizes->hidden, width = sizes->width, chunk = WEIGHTS / 2, each = parts(width, chunk);
     float gate[TOKENS * WEIGHTS], up[TOKENS * WEIGHTS];
     const T* rows[TOKENS];
     ITEMS(team, item, hits * each) {
@@ -31,7 +31,7 @@ static void NAME(down)(
     Team* team, const Sizes* sizes, const T* inner, const Buffers* at, const T* weights, const T* probability, T* out
 ) {
     const int32_t *order = at->order, *first = at->first, *hit = at->hit;
-    long hits = count_hit(at), hidden = sizes->hidden, width = sizes->width, each = parts(hidden, WEIGHTS);
+    long hits = count_hit(at, sizes->experts), hidden = sizes->hidden, width = sizes->width, each = parts(hidden, WEIGHTS);
     float sums[TOKENS * WEIGHTS];
     const T* rows[TOKENS];
     ITEMS(team, item, hits * each + 1) {

@@ -66,7 +66,7 @@ static void NAME(one_experts)(
     Team* team, const Sizes* sizes, const Layer* w, const Buffers* at, long n, const T* x, const int32_t* chosen,
     const T* probability, T* out
 ) {
-    if (team->thread == 0) sort_tokens(chosen, n, sizes->experts, at);
+    ITEMS(team, item, 1) sort_tokens(chosen, n, sizes->experts, at);
     end_phase(team);
     NAME(gate_up)(team, sizes, x, at, w->gate_up, at->inner);
     end_phase(team);
@@ -79,7 +79,7 @@ void NAME(run_experts)(
     WITH_TEAM(threads, NAME(one_experts)(team, sizes, w, at, n, x, chosen, probability, out));
 }
 
-/* Wait for all, and count the time since the last mark to an operator. */
+/* Wait until all is done, and count the time since the last mark to an operator. */
 static void NAME(mark)(Team* team, int64_t* nanoseconds, int operator, int64_t* last) {
     end_phase(team);
     if (!nanoseconds || team->thread) return;
@@ -107,7 +107,7 @@ static void NAME(all_layers)(
         NAME(linear)(team, at->normed, hidden, n, w->qkv, NULL, projected, hidden, at->projected, projected, 0);
         NAME(mark)(team, nanoseconds, QKV, &last);
         NAME(one_cca)(team, step, sizes, w, at->projected, at->query);
-        if (nanoseconds) NAME(mark)(team, nanoseconds, CCA, &last);
+        NAME(mark)(team, nanoseconds, CCA, &last);
         NAME(one_attention)(team, step, sizes, w, at->query, at->attended);
         NAME(mark)(team, nanoseconds, ATTENTION, &last);
         NAME(linear)(team, at->attended, query, n, w->output, NULL, hidden, query, at->branch, hidden, 0);

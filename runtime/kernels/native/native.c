@@ -21,9 +21,10 @@ static void sort_tokens(const int32_t* chosen, long n, long experts, const Buffe
     for (long e = experts + 1; e > 0; e--) first[e] = first[e - 1];
     first[0] = 0;
 }
-static long count_hit(const Buffers* at) {
+/* Bounded, for a thread that comes late reads what the next layer is writing, before it finds its phase over. */
+static long count_hit(const Buffers* at, long experts) {
     long count = 0;
-    while (at->hit[count] >= 0) count++;
+    while (count < experts && at->hit[count] >= 0) count++;
     return count;
 }
 

@@ -151,7 +151,7 @@ static void NAME(keep)(
     Team* team, const Step* step, const T* projected, long width, long column, T* columns
 ) {
     long first = most(0, step->committed - step->ring), count = step->committed - first;
-    for (long item = team->thread; item < step->batch * count; item += team->threads) {
+    ITEMS(team, item, step->batch * count) {
         long b = item / count, s = first + item % count, entry = (step->lengths[b] + s) % step->ring;
         const T* from = projected + (b * step->slots + s) * width;
         memcpy(columns + (b * (step->ring + 1) + entry) * column, from, column * sizeof(T));
@@ -179,7 +179,7 @@ static void NAME(route)(
                 }
             NAME(norm_row)(own, width, eps, norm, first + t * width);
         }
-        Shared shared = {{0}};
+        Shared shared = {0};
         Team alone = {&shared, 0, 1, 0};
         NAME(linear)(&alone, first, width, count, fc1, fc1_bias, width, width, second, width, 1);
         end_phase(&alone);

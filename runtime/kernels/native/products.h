@@ -5,9 +5,11 @@
  */
 
 #define WEIGHTS 64 /* rows of a weight that one item of work covers */
-#define TOKENS 96  /* tokens whose activations are gone through together: they stay in the second-level cache */
-#define STREAMED 3
 #define AHEAD 4096 /* bytes that a stream of weights is fetched ahead: main memory answers after about 100 ns */
+#define TOKENS 96  /* tokens whose activations are gone through together: they stay in the second-level cache */
+/* Few tokens take the rows of a weight one after the other, if a row is long enough to pay for summing up its lanes. */
+#define STREAMED_TOKENS 3
+#define STREAMED_BYTES 1024
 
 #if T_IS_BF16 && defined(__AVX512BF16__)
 #define STEP 32
@@ -124,7 +126,7 @@ static void NAME(product)(
     const T* const* x, long m, const T* w, long ldw, long n, long k, float* out, long ldo
 ) {
     long r = 0;
-    if (m > STREAMED)
+    if (m > STREAMED_TOKENS || k * sizeof(T) < STREAMED_BYTES)
         for (; r + 4 <= n; r += 4)
             for (long t = 0; t < m; t += TILE)
                 NAME(tiles)(

@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
@@ -128,30 +129,52 @@ INLINE vf gelu_f(vf x) {
 }
 INLINE vf silu_f(vf x) { return x / (exp_f(-x) + 1.0f); }
 
-/* Threads share the items of a phase: whoever is free takes the next. A barrier ends every phase. */
+/* Threads share the items of a phase: whoever is free takes the next, and a phase is over when all are done. Nobody waits
+ * for a thread that does nothing: one that the system has put aside finds its phases over, and catches up.
+ */
 typedef struct {
-    long next[3]; /* of this phase, and of those before and behind it */
+    uint64_t state; /* the phase, and in the lower half its next item */
+    char apart[120];
+    long done; /* of this phase's items */
 } Shared;
 typedef struct {
     Shared* shared;
-    int thread, threads, phase;
+    int thread, threads;
+    uint64_t phase; /* in which this thread is */
 } Team;
 
-INLINE long take(Team* team) {
-    return __atomic_fetch_add(&team->shared->next[team->phase % 3], 1, __ATOMIC_RELAXED);
+/* An item of this phase, or `count` when all are taken. What a phase reads to find its items is right while it lasts. */
+INLINE long take(Team* team, long count) {
+    uint64_t state = __atomic_load_n(&team->shared->state, __ATOMIC_ACQUIRE), following = (team->phase + 1) << 32;
+    if (count == 0 && state == team->phase << 32)
+        __atomic_compare_exchange_n(&team->shared->state, &state, following, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    while (state >> 32 == team->phase && (long)(uint32_t)state < count)
+        if (__atomic_compare_exchange_n(
+                &team->shared->state, &state, state + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE
+            ))
+            return (uint32_t)state;
+    return count;
+}
+INLINE void finish(Team* team, long count) {
+    if (__atomic_add_fetch(&team->shared->done, 1, __ATOMIC_ACQ_REL) < count) return;
+    __atomic_store_n(&team->shared->done, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&team->shared->state, (team->phase + 1) << 32, __ATOMIC_RELEASE);
 }
 INLINE void end_phase(Team* team) {
-    if (team->threads > 1) {
-#pragma omp barrier
+    for (int tries = 0; __atomic_load_n(&team->shared->state, __ATOMIC_ACQUIRE) >> 32 <= team->phase; tries++) {
+        if (tries > 2000) sched_yield();
+#if defined(__x86_64__)
+        else __builtin_ia32_pause();
+#endif
     }
-    /* Everyone has left the phase before this one, so that its counter can serve the phase behind the next. */
-    if (team->thread == 0) __atomic_store_n(&team->shared->next[(team->phase + 2) % 3], 0, __ATOMIC_RELAXED);
     team->phase++;
 }
-#define ITEMS(team, item, count) for (long item; (item = take(team)) < (count);)
+#define ITEMS(team, item, count)                                                      \
+    for (long count_ = (count), item = take(team, count_); item < count_;             \
+         finish(team, count_), item = take(team, count_))
 #define WITH_TEAM(count, ...)                                                            \
     do {                                                                                 \
-        Shared shared = {{0}};                                                           \
+        Shared shared = {0};                                                             \
         int wanted = (count);                                                            \
         if (wanted <= 1) {                                                               \
             Team team_ = {&shared, 0, 1, 0}, *team = &team_;                             \
