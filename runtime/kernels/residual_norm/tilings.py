@@ -35,7 +35,7 @@ def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
         {"ROWS": count, "num_warps": min(warp, target.max_warps), "num_stages": stages}
         for count in rows
         for warp in warps
-        for stages in ((1, 2) if count > 1 else (1,))
+        for stages in ((1, 2) if count > 1 and target.backend == "cuda" else (1,))
     ]
     if target.backend == "hip":
         found = [{**tiling, "waves_per_eu": waves} for waves in (0, 2) for tiling in found]
