@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, proxy, ref
 
 import numpy as np
 import torch
@@ -222,7 +222,7 @@ class StepGraph:
         self._randomness = StaticRandomness(rows, device)
         self._decode = PaddedDecode(
             decode.model,
-            decode.cache,
+            proxy(decode.cache),  # which keeps this graph, and must not be kept by it
             decoding,
             self._anchors,
             self._randomness,
@@ -242,7 +242,8 @@ class StepGraph:
         self._loaded: tuple[Tensor | None, Draft | None] = (None, None)  # what the caller's decode has of these buffers
         self._committed: Tensor | None = None  # int64 [rows, 1 + W], where a replay leaves its result
         self._host: Tensor | None = None
-        self._replay: Callable[[], None] | None = None
+        self._replay: Callable[[], None] | None = None  # None on a CPU
+        self._captured = False
 
     @torch.inference_mode()
     def step(self, decode: Decode) -> list[list[int]]:
@@ -252,13 +253,12 @@ class StepGraph:
         total = max(cache.lengths) + decode.decoding.slots
         require(total <= cache.capacity, f"{total} positions do not fit the cache of {cache.capacity}")
         self._load(decode, batch)
-        if self._replay is None:
+        if not self._captured:
             self._capture(lengths)
             self._loaded = (None, None)
             self._load(decode, batch)
-        assert self._replay is not None
         self._randomness.fill(decode.randomness.generators)
-        self._replay()
+        (self._replay or self._run)()
         rows = self._read(decode, batch)
         tokens = [row[1 : 1 + row[0]] for row in rows]
         cache.wrote([self._decode.kept] * batch)
@@ -289,9 +289,10 @@ class StepGraph:
             self._randomness.allocate()
             lengths.copy_(before)  # or the next run would write further behind
 
-        self._replay = captured(self._run, self._device, warm=warm, pool=self._pool)
+        replay, self._captured = captured(self._run, self._device, warm=warm, pool=self._pool), True
         if self._device.type == "cuda":
             assert self._committed is not None
+            self._replay = replay
             self._host = torch.zeros(self._committed.shape, dtype=torch.int64, pin_memory=True)
             self._arrived = torch.cuda.Event()
 

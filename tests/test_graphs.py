@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from functools import cache
+from weakref import ref
 
 import pytest
 import torch
@@ -114,6 +116,20 @@ def test_a_cache_in_use_is_nobody_elses() -> None:
     assert larger is not caches[0] and larger.rows == 4 and larger.capacity == graphs.CAPACITY_STEP
     del owners
     assert graphs.lease(own, own, 2, 200, 1, 4) is larger
+
+
+def test_what_is_left_behind_frees_its_memory_at_once() -> None:
+    own = noisy_model()
+    own.kernels = KernelConfig(engine="graphs")
+    gc.disable()
+    try:
+        generate(own, [[1, 2]], SETTINGS["dense levels"], max_new_tokens=5)
+        cache = ref(own.leased[0])
+        assert cache() is not None
+        own.leased = None
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_the_least_recently_used_graph_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
