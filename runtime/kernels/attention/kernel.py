@@ -3,7 +3,9 @@
 A tile's rows are (slot, query head) pairs of one sequence and KV head. Its keys are divided among up to `splits`
 programs, each of which takes its share of the blocks that the sequence's length asks for; those left without keys end
 at once. Where several have keys, each leaves its normalised output and the logarithm of its sum of exponentials, and
-either the last one to arrive joins them (LAUNCHES 1) or a second kernel does (LAUNCHES 2).
+either the last one to arrive joins them (LAUNCHES 1) or a second kernel does (LAUNCHES 2). The former is for NVIDIA
+alone: on AMD a barrier does not wait for what other waves store to global memory, so that being counted would not mean
+being written.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.config import require
 from runtime.kernels.launch import launch
 from runtime.kernels.target import Tiling
 
@@ -123,7 +126,7 @@ def _join(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Weigh the outputs of a tile's active splits by their sums. ROWS: of a tile, rounded up to a power of two."""
-    AT_ONCE: tl.constexpr = 64 // ROWS if ROWS < 64 else 1  # in flight: each split is a trip to the L2 cache
+    AT_ONCE: tl.constexpr = 32 // ROWS if ROWS < 32 else 1  # in flight: each split is a trip to the L2 cache
     d = tl.arange(0, BLOCK_D)
     _, real, where = _rows(sequence, kv_head, tile * BLOCK_M, slots, KV_HEADS, GROUP, D, ROWS)
     best = tl.full([ROWS], float("-inf"), tl.float32)
@@ -235,12 +238,13 @@ def attention(
     """`reference.attention` in one or two launches. Tensors must be contiguous.
 
     tiling: BLOCK_M rows (slots x query heads of a KV head) and BLOCK_N keys of a tile, powers of two from 16 on;
-    PROGRAMS, as many as keys are divided for; SPLIT_BLOCKS, the fewest blocks of keys worth a program; LAUNCHES, 1 or
-    2; XCDS, the L2 caches that programs are handed out to in turn.
+    PROGRAMS, as many as keys are divided for; SPLIT_BLOCKS, the fewest blocks of keys worth a program; LAUNCHES, 1
+    (not on AMD: UserError) or 2; XCDS, the L2 caches that programs are handed out to in turn.
 
     With LAUNCHES 1, calls on one device must not overlap: they share counters, which are allocated (and zeroed) by the
     first call. Make that one before capturing a graph.
     """
+    require(not torch.version.hip or tiling["LAUNCHES"] == 2, "LAUNCHES must be 2 on AMD, but is 1 in this tiling")
     tokens, heads, width = query.shape
     batch, capacity, groups = len(lengths), keys.shape[1], keys.shape[2]
     tiles = batch * groups * triton.cdiv(slots * (heads // groups), tiling["BLOCK_M"])

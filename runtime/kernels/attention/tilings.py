@@ -18,7 +18,7 @@ def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
     for block_m in (16, 32, 64, 128):
         if block_m <= whole and block_m != default:
             base = _base(amd, block_m, masked)
-            found += [base, base | {"BLOCK_N": base["BLOCK_N"] // 2}, base | {"LAUNCHES": 2}]
+            found += [base, base | {"BLOCK_N": base["BLOCK_N"] // 2}, base | {"SPLIT_BLOCKS": 1}]
     return tuple(tiling for place, tiling in enumerate(found) if tiling not in found[:place])
 
 
@@ -29,7 +29,7 @@ def _base(amd: bool, block_m: int, masked: bool) -> dict[str, int]:
         "BLOCK_N": 64,
         "PROGRAMS": 608 if amd else 264,
         "SPLIT_BLOCKS": 2,
-        "LAUNCHES": 1,
+        "LAUNCHES": 2 if amd else 1,
         "XCDS": 8 if amd else 1,
         "num_warps": 8 if block_m > 64 or (masked and block_m > 32 and not amd) else 4,
         "num_stages": 2 if amd or block_m > 64 else 3,
@@ -39,7 +39,7 @@ def _base(amd: bool, block_m: int, masked: bool) -> dict[str, int]:
 
 def _changes(amd: bool) -> list[dict[str, int]]:
     """What is tried on the default, one thing at a time."""
-    common = [{"LAUNCHES": 2}, {"SPLIT_BLOCKS": 1}, {"SPLIT_BLOCKS": 4}, {"num_warps": 2}, {"num_warps": 8}]
+    common = [{"SPLIT_BLOCKS": 1}, {"SPLIT_BLOCKS": 4}, {"num_warps": 2}, {"num_warps": 8}]
     if amd:
         return [
             *common,
@@ -53,6 +53,7 @@ def _changes(amd: bool) -> list[dict[str, int]]:
         ]
     return [
         *common,
+        {"LAUNCHES": 2},
         {"BLOCK_N": 32, "num_stages": 4},
         {"BLOCK_N": 128, "num_stages": 2},
         {"num_stages": 2},
