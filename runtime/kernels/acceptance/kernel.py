@@ -16,59 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from runtime.kernels.acceptance.splits import find_place, first_best, leave, leave_best, row_mass, row_totals
 from runtime.kernels.launch import launch
 from runtime.kernels.target import Tiling
 from runtime.samplers.acceptance import Accepted, Draft
-
-
-@triton.jit
-def _peak(x):
-    """The largest of x, or 0 where all are -inf: what exponents can be taken from."""
-    peak = tl.max(x, axis=0)
-    return tl.where(peak == -float("inf"), 0.0, peak)
-
-
-@triton.jit
-def _leave(x, inverse, peaks, sums, place):
-    """Store a split's peak, and the sum of exp((x - peak) * inverse)."""
-    peak = _peak(x)
-    tl.store(peaks + place, peak)
-    tl.store(sums + place, tl.sum(tl.exp((x - peak) * inverse), axis=0))
-
-
-@triton.jit
-def _leave_best(x, column, peaks, bests, place, V: tl.constexpr):
-    """Store a split's largest entry, and the first column that has it."""
-    peak = tl.max(x, axis=0)
-    tl.store(peaks + place, peak)
-    tl.store(bests + place, tl.minimum(tl.min(tl.where(x == peak, column, V), axis=0), V - 1))
-
-
-@triton.jit
-def _best(peaks, bests, row, split, inside, SPLITS: tl.constexpr, V: tl.constexpr):
-    """The first column of a row's largest entry, from its splits."""
-    peak = tl.load(peaks + row * SPLITS + split, mask=inside, other=-float("inf"))
-    best = tl.load(bests + row * SPLITS + split, mask=inside, other=V - 1)
-    return tl.min(tl.where(inside & (peak == tl.max(peak, axis=0)), best, V - 1), axis=0)
-
-
-@triton.jit
-def _total(peaks, sums, row, inverse, split, inside, SPLITS: tl.constexpr):
-    """A row's peak, and its splits' sums beside that peak."""
-    peak = tl.load(peaks + row * SPLITS + split, mask=inside, other=-float("inf"))
-    mass = tl.load(sums + row * SPLITS + split, mask=inside, other=0.0)
-    highest = tl.max(tl.where(mass > 0, peak, -float("inf")), axis=0)
-    return highest, tl.where(mass > 0, mass * tl.exp((peak - highest) * inverse), 0.0)
-
-
-@triton.jit
-def _find(weight, place, goal):
-    """The place at which the sum of the weights exceeds the goal; where rounding leaves none, of the last weight."""
-    some = weight > tl.sum(weight, axis=0) * 1e-30  # less is nothing: so that what is chosen has entries above zero
-    beyond = some & (tl.cumsum(weight, axis=0) > goal)
-    none = 2147483647
-    first = tl.min(tl.where(beyond, place, none), axis=0)
-    return tl.where(first == none, tl.max(tl.where(some, place, 0), axis=0), first)
 
 
 @triton.jit
@@ -90,11 +41,11 @@ def _draw_splits(
     if SAMPLED:
         temperature = tl.load(temperatures + row % rows)
         if temperature > 0:
-            _leave(x, 1.0 / temperature, peaks, sums, row * SPLITS + split)
+            leave(x, 1.0 / temperature, peaks, sums, row * SPLITS + split)
         else:
-            _leave_best(x, column, peaks, bests, row * SPLITS + split, V)
+            leave_best(x, column, peaks, bests, row * SPLITS + split, V)
     else:
-        _leave_best(x, column, peaks, bests, row * SPLITS + split, V)
+        leave_best(x, column, peaks, bests, row * SPLITS + split, V)
 
 
 @triton.jit
@@ -120,17 +71,17 @@ def _draw(
         temperature = tl.load(temperatures + row % rows)
         if temperature > 0:
             inverse = 1.0 / temperature
-            peak, mass = _total(peaks, sums, row, inverse, split, inside, SPLITS)
+            peak, mass = row_mass(peaks, sums, row, inverse, split, inside, SPLITS)
             goal = (tl.load(uniform + row) * tl.sum(mass, axis=0)).to(tl.float32)
-            chosen = _find(mass, split, goal)
+            chosen = find_place(mass, split, goal)
             column = chosen * BLOCK + tl.arange(0, BLOCK)
             x = tl.load(logits + row * V + column, mask=column < V, other=-float("inf")).to(tl.float32)
             goal -= tl.sum(tl.where(split < chosen, mass, 0.0), axis=0)
-            tl.store(tokens + row, _find(tl.exp((x - peak) * inverse), column, goal).to(tl.int64))
+            tl.store(tokens + row, find_place(tl.exp((x - peak) * inverse), column, goal).to(tl.int64))
         else:
-            tl.store(tokens + row, _best(peaks, bests, row, split, inside, SPLITS, V).to(tl.int64))
+            tl.store(tokens + row, first_best(peaks, bests, row, split, inside, SPLITS, V).to(tl.int64))
     else:
-        tl.store(tokens + row, _best(peaks, bests, row, split, inside, SPLITS, V).to(tl.int64))
+        tl.store(tokens + row, first_best(peaks, bests, row, split, inside, SPLITS, V).to(tl.int64))
 
 
 @triton.jit
@@ -168,11 +119,11 @@ def _verify_splits(
             V, K, STEP,
         )  # fmt: skip
         if SAMPLED:
-            _leave(x, inverse, peaks, sums, row * SPLITS + split)
+            leave(x, inverse, peaks, sums, row * SPLITS + split)
             if warm:
-                _leave(y, 1.0 / temperature, draft_peaks, draft_sums, (sequence * K + slot) * SPLITS + split)
+                leave(y, 1.0 / temperature, draft_peaks, draft_sums, (sequence * K + slot) * SPLITS + split)
         else:
-            _leave_best(x, column, peaks, bests, row * SPLITS + split, V)
+            leave_best(x, column, peaks, bests, row * SPLITS + split, V)
 
 
 @triton.jit
@@ -182,17 +133,6 @@ def _last(lengths, sequence, K: tl.constexpr):
     if lengths is not None:
         last = tl.load(lengths + sequence).to(tl.int32)
     return last
-
-
-@triton.jit
-def _totals(peaks, sums, row, inverse, split, inside, SPLITS: tl.constexpr):
-    """`_total` of several rows at once: their peaks, and the sums of all splits. inverse: per row."""
-    at = row[:, None] * SPLITS + split[None, :]
-    peak = tl.load(peaks + at, mask=inside, other=-float("inf"))
-    mass = tl.load(sums + at, mask=inside, other=0.0)
-    highest = tl.max(tl.where(mass > 0, peak, -float("inf")), axis=1)
-    beside = tl.where(mass > 0, mass * tl.exp((peak - highest[:, None]) * inverse[:, None]), 0.0)
-    return highest, tl.sum(beside, axis=1)
 
 
 @triton.jit
@@ -222,8 +162,8 @@ def _decide(
             y = tl.load(at, mask=judged & (MIXED | warm), other=0.0).to(tl.float32)
             if MIXED:
                 x = weight * x + rest * y
-            peak, total = _totals(peaks, sums, row, tl.where(judged, inverse, inverse), split, inside, SPLITS)
-            draft_peak, draft_total = _totals(
+            peak, total = row_totals(peaks, sums, row, tl.where(judged, inverse, inverse), split, inside, SPLITS)
+            draft_peak, draft_total = row_totals(
                 draft_peaks, draft_sums, sequence * K + slot, sharp, split, inside & warm[:, None], SPLITS
             )
             p = tl.exp((x - peak) * inverse) / total
@@ -239,7 +179,7 @@ def _decide(
         count = tl.minimum(count, tl.min(tl.where(judged & (passed == 0), slot, K), axis=0))
     tl.store(counts + sequence, count.to(tl.int64))
     if not SAMPLED:
-        best = _best(peaks, bests, sequence * (K + 1) + count, split, split < SPLITS, SPLITS, V)
+        best = first_best(peaks, bests, sequence * (K + 1) + count, split, split < SPLITS, SPLITS, V)
         tl.store(tokens + sequence, best.to(tl.int64))
 
 
@@ -259,7 +199,7 @@ def _weights(
     p = tl.exp((x - peak) * inverse) / total
     if warm:
         sharp = 1.0 / temperature
-        draft_peak, mass = _total(draft_peaks, draft_sums, sequence * K + slot, sharp, split, split < SPLITS, SPLITS)
+        draft_peak, mass = row_mass(draft_peaks, draft_sums, sequence * K + slot, sharp, split, split < SPLITS, SPLITS)
         q = tl.exp((y - draft_peak) * sharp) / tl.sum(mass, axis=0)
     else:  # all of the mass is on the draft
         token = tl.load(draft_tokens + sequence * K + slot, mask=judged, other=-1)
@@ -281,7 +221,7 @@ def _remain_splits(
     if slot < _last(lengths, sequence, K):
         split = tl.arange(0, SPLITS_UP)
         row = sequence * (K + 1) + slot
-        peak, mass = _total(peaks, sums, row, inverse, split, split < SPLITS, SPLITS)
+        peak, mass = row_mass(peaks, sums, row, inverse, split, split < SPLITS, SPLITS)
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         _, rest_of_p = _weights(
             ar_logits, draft_logits, draft_tokens, draft_temperatures, draft_peaks, draft_sums, sequence, slot, column,
@@ -304,13 +244,13 @@ def _redraw(
     split = tl.arange(0, SPLITS_UP)
     slot = tl.load(counts + sequence)
     row = sequence * (K + 1) + slot
-    peak, mass = _total(peaks, sums, row, inverse, split, split < SPLITS, SPLITS)
+    peak, mass = row_mass(peaks, sums, row, inverse, split, split < SPLITS, SPLITS)
     total = tl.sum(mass, axis=0)
     left = tl.load(remaining + sequence * SPLITS + split, mask=split < SPLITS, other=0.0)
     rejected = tl.sum(left, axis=0) > 1e-30
     mass = tl.where(rejected, left, mass / total)
     goal = (tl.load(uniform + sequence * (K + 1) + K) * tl.sum(mass, axis=0)).to(tl.float32)
-    chosen = _find(mass, split, goal)
+    chosen = find_place(mass, split, goal)
     goal -= tl.sum(tl.where(split < chosen, mass, 0.0), axis=0)
     column = chosen * BLOCK + tl.arange(0, BLOCK)
     p, rest_of_p = _weights(
@@ -320,7 +260,7 @@ def _redraw(
     )  # fmt: skip
     # What two kernels round differently may leave nothing of a split that had next to nothing.
     use = rejected & (tl.sum(rest_of_p, axis=0) > 0)
-    tl.store(tokens + sequence, _find(tl.where(use, rest_of_p, p), column, goal).to(tl.int64))
+    tl.store(tokens + sequence, find_place(tl.where(use, rest_of_p, p), column, goal).to(tl.int64))
 
 
 def draw(logits: Tensor, temperatures: Tensor, uniform: Tensor | None, *, tiling: Tiling) -> Tensor:
