@@ -6,7 +6,7 @@ import pytest
 
 from runtime.config import KernelConfig, ModelConfig
 from runtime.kernels.problem import Problem
-from runtime.kernels.selection import default_tiling, nearest_target
+from runtime.kernels.selection import Selection, default_tiling, nearest_target
 from runtime.kernels.target import TARGETS
 
 PROBLEM = Problem(ModelConfig(), batch=2, slots=5)  # 10 tokens
@@ -31,6 +31,7 @@ def test_settings_come_before_the_default() -> None:
     default = default_tiling("attention", "cpu", PROBLEM)
     own = dict(default) | {"num_stages": 7}
     kernels = KernelConfig(tilings={"attention": {16: own}})
-    assert default_tiling("attention", "cpu", PROBLEM, kernels) == own != default
+    selection = Selection("cpu", kernels)
+    assert default_tiling("attention", "cpu", PROBLEM, kernels) == selection("attention", PROBLEM) == own
     larger = Problem(ModelConfig(), batch=16, slots=5)  # no bucket holds it
-    assert default_tiling("attention", "cpu", larger, kernels) == default_tiling("attention", "cpu", larger)
+    assert selection("attention", larger) == default_tiling("attention", "cpu", larger)

@@ -19,10 +19,25 @@ def default_tiling(
 ) -> Tiling:
     """The tiling that `kernels` sets for so many tokens, else the first one of the device's target.
 
-    It costs some microseconds: keep what it returns. UserError for an unknown kernel.
+    It costs some microseconds: `Selection` keeps what it found. UserError for an unknown kernel.
     """
     chosen = kernels.tiling(kernel, problem.tokens) if kernels is not None else None
     return chosen or kernel_named(kernel).tilings(device_target(device), problem)[0]
+
+
+class Selection:
+    """The tilings of one model on one device, each looked up once."""
+
+    def __init__(self, device: torch.device | str, kernels: KernelConfig) -> None:
+        self.device, self.kernels = device, kernels
+        self._found: dict[tuple[object, ...], Tiling] = {}
+
+    def __call__(self, kernel: str, problem: Problem) -> Tiling:
+        """`default_tiling`; the problem's config must be the same in every call."""
+        key = (kernel, problem.batch, problem.slots, problem.context, problem.kind, problem.levels)
+        if key not in self._found:
+            self._found[key] = default_tiling(kernel, self.device, problem, self.kernels)
+        return self._found[key]
 
 
 def device_target(device: torch.device | str) -> Target:
