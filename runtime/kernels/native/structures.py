@@ -80,6 +80,7 @@ class Kept:
         """The address of a contiguous tensor of this type: of the given one, or of a copy where it is neither."""
         if tensor is None:
             return None
-        tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
+        if (dtype is not None and tensor.dtype != dtype) or not tensor.is_contiguous():
+            tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
         self.tensors.append(tensor)
         return tensor.data_ptr()
