@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hardware.files import UserError, known
@@ -66,8 +67,14 @@ def engine_of(model: Zaya, name: str = "auto") -> Engine:
 
 
 def use_engine(model: Zaya, name: str = "auto") -> Zaya:
-    """Let this engine run the model's forwards from here on. Returns the model."""
+    """Let this engine run the model's forwards from here on. Returns the model.
+
+    Triton launches on torch's current device: for `graphs` that becomes the model's.
+    """
     model.kernels = replace(model.kernels, engine=engine_of(model, name))
+    device = model.model.embed_tokens.weight.device
+    if model.kernels.engine == "graphs" and device.type == "cuda":
+        torch.cuda.set_device(device)
     return model
 
 

@@ -422,3 +422,33 @@ def test_a_cache_beyond_the_memory_is_one_line_that_says_how_large_it_is(monkeyp
         found.step()
     assert (found.active, found.waiting) == (0, 1)  # the request still waits
     assert outputs(drain(found))[0][1] == "length"
+
+
+def test_what_a_full_batch_needs_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model().new_cache(1, 45, 1)
+    row = sum(tensor.nbytes for tensor in (*one.keys, *one.values, *one.columns))
+    monkeypatch.setattr("runtime.cache.memory_bytes", lambda: 3 * row)
+    found = batcher(AUTOREGRESSIVE, 4)
+    found.submit(Request([1], 4))
+    with pytest.raises(UserError, match="a cache of batch 4 and 45 positions"):
+        found.step()
+
+
+def test_the_cache_stays_where_it_is_as_the_batch_grows() -> None:
+    found, stores = batcher(SETTINGS["dense levels"], 4), []
+    for index in range(4):
+        found.submit(Request([1, 2], 30 - index, (index,), ()))
+        found.step()
+        assert found._decode is not None
+        stores.append([tensor.data_ptr() for tensor in found._decode.cache.keys])
+    drain(found)
+    assert all(store == stores[0] for store in stores)
+
+
+def test_the_last_rows_fill_the_gaps() -> None:
+    for rows in range(1, 7):
+        for number in range(1 << rows):
+            taken = [bool(number >> row & 1) for row in range(rows)]
+            found = batching._packed(taken)
+            assert sorted(found) == [row for row in range(rows) if taken[row]]
+            assert sum(row != place for place, row in enumerate(found)) == sum(taken[len(found) :])
