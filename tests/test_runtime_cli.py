@@ -61,6 +61,21 @@ def test_bench_times_a_grid_and_keeps_the_records(
     assert len(run(capsys, "bench", *grid).splitlines()) == len(records)
 
 
+def test_the_engine_that_is_asked_for_runs_and_stands_in_the_record(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = ["--model", checkpoint, "--batch", 2, "--slots", 3, "--context", 9, "--repeats", 1]
+    for engine in ("eager", "lean"):
+        run(capsys, "bench", *point, "--engine", engine, "--out", tmp_path / "runs.jsonl")
+    assert [m.kernels.engine for m in read_jsonl(tmp_path / "runs.jsonl")] == ["eager"] * 2 + ["lean"] * 2
+    texts = [
+        json.loads(run(capsys, "generate", "--model", checkpoint, "--prompt", "a", "--engine", engine, "--json"))
+        for engine in ("eager", "lean")
+    ]
+    assert texts[0]["results"] == texts[1]["results"]
+    assert [text["served"][0]["kernels"]["engine"] for text in texts] == ["eager", "lean"]
+
+
 def test_bench_compares_generations_with_autoregressive_ones(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +199,9 @@ def test_generate_follows_a_deployment(checkpoint: Path, tmp_path: Path, capsys:
         ("generate", ["--device", "cuda:9"], ["no device cuda:9"]),
         ("generate", ["--device", "abacus"], ["unknown device 'abacus'", "cpu, cuda"]),
         ("generate", ["--dtype", "int3"], ["unknown dtype 'int3'", "bfloat16"]),
+        ("generate", ["--engine", "jet"], ["unknown engine 'jet'", "compiled, eager"]),
+        ("generate", ["--engine", "graphs"], ["the engine graphs runs on a GPU, but the model is on cpu"]),
+        ("bench", ["--engine", "lean", "--dtype", "float16"], ["the engine lean computes in float32 or bfloat16"]),
         ("generate", ["--draft-tokens", "0"], ["draft_tokens >= 1 must hold, but got 0"]),
         ("generate", ["--mixing-weight", "1.5"], ["0 <= mixing_weight <= 1", "1.5"]),
         ("generate", ["--sampler", "psychic"], ["unknown sampler 'psychic'", "two_forward"]),
