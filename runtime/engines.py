@@ -67,14 +67,8 @@ def engine_of(model: Zaya, name: str = "auto") -> Engine:
 
 
 def use_engine(model: Zaya, name: str = "auto") -> Zaya:
-    """Let this engine run the model's forwards from here on. Returns the model.
-
-    Triton launches on torch's current device: for `graphs` that becomes the model's.
-    """
+    """Let this engine run the model's forwards from here on. Returns the model."""
     model.kernels = replace(model.kernels, engine=engine_of(model, name))
-    device = model.model.embed_tokens.weight.device
-    if model.kernels.engine == "graphs" and device.type == "cuda":
-        torch.cuda.set_device(device)
     return model
 
 
@@ -122,6 +116,8 @@ def bound(model: Zaya, cache: Cache) -> Bound:
         if (found.kernels.engine, found.kernels.tilings) == (kernels.engine, kernels.tilings):
             found.kernels = kernels
             return found
+    if weights.table.is_cuda:
+        torch.cuda.set_device(weights.table.device)  # Triton and graphs work on torch's current device
     made = FusedForward(model, operators(model, kernels), cache, compiled=kernels.engine == "compiled")
     cache.bound = Bound(kernels, weights, made)
     return cache.bound
