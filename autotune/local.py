@@ -25,6 +25,7 @@ from runtime.checkpoint import find_checkpoint, load_model
 from runtime.config import Workload, require
 from runtime.conversion.data import evaluation_problems
 from runtime.conversion.tasks import FAMILIES, Problem
+from runtime.engines import engine_of
 from runtime.model.zaya import Zaya
 from runtime.tokenizer import Tokenizer, load_tokenizer
 
@@ -117,6 +118,7 @@ def tune_local(
         drafts=config.mask_token_id is not None,
         lossless=plan.lossless,
         histogram=plan.histogram,
+        engine=engine_of(tuned.model),
     )
     subject = Subject(
         model=tuned.name,

@@ -57,6 +57,7 @@ class LocalRunner:
             return f"prompt and new tokens need {needed} positions, but the model has {config.max_position_embeddings}"
         tokens = self._batch * decoding.slots
         copied = {"gather": tokens, "dense": config.num_experts}.get(kernels.expert_mode(tokens), 0)
+        copied = copied if kernels.engine == "eager" else 0
         dtype = str(self._model.model.embed_tokens.weight.dtype).removeprefix("torch.")
         size = copied * 3 * config.hidden_size * config.moe_intermediate_size * DTYPE_BYTES[dtype]
         if size > memory_bytes() / 2:

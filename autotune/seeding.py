@@ -13,7 +13,7 @@ import numpy as np
 from autotune.space import LEAST_MIXING_WEIGHT, MAX_DRAFT_TOKENS, NO_THRESHOLD, Candidate, Space, Value, shortened
 from hardware.files import UserError
 from perfmodel.acceptance import judged, tokens_per_step
-from runtime.config import DecodingConfig, ExpertMode, KernelConfig, Workload
+from runtime.config import DecodingConfig, Engine, ExpertMode, KernelConfig, Workload
 from runtime.levels import steady_tokens
 
 if TYPE_CHECKING:
@@ -82,10 +82,12 @@ class Predictor:
         workload: Workload,
         engine: EngineProfile | str | None = None,
     ) -> None:
+        """engine: of the forwards it describes; others are predicted by our own engine for them."""
         from perfmodel.engine import engine_for
 
         self._spec, self._hardware, self._workload = spec, hardware, workload
-        self._engine = engine_for(hardware, engine)
+        found = engine_for(hardware, engine)
+        self._engines = {found.kernels.engine: found}
         self._step_seconds = lru_cache(maxsize=None)(self._time_steps)
 
     def __call__(self, candidate: Candidate, acceptance: Acceptance | None) -> float | None:
@@ -97,13 +99,13 @@ class Predictor:
         if decoding.sampler == "single_forward":  # a request's first step has no drafts yet and commits one token
             generated = self._workload.generated_tokens
             tokens = generated / (1 + (generated - 1) / tokens)
-        mode = kernels.expert_mode(batch * decoding.slots)
+        mode = kernels.expert_mode(batch * decoding.slots) if kernels.engine == "eager" else None
         kind = DecodingConfig(  # the rest does not change a step
             decoding.sampler, MAX_DRAFT_TOKENS, denoising_steps=decoding.denoising_steps, verify=decoding.verify
         )
         levels = None if decoding.proposal_levels is None else len(decoding.proposal_levels)
         experts = acceptance.experts if acceptance else ()
-        seconds = self._step_seconds(kind, levels, mode, kernels.threads, experts)
+        seconds = self._step_seconds(kind, levels, kernels.engine, mode, kernels.threads, experts)
         if seconds is None:
             return None
         return float(batch * tokens / seconds[decoding.draft_tokens - 1 if decoding.drafts else 0])
@@ -112,7 +114,8 @@ class Predictor:
         self,
         kind: DecodingConfig,
         levels: int | None,
-        mode: ExpertMode,
+        ran: Engine,
+        mode: ExpertMode | None,
         threads: int | None,
         experts: tuple[tuple[float, float], ...],
     ) -> npt.NDArray[np.float64] | None:
@@ -121,6 +124,7 @@ class Predictor:
         None for a thread count, mode or sampler that the profile or the engine knows nothing of.
         """
         from perfmodel.decoding import setting, time_step
+        from perfmodel.engine import engine_for
         from perfmodel.steps import step_of
 
         work = self._workload
@@ -128,14 +132,19 @@ class Predictor:
         step = step_of(kind, draft_tokens=drafts, levels=levels)
         most = work.batch * max(float(np.max(forward.slots)) for forward in step.forwards)
         context = work.prompt_tokens + work.generated_tokens / 2
+        kernels = KernelConfig(threads=threads, engine=ran)
+        if mode is not None:
+            kernels = KernelConfig({1_000_000: mode}, threads)
         try:
+            if ran not in self._engines:
+                self._engines[ran] = engine_for(self._hardware, None, ran)
             at = setting(
                 self._spec,
                 self._hardware,
                 work.dtype,
                 expert_coverage=coverage(experts, self._spec.num_experts, most),
-                engine=self._engine,
-                kernels=KernelConfig({1_000_000: mode}, threads),
+                engine=self._engines[ran],
+                kernels=kernels,
             )
             return np.broadcast_to(time_step(at, step, work.batch, context).seconds, drafts.shape)
         except UserError:
@@ -178,7 +187,7 @@ def pilots(space: Space, default: Candidate) -> list[Candidate]:
         return found
     for weight in _PILOT_MIXING_WEIGHTS if "mixing_weight" in names else (1.0,):
         decoding = DecodingConfig("two_forward", draft_tokens=MAX_DRAFT_TOKENS, mixing_weight=weight)
-        kernels = KernelConfig({1_000_000: KernelConfig().experts[1_000_000]}, 1)
+        kernels = KernelConfig({1_000_000: KernelConfig().experts[1_000_000]}, 1, default.kernels.engine)
         found.append(space.candidate(space.encode(Candidate(decoding, kernels))))
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from runtime.config import EXPERT_MODES, SAMPLER_NAMES, DecodingConfig, KernelConfig, require
+from runtime.config import ENGINES, EXPERT_MODES, SAMPLER_NAMES, DecodingConfig, Engine, KernelConfig, require
 from runtime.levels import optimal
 
 MAX_DRAFT_TOKENS = 24
@@ -130,6 +130,8 @@ class Space:
                 chosen["confidence_threshold"] = threshold
         decoding = DecodingConfig(given["sampler"], **chosen)
         mode = given["experts_block" if decoding.drafts else "experts_single"]
+        if mode in ENGINES:
+            return Candidate(decoding, KernelConfig(threads=given["threads"], engine=mode))
         tokens = self.batch * decoding.slots
         prefill = KernelConfig().experts[_ANY_TOKENS]
         return Candidate(decoding, KernelConfig({tokens: mode, _ANY_TOKENS: prefill}, given["threads"]))
@@ -148,7 +150,8 @@ class Space:
     def encode(self, candidate: Candidate) -> dict[str, Value]:
         """The parameter values of a setting, for enqueueing. UserError when the space does not hold it."""
         decoding, kernels = candidate
-        mode = kernels.expert_mode(self.batch * decoding.slots)
+        fused = kernels.engine != "eager"
+        mode = kernels.engine if fused else kernels.expert_mode(self.batch * decoding.slots)
         values: dict[str, Any] = {
             "sampler": decoding.sampler,
             "draft_tokens": decoding.draft_tokens,
@@ -205,7 +208,7 @@ class Space:
             ]
         found: dict[object, Candidate] = {}
         for decoding, kernels in map(self.candidate, points):
-            known = decoding, tuple(kernels.experts.items()), kernels.threads
+            known = decoding, tuple(kernels.experts.items()), kernels.threads, kernels.engine
             found.setdefault(known, Candidate(decoding, kernels))
         return list(found.values())
 
@@ -225,20 +228,31 @@ def _active(parameter: Parameter, params: Mapping[str, Value]) -> bool:
 
 
 def decoding_space(
-    *, batch: int, cores: int, drafts: bool = True, lossless: bool = False, histogram: Sequence[float] = ()
+    *,
+    batch: int,
+    cores: int,
+    drafts: bool = True,
+    lossless: bool = False,
+    histogram: Sequence[float] = (),
+    engine: Engine = "eager",
 ) -> Space:
     """What can be set on a CPU. drafts: whether the model can draft; lossless: only what gives the model's own tokens.
 
     histogram: see `Space`. How the experts run is the CPU's counterpart of a kernel's tiling; it is set for the most
     tokens that the sampler sends at once. Prefill keeps its default. Denoising is verified with w = 1, or not at all.
+    engine: the device's default one; unless it is eager, it is a choice beside the modes of the eager one.
     """
     require(batch >= 1, f"batch >= 1 must hold, but got {batch}")
     samplers = SAMPLER_NAMES if drafts else SAMPLER_NAMES[:1]
-    modes: tuple[Value, ...] = EXPERT_MODES
+    modes: tuple[Value, ...] = EXPERT_MODES if engine == "eager" else (engine, *EXPERT_MODES)
     parameters = [
         Parameter("sampler", "choice", "how tokens are produced", samplers),
         Parameter(
-            "experts_single", "choice", "how one token's expert is run", modes, when=("sampler", "autoregressive")
+            "experts_single",
+            "choice",
+            "how one token's expert is run, or the engine",
+            modes,
+            when=("sampler", "autoregressive"),
         ),
         Parameter("threads", "integer", "threads of a matmul", low=1, high=cores),
     ]
@@ -263,7 +277,7 @@ def _drafting(samplers: tuple[str, ...], modes: tuple[Value, ...], lossless: boo
             when=("denoising_steps", *steps[1:]),
         ),
         Parameter("verify", "choice", "verify the block", (True,) if lossless else (False, True), when=denoising),
-        Parameter("experts_block", "choice", "how a block's experts are run", modes, when=block),
+        Parameter("experts_block", "choice", "how a block's experts are run, or the engine", modes, when=block),
     ]
     if not lossless:
         found.append(
@@ -281,7 +295,8 @@ def _drafting(samplers: tuple[str, ...], modes: tuple[Value, ...], lossless: boo
 
 
 def default_candidate(space: Space, threads: int) -> Candidate:
-    """What runs untuned: autoregressive decoding, the kernels' default, the process's thread count."""
-    kernels = KernelConfig()
-    mode = kernels.expert_mode(space.batch)
+    """What runs untuned: autoregressive decoding, the device's engine, the kernels' default, the process's threads."""
+    (choice,) = (p for p in space.parameters if p.name == "experts_single")
+    engines = [value for value in choice.choices if value in ENGINES]
+    mode = engines[0] if engines else KernelConfig().expert_mode(space.batch)
     return space.candidate({"sampler": "autoregressive", "experts_single": mode, "threads": threads})

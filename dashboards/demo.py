@@ -26,7 +26,7 @@ from perfmodel.decoding import predict
 from perfmodel.engine import EngineProfile, engine_for, save_engine
 from perfmodel.experts import ExpertCoverage
 from perfmodel.model_spec import load_spec, require_context
-from perfmodel.validation import recorded_coverage, summaries, validate
+from perfmodel.validation import ran_by, recorded_coverage, summaries, validate
 from runtime.config import DecodingConfig, require
 from runtime.deployment import load_deployment
 from runtime.measurement import ForwardKind, Measurement, append_jsonl
@@ -95,7 +95,11 @@ def run(
     ]
     coverage = recorded_coverage(fitted)
     engine = calibrate(
-        fitted, hardware, engine_for(hardware, None), source="calibration.jsonl", expert_coverage=coverage
+        fitted,
+        hardware,
+        engine_for(hardware, None, ran_by(fitted)),
+        source="calibration.jsonl",
+        expert_coverage=coverage,
     )
     save_engine(engine, out / "engine.yaml")
     speedups = tuple(_speedup(pair, hardware, engine, coverage) for pair in pairs)

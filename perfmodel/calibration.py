@@ -11,7 +11,7 @@ import numpy as np
 
 from hardware.profile import HardwareProfile
 from perfmodel import fitting
-from perfmodel.engine import PARAMETERS, EngineProfile, Fit
+from perfmodel.engine import EngineProfile, Fit
 from perfmodel.experts import ExpertCoverage
 from perfmodel.fitting import folds
 from perfmodel.validation import MeasuredPoints, forwards, point_name
@@ -78,17 +78,17 @@ def calibrate(
     require_device(data.rows, hardware)
     names = [point_name(m) for m in data.rows]
     points = tuple(sorted(set(names)))
-    needed = 2 * len(PARAMETERS)
+    needed = 2 * len(engine.parameters)
     require(len(points) >= needed, f"calibration needs at least {needed} operating points, but got {len(points)}")
 
     def scaled(values: Mapping[str, float]) -> EngineProfile:
-        return dataclasses.replace(engine, scale={p: values[p] for p in PARAMETERS})
+        return dataclasses.replace(engine, scale={p: values[p] for p in engine.parameters})
 
     problem = fitting.Problem(
         lambda values: data.predict(scaled(values))[0],
         data.measured,
         names,
-        {p: engine.scale_of(p) for p in PARAMETERS},
+        {p: engine.scale_of(p) for p in engine.parameters},
         prior=_PRIOR,
         outlier=_OUTLIER,
     )

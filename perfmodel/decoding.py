@@ -164,12 +164,12 @@ def setting(
     kernels: KernelConfig | None = None,
     parallel: Parallel = ALONE,
 ) -> Setting:
-    """Resolve names and defaults: our engine for the kind of hardware, and the kernels and coverage that it names.
+    """Resolve names and defaults: our engine for the kind of hardware and of kernels, and what it names itself.
 
     precision: a dtype stands for everything in it. UserError for unknown names, a dtype without a peak on the device,
     sizes that do not divide over the devices, and more devices than the profile's interconnect joins.
     """
-    found = engine_for(hardware, engine)
+    found = engine_for(hardware, engine, kernels.engine if kernels is not None else None)
     named = expert_coverage or found.expert_coverage
     coverage = parse_coverage(named) if isinstance(named, str) else named
     chosen = kernels_for(found, parallel, kernels)

@@ -16,10 +16,17 @@ from perfmodel.experts import parse_coverage
 from perfmodel.kernels.library import Family
 from perfmodel.operators import FORWARD_OPERATORS
 from perfmodel.steps import FORWARDS, WORK_ENTRIES
-from runtime.config import EXPERT_MODES, KernelConfig, require
+from runtime.config import EXPERT_MODES, Engine, KernelConfig, require
 
-Parameter = Literal["dispatch", "matmul", "attention", "cache", "activations"]
-PARAMETERS: tuple[Parameter, ...] = ("dispatch", "matmul", "attention", "cache", "activations")
+Parameter = Literal["dispatch", "matmul", "weights", "attention", "cache", "activations"]
+PARAMETERS: tuple[Parameter, ...] = ("dispatch", "matmul", "weights", "attention", "cache", "activations")
+# The engines of our own runtime, by kind of device and the `KernelConfig.engine` that they describe.
+OURS: dict[tuple[str, Engine], str] = {
+    ("cpu", "lean"): "ridgepoint-lean",
+    ("cpu", "eager"): "ridgepoint-cpu",
+    ("gpu", "graphs"): "ridgepoint-graphs",
+    ("gpu", "eager"): "ridgepoint-eager",
+}
 DESCRIBED = tuple(name for name in FORWARD_OPERATORS if name not in ("experts", "collective"))
 DEFAULT = "default"  # the host costs of devices that have none of their own
 
@@ -135,7 +142,9 @@ class EngineProfile:
     overlap: whether an operator's memory traffic hides behind its arithmetic (one fused kernel) or adds to it.
     scale: what calibration changes, 1 = the profile's own figure. dispatch multiplies the host's seconds per launch;
     matmul, attention, cache and activations multiply the achieved rates of matmuls, of attention's arithmetic, of
-    reading the KV cache and of moving activations.
+    reading the KV cache and of moving activations; weights that of reading weights, of engines with own matmuls.
+    own_matmuls: the engine's matmuls are not those that a probe measures, but kernels that take the longer of reading
+    their weights and of their arithmetic.
     hosts: by device, vendor or "default", the most specific one alone counts. intervals: 90% intervals of fitted host
     costs, as "h100-sxm.forward_seconds". spread: 80% of measured steps that no fit had seen lie within the estimate
     times or over exp(spread); None: that of the kernels. spreads: the same for steps of a kind, where enough were
@@ -163,6 +172,7 @@ class EngineProfile:
     requests: Requests | None = None  # None: not known
     builds: dict[str, float] = field(default_factory=dict)
     expert_coverage: str = "uniform"  # of a prediction that names none: that under which the engine was fitted
+    own_matmuls: bool = False
 
     def __post_init__(self) -> None:
         parse_coverage(self.expert_coverage)
@@ -249,6 +259,11 @@ class EngineProfile:
         """The spread of the first of these kinds that has one of its own, else that of all steps."""
         return next((self.spreads[kind] for kind in kinds if kind in self.spreads), self.known_spread)
 
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The scales that calibration can tell apart."""
+        return tuple(p for p in PARAMETERS if p != "weights" or self.own_matmuls)
+
     def scale_of(self, parameter: Parameter) -> float:
         """The calibrated factor, 1 where none was fitted."""
         return self.scale.get(parameter, 1.0)
@@ -309,10 +324,19 @@ def _over(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 _MERGED = ("operators", "experts", "sampler", "sources", "scale", "hosts", "intervals")
 
 
-def engine_for(hardware: HardwareProfile, engine: EngineProfile | str | None) -> EngineProfile:
-    """The engine for a device: the given one, or ours. UserError if it cannot run there, or was fitted elsewhere."""
+def engine_for(
+    hardware: HardwareProfile, engine: EngineProfile | str | None, ran: Engine | None = None
+) -> EngineProfile:
+    """The engine for a device: the given one, or ours. UserError if it cannot run there, or was fitted elsewhere.
+
+    ran: the engine of our runtime that forwards ran with; None: its default on such a device.
+    """
     if engine is None:
-        engine = "ridgepoint-cpu" if hardware.kind == "cpu" else "ridgepoint-eager"
+        ours = ran or ("lean" if hardware.kind == "cpu" else "graphs")
+        described = [name for kind, name in OURS if kind == hardware.kind]
+        if ours not in described:
+            raise known(f"described engine of a {hardware.kind}", ours, described)
+        engine = OURS[hardware.kind, ours]
     found = load_engine(engine) if isinstance(engine, str) else engine
     if found.hardware_kind != hardware.kind:
         fitting = sorted(name for name in list_engines() if load_engine(name).hardware_kind == hardware.kind)

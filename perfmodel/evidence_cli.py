@@ -85,7 +85,7 @@ def _calibrate_ours(
     from perfmodel.calibration import calibrate as run
     from perfmodel.calibration import split
     from perfmodel.engine import engine_for, save_engine
-    from perfmodel.validation import summaries
+    from perfmodel.validation import ran_by, summaries
     from perfmodel.validation import validate as check
 
     if out.suffix not in (".yaml", ".yml"):
@@ -94,7 +94,7 @@ def _calibrate_ours(
     rows = _read(measurements)
     kept, apart = split(rows, held_out)
     coverage = _coverage(expert_coverage, kept)  # what the rows apart counted is not known when they are predicted
-    start = engine_for(device, engine)
+    start = engine_for(device, engine, ran_by(rows))
     fitted = run(kept, device, start, source=measurements.name, expert_coverage=coverage, draws=draws)
     path = save_engine(fitted, out)
     found = summaries(check([*kept, *apart], device, engine=fitted, expert_coverage=coverage))
@@ -186,13 +186,13 @@ def validate(
 
 def _validate_ours(measurements: Path, hardware: str, engine: str | None, coverage_name: str, as_json: bool) -> None:
     from perfmodel.engine import engine_for
-    from perfmodel.validation import summaries
+    from perfmodel.validation import ran_by, summaries
     from perfmodel.validation import validate as run
 
     device = load_profile(hardware)
     rows = _read(measurements)
     coverage = _coverage(coverage_name, rows)
-    used = engine_for(device, engine)
+    used = engine_for(device, engine, ran_by(rows))
     found = run(rows, device, engine=used, expert_coverage=coverage)
     summary = summaries(found)
     if as_json:

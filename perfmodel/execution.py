@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hardware.files import UserError
 from perfmodel.costs import Call, Matmul, OperatorCost, Shape
-from perfmodel.engine import EngineProfile, OperatorHost
+from perfmodel.engine import OURS, EngineProfile, OperatorHost
 from perfmodel.kernels.call import Array, FusedMoe
 from perfmodel.model_spec import ModelSpec
 from perfmodel.operators import expert_matmuls
@@ -72,7 +72,15 @@ def kernels_for(engine: EngineProfile, parallel: Parallel, kernels: KernelConfig
     """The given kernels, or the engine's own; where experts are dealt out over devices, its grouped ones.
 
     UserError for another mode there: each device has the tokens of its own experts, which only grouped kernels take.
+    UserError for forwards that another engine of our runtime ran. A fused one has one way of running the experts.
     """
+    fused = engine.kernels.engine
+    if kernels is not None and engine.name.partition("@")[0] in OURS.values():
+        require(
+            kernels.engine == fused, f"engine {engine.name} describes {fused} forwards, but these are {kernels.engine}"
+        )
+    if kernels is not None and fused != "eager":
+        kernels = dataclasses.replace(engine.kernels, threads=kernels.threads)
     if parallel.expert == 1:
         return kernels or engine.kernels
     if kernels is None and "grouped" in engine.experts:

@@ -357,11 +357,15 @@ def _work(op: Executed, device: Device, engine: EngineProfile, stream_bytes: Arr
         arithmetic = cost.flops / (device.achieved_flops * engine.scale_of("attention"))
         memory = streamed + moved + cached / engine.scale_of("cache")
         return _hide(memory, arithmetic) if overlap else (memory, arithmetic)
-    matmul = np.zeros(np.shape(cost.flops))
-    for product in op.matmuls:
-        each = product.inner * product.outer * DTYPE_BYTES[device.dtype]
-        matmul = matmul + device.matmul_seconds(product, each, stream_bytes)
-    matmul = np.maximum(matmul, streamed) / engine.scale_of("matmul")
+    rate = engine.scale_of("matmul")
+    if engine.own_matmuls:
+        matmul = np.maximum(cost.flops / (device.achieved_flops * rate), streamed / engine.scale_of("weights"))
+    else:
+        matmul = np.zeros(np.shape(cost.flops))
+        for product in op.matmuls:
+            each = product.inner * product.outer * DTYPE_BYTES[device.dtype]
+            matmul = matmul + device.matmul_seconds(product, each, stream_bytes)
+        matmul = np.maximum(matmul, streamed) / rate
     waits = streamed > cost.flops / device.peak_flops  # a matmul that waits for its weights counts as memory
     if overlap:
         memory = streamed + moved + cached

@@ -15,7 +15,7 @@ from perfmodel.experts import CoveragePoint, ExpertCoverage
 from perfmodel.model_spec import ModelSpec, load_spec, require_context
 from perfmodel.operators import Array
 from perfmodel.steps import Step, most_fillings, step_of, title
-from runtime.config import require
+from runtime.config import Engine, require
 from runtime.measurement import Kind, Measurement
 
 
@@ -58,10 +58,18 @@ def point_name(m: Measurement) -> str:
         run = f"{title(m.decoding)} w={w:g} T={warmth:g} {m.batching}"
     elif m.forward == "single":
         run = title(m.decoding)
+    how = f"experts={m.kernels.expert_mode(tokens)}" if m.kernels.engine == "eager" else f"engine={m.kernels.engine}"
     return (
         f"{m.model} {m.workload.dtype} {run} batch={m.workload.batch} slots={m.slots} context={m.context} "
-        f"experts={m.kernels.expert_mode(tokens)} threads={threads}"
+        f"{how} threads={threads}"
     )
+
+
+def ran_by(measurements: Sequence[Measurement]) -> Engine:
+    """The engine of our runtime that ran them all; UserError where several did: each is predicted by its own."""
+    engines = sorted({m.kernels.engine for m in measurements})
+    require(len(engines) == 1, f"rows of one engine are needed, but they were run by {', '.join(engines) or 'none'}")
+    return engines[0]
 
 
 def measured_seconds(m: Measurement) -> float:
@@ -183,7 +191,7 @@ def validate(
     expert_coverage: ExpertCoverage | str = "uniform",
 ) -> list[Row]:
     """Predict every measurement. A row counts as fitted when the engine was calibrated on the same point."""
-    found = engine_for(hardware, engine)
+    found = engine_for(hardware, engine, ran_by(measurements))
     data = MeasuredPoints(measurements, hardware, expert_coverage)
     seconds, bound = data.predict(found)
     fitted = set(found.fit.points) if found.fit else None

@@ -312,6 +312,20 @@ def test_experts_beyond_the_pilots_tokens_go_on_as_they_began() -> None:
     assert every[0] == 7 and every == sorted(every) and every[-1] < 16.001
 
 
+def test_an_engine_of_its_own_is_a_choice_beside_the_eager_modes() -> None:
+    space = decoding_space(batch=2, cores=1, engine="lean")
+    default = default_candidate(space, 1)
+    assert default.kernels.engine == "lean"
+    assert {pilot.kernels.engine for pilot in pilots(space, default)} == {"lean"}
+    assert {c.kernels.engine for c in space.grid({"draft_tokens": (4,), "mixing_weight": (1.0,)})} == {"lean", "eager"}
+    assert space.candidate(space.encode(default)) == default
+    spec = spec_from_config(TINY, "tiny")
+    predict = Predictor(spec, made_up_cpu(), Workload(batch=2, prompt_tokens=20, generated_tokens=64))
+    eager = default_candidate(decoding_space(batch=2, cores=1), 1)
+    found = [predict(candidate, None) for candidate in (default, eager)]
+    assert found[0] is not None and found[1] is not None and found[0] > found[1]
+
+
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
 def test_every_sampler_is_predicted(sampler: Sampler) -> None:
     """For all settings of the space, from what the pilots recorded, as the performance model says it directly."""

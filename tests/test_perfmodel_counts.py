@@ -243,3 +243,42 @@ def test_a_samplers_forwards_are_those_of_the_runtime(sampler: Sampler) -> None:
             assert counted.forwards == steps * sum(times for times, _ in of_kind)
             first = 0 if decoding.lossless else decoding.draft_tokens - 1  # the first block has one token before it
             assert counted.slots == steps * sum(times * slots for times, slots in of_kind) - first
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(1, 1), (1, 17), (2, 5)])
+def test_the_kernels_of_graphs_are_those_that_start(batch: int, slots: int) -> None:
+    """Of a forward small enough that experts need no sorting, on an NVIDIA GPU."""
+    import torch
+
+    from runtime.kernels.launch import recording
+    from runtime.kernels.problem import Problem
+    from runtime.kernels.registry import KERNELS
+    from runtime.kernels.target import target
+
+    engine, problem = load_engine("ridgepoint-graphs"), Problem(ModelConfig(), batch, slots)
+    started: Counter[str] = Counter()
+    for name in ("embed", "residual_norm", "cca", "attention", "router", "experts"):
+        kernel = KERNELS[name]
+        with recording() as found:
+            given = kernel.inputs(problem, torch.bfloat16, "meta")
+            kernel.triton()(**given, tiling=kernel.tilings(target("sm_90"), problem)[0])
+        started[kernel.operator] += len(found)
+    assert engine.operators["embedding"].launches == started["embedding"] + started["norms_residual"]  # and first norm
+    for name in ("norms_residual", "cca", "attention", "router"):
+        assert engine.operators[name].launches == started[name], name
+    assert engine.experts["grouped"].launches == started["experts"]
+
+
+def test_forwards_of_one_engine_are_not_predicted_by_another() -> None:
+    from perfmodel.decoding import setting
+    from tests.perfmodel_cpu import made_up_cpu
+
+    spec, cpu = spec_from_config(CONFIG, "counted"), made_up_cpu()
+    for ran, described in (("eager", "ridgepoint-cpu"), ("lean", "ridgepoint-lean")):
+        kernels = KernelConfig(engine=ran)  # type: ignore[arg-type]
+        assert setting(spec, cpu, "float32", kernels=kernels).engine.name == described
+    assert setting(spec, cpu, "float32").engine.name == "ridgepoint-lean"
+    with pytest.raises(UserError, match="describes lean forwards, but these are eager"):
+        setting(spec, cpu, "float32", engine="ridgepoint-lean", kernels=KernelConfig())
+    with pytest.raises(UserError, match=r"described engine.*compiled.*eager"):
+        setting(spec, cpu, "float32", kernels=KernelConfig(engine="compiled"))

@@ -20,7 +20,7 @@ SPEC, NANO = load_spec("zaya1-8b"), load_spec("zaya-nano")
 H100 = load_profile("h100-sxm")
 PLACES = {
     "ideal": setting(SPEC, H100, "bfloat16", engine="ideal-graph"),
-    "eager": setting(SPEC, H100, "bfloat16"),
+    "eager": setting(SPEC, H100, "bfloat16", engine="ridgepoint-eager"),
     "cpu": setting(NANO, made_up_cpu(), "float32"),
 }
 TWO = DecodingConfig("two_forward")
