@@ -26,8 +26,9 @@ from runtime.cache import Cache
 from runtime.checkpoint import model_hash
 from runtime.config import DTYPE_BYTES, DecodingConfig, DType, KernelConfig, Workload, require
 from runtime.conversion.tasks import FAMILIES, draw
+from runtime.engines import bound
 from runtime.graphs import captured
-from runtime.layout import causal, draft, single_forward
+from runtime.layout import Layout, causal, draft, single_forward
 from runtime.measurement import ForwardKind, Kind, Measurement
 from runtime.model.zaya import Zaya
 from runtime.policy import using
@@ -133,12 +134,68 @@ def measure_forward(
     The cache is not advanced, so every repeat does the same work. prefilled: a cache of this batch and context to
     reuse. Sampling and the engine's counting are not in the time; the engine `graphs` replays the forward as one.
     """
+    require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
+    point = point_of(model, kind=kind, batch=batch, slots=slots, context=context, levels=levels, prefilled=prefilled)
+
+    def run(routes: list[Tensor] | None = None) -> None:
+        hidden = model.forward(point.tokens, point.layout, point.cache, routes=routes)
+        # Captured steps keep logits in the model's type, which their sampling kernels read.
+        graphs = model.kernels.engine == "graphs"
+        (bound(model, point.cache).forward.project if graphs else model.project)(hidden[:, point.rows])
+
+    device = point.tokens.device
+    with using(model, kernels) as used:
+        routes: list[Tensor] = []
+        run(routes)
+        timed = captured(run, device) if used.engine == "graphs" else run
+        seconds = sample_seconds(timed, device, repeats, warmup)
+    experts = [len(set(r.tolist()) - {model.config.num_experts}) for r in routes]
+    return record(
+        "forward",
+        identity,
+        model,
+        Workload(batch, max(1, context), slots, dtype_of(model)),
+        point.decoding,
+        used,
+        slots=slots,
+        context=context,
+        seconds=seconds,
+        forwards=1,
+        experts_per_layer=statistics.fmean(experts),
+        forward=kind,
+    )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One forward to time: what it is given, which of its rows reach the LM head, and settings with such a forward."""
+
+    cache: Cache
+    tokens: Tensor  # int64 [B, slots]
+    layout: Layout
+    rows: slice
+    decoding: DecodingConfig
+
+
+def point_of(
+    model: Zaya,
+    *,
+    kind: ForwardKind,
+    batch: int,
+    slots: int,
+    context: int,
+    levels: tuple[int, ...] = (0,),
+    prefilled: Prefilled | None = None,
+) -> Point:
+    """The forward of this kind over `context` cached tokens per sequence; see `measure_forward` for the kinds.
+
+    prefilled: a cache of this batch and context to reuse.
+    """
     if kind not in FORWARD_KINDS:
         raise known("kind of forward", kind, FORWARD_KINDS)
     require(kind != "decode" or slots == 1, f"a decode forward has 1 slot per sequence, but got {slots}")
     require(kind != "draft" or slots >= 2, f"a draft forward has at least 2 slots (anchor, mask), but got {slots}")
     decoding = _decoding_of(kind, slots, levels)
-    require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
     if prefilled is None:
         prefilled = prefill(model, batch, context, slots)
     cache, tokens = prefilled.cache, prefilled.following[:, :slots]
@@ -160,30 +217,7 @@ def measure_forward(
     elif kind == "single":
         layout = single_forward(decoding.draft_tokens, levels, str(device))
         rows = slice(2 * decoding.draft_tokens + 1)  # the blocks' rows cost the same, whichever is projected
-
-    def run(routes: list[Tensor] | None = None) -> None:
-        model.project(model.forward(tokens, layout, cache, routes=routes)[:, rows])
-
-    with using(model, kernels) as used:
-        routes: list[Tensor] = []
-        run(routes)
-        timed = captured(run, device) if used.engine == "graphs" else run
-        seconds = sample_seconds(timed, device, repeats, warmup)
-    experts = [len(set(r.tolist()) - {model.config.num_experts}) for r in routes]
-    return record(
-        "forward",
-        identity,
-        model,
-        Workload(batch, max(1, context), slots, dtype_of(model)),
-        decoding,
-        used,
-        slots=slots,
-        context=context,
-        seconds=seconds,
-        forwards=1,
-        experts_per_layer=statistics.fmean(experts),
-        forward=kind,
-    )
+    return Point(cache, tokens, layout, rows, decoding)
 
 
 def _decoding_of(kind: ForwardKind, slots: int, levels: tuple[int, ...]) -> DecodingConfig:

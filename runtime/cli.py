@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from hardware.files import UserError, known, plain
+from runtime.bench_lines import line, speedup, total
 from runtime.config import DecodingConfig, require
-from runtime.measurement import Batching, ForwardKind, Measurement, append_jsonl, interval_name
+from runtime.measurement import Batching, ForwardKind, Measurement, append_jsonl
 from runtime.options import (
     Anchor,
     Device,
@@ -69,6 +70,9 @@ def bench(
     steps: Steps = None,
     threshold: Threshold = None,
     verify: Verify = None,
+    operators: Annotated[
+        bool, typer.Option("--operators", help="Time each operator of a forward too, where it stands.")
+    ] = False,
     repeats: Annotated[int, typer.Option(help="Samples per point.")] = 10,
     seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 0,
     device: Device = "cpu",
@@ -81,7 +85,8 @@ def bench(
     """Time forwards over a grid, or with --new-tokens whole generations beside autoregressive ones.
 
     Two throughputs are told apart: tokens per second of all decoding, the drain included, and of the steps with a
-    sequence in every slot. Of forwards, --levels adds the one of single_forward.
+    sequence in every slot. Of forwards, --levels adds the one of single_forward, and --operators says where their
+    time goes.
     """
     batches, widths, contexts = integers("batch", batch), integers("slots", slots), integers("context", context)
     decoding = decoding_of(
@@ -98,6 +103,9 @@ def bench(
     )
     require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
     require(new_tokens >= 0, f"new_tokens >= 0 must hold, but got {new_tokens}")
+    require(
+        not (operators and new_tokens), "operators are those of forwards: give --operators or --new-tokens, not both"
+    )
     if batching not in (*get_args(Batching), "both"):
         raise known("batching", batching, (*get_args(Batching), "both"))
     loaded = load(model, device, dtype, threads, engine)
@@ -112,8 +120,11 @@ def bench(
         records.append(record)
         if out is not None:
             append_jsonl(out, record)
+        note(line(record))
+
+    def note(text: str) -> None:
         if not as_json:
-            print(_line(record), flush=True)
+            print(text, flush=True)
 
     with progress_bar("bench") as progress:
         if new_tokens:
@@ -123,10 +134,9 @@ def bench(
                 )
                 for mode, ratio in found.items():
                     ratios[mode][size] = ratio
-                    if not as_json:
-                        print(_speedup(mode, size, ratio, repeats), flush=True)
+                    note(speedup(mode, size, ratio, repeats))
         else:
-            _forwards(loaded, identity, decoding, batches, widths, contexts, repeats, keep, progress)
+            _forwards(loaded, identity, decoding, batches, widths, contexts, operators, repeats, keep, note, progress)
     if as_json:
         print_json({"records": plain(records), "speedup_over_autoregressive": ratios})
 
@@ -138,11 +148,18 @@ def _forwards(
     batches: list[int],
     widths: list[int],
     contexts: list[int],
+    operators: bool,
     repeats: int,
     keep: Callable[[Measurement], None],
+    note: Callable[[str], None],
     progress: Callable[[str, float], None],
 ) -> None:
+    """Keep a record of every forward, and with `operators` one of each of its operators behind it."""
     from runtime.bench import measure_forward, prefill
+    from runtime.operators import measure_operators, require_apart, total_seconds
+
+    if operators:
+        require_apart(model)
 
     points: list[tuple[ForwardKind, int]] = []
     for width in widths:
@@ -158,19 +175,22 @@ def _forwards(
         filled = prefill(model, size, length, max(width for _, width in points))
         for index, (kind, width) in enumerate(points):
             progress(f"batch {size}, context {length}, {kind}", (place + index / len(points)) / len(cells))
-            keep(
-                measure_forward(
-                    model,
-                    identity,
-                    kind=kind,
-                    batch=size,
-                    slots=width,
-                    context=length,
-                    levels=decoding.levels if kind == "single" else (0,),
-                    prefilled=filled,
-                    repeats=repeats,
-                )
-            )
+            at: dict[str, Any] = {
+                "kind": kind,
+                "batch": size,
+                "slots": width,
+                "context": length,
+                "levels": decoding.levels if kind == "single" else (0,),
+                "prefilled": filled,
+                "repeats": repeats,
+            }
+            forward = measure_forward(model, identity, **at)
+            keep(forward)
+            if operators:
+                parts = measure_operators(model, identity, **at)
+                for record in parts:
+                    keep(record)
+                note(total(total_seconds(parts), forward.median_seconds))
 
 
 def _generations(
@@ -370,26 +390,3 @@ def _summary(result: GenerationResult) -> str:
         + (f" ({full:.1f} while every slot was full)" if full is not None and len(result.tokens) > 1 else "")
         + f"; ended by {reasons}"
     )
-
-
-def _line(record: Measurement) -> str:
-    where = f"batch {record.workload.batch:<3} context {record.context:<5}"
-    if record.kind == "generation":
-        length = record.acceptance_length
-        full = record.full_tokens_per_second
-        return (
-            f"{record.decoding.sampler:<15} {record.batching:<10} {where} {record.tokens_per_second:9.1f} tokens/s "
-            f"+-{record.spread:.0%}"
-            + (f", {full:.1f} in full steps" if full is not None else "")
-            + (f"  {length:.2f} tokens a step (K = {record.decoding.draft_tokens})" if length is not None else "")
-        )
-    return (
-        f"{record.forward:<6} {where} slots {record.slots:<3} {record.median_seconds * 1e3:9.3f} ms "
-        f"+-{record.spread:.0%}  {record.experts_per_layer:.1f} experts a layer"
-    )
-
-
-def _speedup(batching: str, batch: int, found: tuple[float, float, float], rounds: int) -> str:
-    ratio, low, high = found
-    where = f"{batching} batch {batch}"
-    return f"{where}: {ratio:.2f}x autoregressive decoding ({interval_name(rounds)} {low:.2f}-{high:.2f})"

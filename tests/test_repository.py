@@ -47,6 +47,7 @@ KERNEL_PARTS = "acceptance attention cca experts native residual_norm router".sp
 # Modules whose import may load a slow library. Everything else imports it inside the functions that need it.
 TORCH_FREE_RUNTIME = {
     "runtime",
+    "runtime.bench_lines",
     "runtime.cli",
     "runtime.config",
     "runtime.conversion.cli",
