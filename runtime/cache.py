@@ -60,6 +60,7 @@ class Cache:
             self.values = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
             self.columns = [torch.zeros(ring, dtype=dtype, device=device) for _ in layers]
             self._lengths = torch.zeros(self.rows, dtype=torch.int32, device=device)
+            self._on_host = self._lengths.numpy() if device == "cpu" else None
             self._stale = any(self.lengths)  # whether the host's lengths have changed since they were copied
         except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
             raise UserError(
@@ -87,8 +88,8 @@ class Cache:
         """The lengths as int32 [rows] on the cache's device, 0 for free rows: always the same tensor."""
         if self._stale:
             lengths = self.lengths + [0] * (self.rows - self.batch)
-            if self._lengths.device.type == "cpu":
-                self._lengths.numpy()[:] = lengths
+            if self._on_host is not None:
+                self._on_host[:] = lengths
             else:  # from pinned memory nobody has to wait for the copy
                 pinned = torch.tensor(lengths, dtype=torch.int32, pin_memory=True)
                 self._lengths.copy_(pinned, non_blocking=True)

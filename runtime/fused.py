@@ -242,6 +242,7 @@ class FusedForward:
             kind: _tables(model.rotary.factors(kind, slice(cache.capacity), cache.capacity, table.dtype, table.device))
             for kind in sorted(set(model.config.layer_types))
         }
+        self._layouts: dict[Layout, LayoutArrays] = {}
         self._layer = _compiled() if compiled else run_layer
         self._whole = ops.whole(self) if ops.whole is not None else None
 
@@ -263,7 +264,10 @@ class FusedForward:
         batch, slots = tokens.shape
         if counts is not None and any(n != slots for n in counts):
             return self._ragged(tokens, layout, lengths, counts)
-        hidden, routes = self._run(tokens, layout_arrays(layout, self.config.conv_history), lengths[:batch], active, 0)
+        arrays = self._layouts.get(layout)
+        if arrays is None:
+            arrays = self._layouts[layout] = layout_arrays(layout, self.config.conv_history)
+        hidden, routes = self._run(tokens, arrays, lengths[:batch], active, 0)
         return hidden.view(batch, slots, -1), routes
 
     def project(self, hidden: Tensor) -> Tensor:
