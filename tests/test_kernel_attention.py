@@ -31,7 +31,7 @@ from runtime.kernels.registry import kernel
 problems = (
     (Problem(ODD, 3, 1, 90), "float32"),
     (Problem(replace(ODD, head_dim=24), 2, 5, 70, "draft"), "float16"),
-    (Problem(ODD, 1, 9, 50, "single", (0, 2)), "float32"),
+    (Problem(ODD, 1, 9, 50, "single", (0, 2)), "float16"),
     (Problem(replace(SLIDING, sliding_window=40), 2, 5, 90), "float32"),
     (Problem(replace(SLIDING, sliding_window=3), 2, 9, 60, "single", (0, 2)), "float32"),
 )

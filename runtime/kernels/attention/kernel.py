@@ -239,12 +239,15 @@ def attention(
 
     tiling: BLOCK_M rows (slots x query heads of a KV head) and BLOCK_N keys of a tile, powers of two from 16 on;
     PROGRAMS, as many as keys are divided for; SPLIT_BLOCKS, the fewest blocks of keys worth a program; LAUNCHES, 1
-    (not on AMD: UserError) or 2; XCDS, the L2 caches that programs are handed out to in turn.
+    (not on AMD: UserError) or 2; XCDS, the L2 caches that programs are handed out to in turn. In fp32, which NVIDIA's
+    matrix cores do not multiply exactly, tiles have 16 rows and half the keys: larger ones spill kilobytes.
 
     With LAUNCHES 1, calls on one device must not overlap: they share counters, which are allocated (and zeroed) by the
     first call. Make that one before capturing a graph.
     """
     require(not torch.version.hip or tiling["LAUNCHES"] == 2, "LAUNCHES must be 2 on AMD, but is 1 in this tiling")
+    if query.dtype == torch.float32:
+        tiling = {**tiling, "BLOCK_M": 16, "BLOCK_N": max(16, tiling["BLOCK_N"] // 2)}
     tokens, heads, width = query.shape
     batch, capacity, groups = len(lengths), keys.shape[1], keys.shape[2]
     tiles = batch * groups * triton.cdiv(slots * (heads // groups), tiling["BLOCK_M"])
