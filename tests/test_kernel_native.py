@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from runtime.kernels.native import library, native_ops, operators
 from runtime.kernels.native.forward import NativeForward
 from runtime.kernels.problem import ODD_PROBLEMS, Problem
 from runtime.kernels.registry import KERNELS, Kernel
+from runtime.kernels.target import Tiling
 from runtime.layout import Layout, causal, draft, single_forward
 from runtime.model.zaya import Zaya
 from tests.models import TINY, VARIANTS, config_of, noisy_model, random_ids
 
 ROWS, CAPACITY, KEPT = 3, 150, 6
+THREADS = [1, 2]
 OPERATORS = ("embed", "residual_norm", "cca", "attention", "router", "experts")
 MODELS: dict[str, Zaya] = {
     name: noisy_model(config_of(keys), seed=1) for name, keys in VARIANTS.items() if not keys.get("attention_bias")
@@ -54,13 +57,21 @@ WIDE = ModelConfig(
 )
 
 
-@pytest.fixture(autouse=True, params=[1, 2], ids=["1 thread", "2 threads"])
-def _threads(request: Any) -> Any:
+@pytest.fixture(autouse=True)
+def _restored() -> Any:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
     torch.set_num_threads(before)
+
+
+@contextmanager
+def native_threads(count: int) -> Iterator[None]:
+    """Only around native calls: torch's operators on several threads crawl where other tests run beside."""
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(1)
 
 
 class NativeKernel(Kernel):
@@ -68,7 +79,12 @@ class NativeKernel(Kernel):
 
     def triton(self) -> Callable[..., Any]:
         function = getattr(operators, self.name)
-        return lambda *args, tiling, **named: function(*args, **named)
+
+        def call(*arguments: Any, tiling: Tiling, **named: Any) -> Any:
+            with native_threads(tiling["threads"]):
+                return function(*arguments, **named)
+
+        return call
 
 
 def norm_error(found: Tensor, expected: Tensor) -> float:
@@ -76,22 +92,27 @@ def norm_error(found: Tensor, expected: Tensor) -> float:
     return difference and difference / float(expected.double().norm())
 
 
+@pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("problem", [*ODD_PROBLEMS, Problem(WIDE, 2, 110, 300)], ids=str)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_an_operator_is_its_reference(name: str, problem: Problem, dtype: str) -> None:
+def test_an_operator_is_its_reference(name: str, problem: Problem, dtype: str, threads: int) -> None:
     kernel = NativeKernel(**{f.name: getattr(KERNELS[name], f.name) for f in dataclasses.fields(Kernel)})
-    result = Subject(kernel, problem, dtype, "cpu").check({})
+    result = Subject(kernel, problem, dtype, "cpu").check({"threads": threads})
     assert result.passed, str(result)
 
 
+@pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 19, 20), (3, 65, 36), (7, 130, 264), (200, 67, 50)])
-def test_a_linear_layer_is_torchs(tokens: int, outputs: int, inputs: int, bias: bool, dtype: torch.dtype) -> None:
+def test_a_linear_layer_is_torchs(
+    tokens: int, outputs: int, inputs: int, bias: bool, dtype: torch.dtype, threads: int
+) -> None:
     x, weight, b = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
     x, weight, b = x.to(dtype), weight.to(dtype), b.to(dtype)
-    found = operators.linear(x, weight, b if bias else None)
+    with native_threads(threads):
+        found = operators.linear(x, weight, b if bias else None)
     expected = F.linear(x.double(), weight.double(), b.double() if bias else None)
     assert found.dtype == dtype
     assert norm_error(found, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
@@ -107,17 +128,19 @@ def prefilled(model: Zaya, counts: list[int]) -> Cache:
     return cache
 
 
-@pytest.mark.parametrize("counts", [[0, 0, 0], [14, 0, 23]], ids=["empty", "ragged"])
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("counts", [[14, 0, 23], [0, 0, 0]], ids=["ragged", "empty"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_one_call_is_the_whole_forward(model: Zaya, layout: Layout, counts: list[int]) -> None:
+def test_one_call_is_the_whole_forward(model: Zaya, layout: Layout, counts: list[int], threads: int) -> None:
     tokens = random_ids(ROWS, layout.slots, model.config.vocab_size, seed=3)
     reference, mine = prefilled(model, counts), prefilled(model, counts)
     lengths = torch.tensor(counts, dtype=torch.int32)
     expected, routes = FusedForward(model, reference_ops(), reference).forward(tokens, layout, lengths)
     forward = FusedForward(model, native_ops(), mine)
     for _ in range(2):  # with the memory of the first, and without changing what it reads
-        hidden, chosen = forward.forward(tokens, layout, lengths)
+        with native_threads(threads):
+            hidden, chosen = forward.forward(tokens, layout, lengths)
         if layout.slots > mine.ring:
             break  # a ring that was overwritten is read no more
     assert hidden.shape == expected.shape
