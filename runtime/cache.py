@@ -60,7 +60,7 @@ class Cache:
             self.values = [torch.zeros(kv, dtype=dtype, device=device) for _ in layers]
             self.columns = [torch.zeros(ring, dtype=dtype, device=device) for _ in layers]
             self._lengths = torch.zeros(self.rows, dtype=torch.int32, device=device)
-            self._on_host = self._lengths.numpy() if device == "cpu" else None
+            self._on_host = self._lengths.numpy() if self._lengths.device.type == "cpu" else None
             self._stale = any(self.lengths)  # whether the host's lengths have changed since they were copied
         except (RuntimeError, MemoryError) as error:  # torch's own out-of-memory error is a RuntimeError
             raise UserError(
