@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from perfmodel.validation import Summary
     from runtime.measurement import Measurement
 
+_SAMPLER = "sampler"  # an operator of records that is no part of a forward
 EngineOption = Annotated[
-    str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the kind of device).")
+    str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the device and for what ran).")
 ]
 
 
@@ -190,28 +191,36 @@ def _validate_ours(measurements: Path, hardware: str, engine: str | None, covera
     from perfmodel.validation import validate as run
 
     device = load_profile(hardware)
-    rows = _read(measurements)
+    every = _read(measurements)
+    rows = [m for m in every if m.operator != _SAMPLER]  # which follows a forward, and is predicted with whole steps
+    require(len(rows) > 0, f"{measurements} has nothing but the sampler's times, which no forward has in it")
     coverage = _coverage(coverage_name, rows)
     used = engine_for(device, engine, ran_by(rows))
     found = run(rows, device, engine=used, expert_coverage=coverage)
     summary = summaries(found)
     if as_json:
-        header = {"hardware": device.name, "engine": used.name, "expert_coverage": str(coverage)}
+        header: dict[str, Any] = {"hardware": device.name, "engine": used.name, "expert_coverage": str(coverage)}
+        header["not_compared"] = len(every) - len(rows)
         return print_json(
             {**header, "summary": plain(summary), "rows": [{**plain(r), "error": r.error} for r in found]}
         )
     _print_summaries(summary)
     for label in sorted({r.simulated for r in found if r.simulated}):
         print(f"simulated: {label}")
-    worst = sorted(found, key=lambda r: -abs(r.error))[:10]
-    print_table(
-        "largest errors",
-        ("point", "measured ms", "predicted ms", "bound ms", "error"),
-        [
-            (r.name, ms(r.measured_seconds), ms(r.predicted_seconds), ms(r.bound_seconds), f"{r.error:+.0%}")
-            for r in worst
-        ],
-    )
+    operators = [r for r in found if r.kind == "operator"]
+    worst = sorted((r for r in found if r.kind != "operator"), key=lambda r: -abs(r.error))[:10]
+    for title, shown in (("operators", operators), ("largest errors", worst)):
+        if shown:
+            print_table(
+                title,
+                ("point", "measured ms", "predicted ms", "bound ms", "error"),
+                [
+                    (r.name, ms(r.measured_seconds), ms(r.predicted_seconds), ms(r.bound_seconds), f"{r.error:+.0%}")
+                    for r in shown
+                ],
+            )
+    if len(every) > len(rows):
+        print(f"not compared: {len(every) - len(rows)} rows of the sampler, which is no part of a forward")
 
 
 def _validate_published(path: Path | None, split: str, as_json: bool) -> None:

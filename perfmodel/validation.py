@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hardware.files import known
 from hardware.profile import HardwareProfile
 from perfmodel.decoding import ForwardTiming, StepTiming, setting, time_forward, time_step
 from perfmodel.engine import EngineProfile, engine_for
@@ -21,7 +22,7 @@ from runtime.measurement import Kind, Measurement
 
 @dataclass(frozen=True)
 class Row:
-    """One measured forward, or the mean step of a measured generation, and what was predicted for it."""
+    """One measured forward, one operator of it, or the mean step of a generation, and what was predicted for it."""
 
     name: str
     kind: Kind
@@ -58,6 +59,8 @@ def point_name(m: Measurement) -> str:
         run = f"{title(m.decoding)} w={w:g} T={warmth:g} {m.batching}"
     elif m.forward == "single":
         run = title(m.decoding)
+    if m.operator is not None:
+        run = f"{run}: {m.operator}"
     how = f"experts={m.kernels.expert_mode(tokens)}" if m.kernels.engine == "eager" else f"engine={m.kernels.engine}"
     return (
         f"{m.model} {m.workload.dtype} {run} batch={m.workload.batch} slots={m.slots} context={m.context} "
@@ -73,8 +76,8 @@ def ran_by(measurements: Sequence[Measurement]) -> Engine:
 
 
 def measured_seconds(m: Measurement) -> float:
-    """Median seconds of a forward; mean seconds of a decoding step of a generation, over its samples."""
-    if m.kind == "forward":
+    """Median seconds of a forward or an operator; mean seconds of a decoding step of a generation, over its samples."""
+    if m.kind != "generation":
         return m.median_seconds
     require(m.forwards >= 1, f"a generation must have counted its forwards, but {point_name(m)} has none")
     return sum(m.seconds) * float(_step(m).forwards_per_step) / m.forwards
@@ -133,8 +136,8 @@ def _forward_kind(m: Measurement) -> str:
 class MeasuredPoints:
     """Measurements grouped by what a prediction cannot vary over (model, dtype, kernels, sampler), to be predicted.
 
-    A forward is timed without a sampler, and with one projection by the LM head. A generation is compared at its mean
-    context, with its batch kept full. Raises UserError for models that cannot be found and for contexts beyond theirs.
+    A forward and its operators are timed without a sampler, and with one projection by the LM head. A generation is
+    compared at its mean context, with its batch kept full. Raises UserError for models that cannot be found and for contexts beyond theirs.
     """
 
     def __init__(self, rows: Sequence[Measurement], hardware: HardwareProfile, coverage: ExpertCoverage | str) -> None:
@@ -150,7 +153,7 @@ class MeasuredPoints:
         for members in groups.values():
             spec = load_spec(self.rows[members[0]].model)
             for m in self._of(members):
-                reach = m.slots if m.kind == "forward" else int(np.max(_step(m).reach))
+                reach = int(np.max(_step(m).reach)) if m.kind == "generation" else m.slots
                 require_context(spec, m.context + reach)
             self._groups.append((spec, members))
 
@@ -172,14 +175,23 @@ class MeasuredPoints:
             )
             batch, context = np.array([(m.workload.batch, m.context) for m in self._of(members)]).T
             timing: ForwardTiming | StepTiming
-            if first.kind == "forward":
+            if first.kind != "generation":
                 slots, head_rows, pairs = np.array([_slots(m) for m in self._of(members)]).T
                 name = first.forward or "forward"
                 structured = pairs if name in ("draft", "single") else None
                 timing = time_forward(at, batch, slots, context, head_rows, name, pairs=structured)
             else:
                 timing = time_step(at, _step(first), batch, context)
-            seconds[members], bound[members] = timing.seconds, timing.bound_seconds
+            if first.kind == "operator":
+                assert isinstance(timing, ForwardTiming)
+                parts = {op.name: np.broadcast_arrays(op.seconds, op.bound_seconds, batch) for op in timing.operators}
+                for place, index in enumerate(members):
+                    operator = str(self.rows[index].operator)
+                    if operator not in parts:
+                        raise known("operator of a forward", operator, parts)
+                    seconds[index], bound[index] = parts[operator][0][place], parts[operator][1][place]
+            else:
+                seconds[members], bound[members] = timing.seconds, timing.bound_seconds
         return seconds, bound
 
 

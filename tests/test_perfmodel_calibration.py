@@ -279,3 +279,31 @@ def test_the_commands(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "held out" in capsys.readouterr().out
     assert ridgepoint.main(["calibrate", *options, "--out", str(tmp_path / "engine.txt")]) == 2
     assert ".yaml" in capsys.readouterr().err
+
+
+def test_operators_of_a_forward_are_predicted_one_by_one(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is predicted of each operator adds up to the forward; the sampler's time, which is not in it, is left out."""
+    whole = replace(measurement(model, 4, 17, 256, "grouped", [1.0]), kernels=KernelConfig(threads=1, engine="lean"))
+    names = "embedding norms_residual qkv cca attention output router experts lm_head".split()
+    parts = [replace(whole, kind="operator", operator=name) for name in names]
+    found = validate([whole, *parts], CPU)
+    assert sum(r.predicted_seconds for r in found[1:]) == pytest.approx(found[0].predicted_seconds)
+    assert len({r.name for r in found}) == len(found)
+    with pytest.raises(UserError, match=r"operator of a forward.*'warp'.*experts"):
+        validate([replace(parts[0], operator="warp")], CPU)
+    path = tmp_path / "operators.jsonl"
+    for part in [*parts, replace(whole, kind="operator", operator="sampler")]:
+        append_jsonl(path, part)
+    profile = save_profile(CPU, tmp_path / "cpu.yaml")
+    assert ridgepoint.main(["validate", "--measurements", str(path), "--hardware", str(profile), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["rows"]) == len(parts) and data["not_compared"] == 1 and data["engine"] == "ridgepoint-lean"
+
+
+def test_rows_of_several_engines_are_not_fitted_together(model: str) -> None:
+    row = measurement(model, 1, 1, 64, "loop", [1.0])
+    rows = [row, replace(row, kernels=KernelConfig(engine="lean"))]
+    with pytest.raises(UserError, match="rows of one engine are needed, but they were run by eager, lean"):
+        validate(rows, CPU)
