@@ -1,306 +1,140 @@
-"""Everything to learn on a machine with a GPU, in one go: probe, correctness, full-size step times, real generations.
+"""Everything to learn on a machine with a GPU, in one go: correctness, full-size speed, tilings, engines, predictions.
 
 python -m benchmarks.gpu --out DIR [--device cuda] [--small]      (or benchmarks/gpu.sh, which picks the device)
 
-It needs torch, numpy, pyyaml and safetensors only. Each record is written as soon as it exists; a point that does not
-fit in memory, or that this torch cannot run, is skipped and its reason kept. Full-size weights are random: routing and
-acceptance are then not real, and the records say so.
+It needs torch, numpy, pyyaml and safetensors, and for the kernels triton; `transformers` is timed beside where it is
+installed. Every part runs in a process of its own with a share of the time: a fault or a hang costs one part. Each
+record is written as soon as it exists; a point that does not fit in memory, or that cannot run, is skipped and its
+reason kept. Full-size weights are random: routing and acceptance are then not real, and the records say so.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import itertools
-import json
-import re
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.common import command, fail_in_one_line
-from hardware.files import UserError, write_atomic
-from hardware.probe import probe
-from hardware.profile import save_profile
+from benchmarks.gpu_parts import REPOSITORY, check_kernels, compare_engines, predict, probe_device, slug, time_kernels
+from benchmarks.gpu_session import FULL, SMALL, Plan, Session
+from benchmarks.gpu_speed import full_size
+from hardware.files import UserError, known, write_atomic
 from perfmodel.steps import title
-from runtime.bench import Identity, Prefilled, identify, measure_forward, prefill
-from runtime.bench_generation import measure_generation, task_prompts
-from runtime.checkpoint import bundled, empty_model, load_model, random_model
-from runtime.config import DecodingConfig, ExpertMode, KernelConfig, ModelConfig
-from runtime.engine import generate
-from runtime.measurement import ForwardKind, Measurement, append_jsonl, read_jsonl
-from runtime.model.zaya import Zaya
-from runtime.policy import apply_kernels
+from perfmodel.validation import measured_seconds, point_name
+from runtime.measurement import Measurement
 
-RANDOM = "random weights: routing and acceptance are not real"
-MODES: tuple[ExpertMode, ...] = ("loop", "grouped", "gather", "dense")
-GATHERED_TOKENS = 64  # beyond, copying each token's expert weights is hopeless
-RELATIVE_ERROR = 1e-3  # of fp32 logits on two devices, over the largest logit
-LOSSLESS = (
-    DecodingConfig("two_forward", draft_tokens=4),
-    DecodingConfig("two_forward", anchor_draft=True),
-    DecodingConfig("single_forward", draft_tokens=4),
-    DecodingConfig("single_forward", proposal_levels=(0, 4, 7, 11)),
-    DecodingConfig("denoising", draft_tokens=8, denoising_steps=4, verify=True),
-    DecodingConfig("denoising", denoising_steps=2, confidence_threshold=0.9, verify=True),
-)
-REPOSITORY = Path(__file__).parents[1]
+GRACE_SECONDS = 12.0  # beyond a part's share: to start it, and for the point that was begun
+# In this order; a part may take its share of the whole time, and what the ones before it left.
+PARTS: dict[str, tuple[float, Callable[[Session, Plan], None]]] = {
+    "kernels": (0.18, check_kernels),
+    "probe": (0.04, probe_device),
+    "full": (0.46, full_size),
+    "tilings": (0.16, time_kernels),
+    "engines": (0.13, compare_engines),
+    "predict": (0.03, predict),
+}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is run: full size on a GPU, or a shrunk model on few points to test this program."""
-
-    name: str
-    model: ModelConfig
-    dtype: Any
-    batches: tuple[int, ...]
-    contexts: tuple[int, ...]
-    draft_tokens: tuple[int, ...]
-    repeats: int
-    generations: int
-    checked_tokens: int
-    generated_tokens: int
+KEPT = (  # of the results, in the folder of the device
+    "correctness.jsonl", "hardware.yaml", "forwards.jsonl", "generations.jsonl", "beside.jsonl", "tilings.jsonl",
+    "tilings.json", "predicted.jsonl", "skipped.jsonl", "results.md", "engines-zaya-nano.json",
+    "engines-zaya-shrunk.json",
+)  # fmt: skip
 
 
-FULL = Plan(
-    "zaya1-8b",
-    ModelConfig(mask_token_id=262_271, eos_token_id=None),  # without an end token no random sequence stops early
-    "bfloat16",
-    (1, 4, 16, 64),
-    (512, 2048, 8192),
-    (4, 16),
-    10,
-    3,
-    64,
-    32,
-)
-SHRUNK = ModelConfig(
-    vocab_size=264,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_experts=4,
-    moe_intermediate_size=32,
-    router_hidden_size=16,
-    max_position_embeddings=512,
-    eos_token_id=None,
-    pad_token_id=256,
-    bos_token_id=257,
-    mask_token_id=259,
-)
-SMALL = Plan("zaya-shrunk", SHRUNK, "float32", (1, 2), (16,), (4,), 2, 1, 8, 6)
-
-
-@dataclass
-class Session:
-    """Where results go, and how much time is left."""
-
-    device: str
-    out: Path
-    deadline: float
-    command: str
-    checks: dict[str, Any] = field(default_factory=dict)
-    skipped: list[dict[str, str]] = field(default_factory=list)
-
-    def say(self, text: str) -> None:
-        """Progress, on stderr."""
-        print(text, file=sys.stderr, flush=True)
-
-    def attempt(self, point: str, run: Callable[[], Any]) -> Any:
-        """run(), or None where it cannot: out of memory, not supported by this torch, or out of time."""
-        if time.monotonic() > self.deadline:
-            self._skip(point, "out of time")
-            return None
-        reason = ""
+def run_parts(session: Session, options: list[str], seconds: float) -> None:
+    """All parts, one after the other."""
+    end = time.monotonic() + seconds
+    for index, (name, (share, _)) in enumerate(PARTS.items()):
+        later = sum(share for share, _ in list(PARTS.values())[index + 1 :])
+        left = max(share * seconds / 2, end - time.monotonic() - later * seconds)
+        session.say(f"{name}: up to {left:.0f} s")
+        program = [sys.executable, "-m", "benchmarks.gpu", *options, "--part", name, "--minutes", str(left / 60)]
+        # A session of its own: what a part has started ends with it.
+        process = subprocess.Popen(program, cwd=REPOSITORY, start_new_session=True)
         try:
-            return run()
-        except (RuntimeError, UserError) as error:  # torch's OutOfMemoryError is a RuntimeError
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        # Outside of the handler: the traceback, and with it the failed run's tensors, is gone.
-        gc.collect()
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-        self._skip(point, reason)
-        return None
-
-    def measure(self, name: str, point: str, run: Callable[[], Measurement]) -> None:
-        """Append the record to NAME.jsonl, where there is one; it is on disk when this returns."""
-        record = self.attempt(point, run)
-        if record is not None:
-            append_jsonl(self.out / f"{name}.jsonl", record)
-
-    def _skip(self, point: str, reason: str) -> None:
-        self.skipped.append({"point": point, "reason": reason})
-        with (self.out / "skipped.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(self.skipped[-1]) + "\n")
-        self.say(f"  skipped {point}: {reason}")
-
-
-def check(session: Session, name: str, passed: bool, **facts: Any) -> None:
-    """Keep the outcome of one correctness check."""
-    session.checks[name] = {"passed": passed, **facts}
-    write_atomic(session.out / "correctness.json", json.dumps(session.checks, indent=1) + "\n")
-    session.say(f"  {'ok    ' if passed else 'FAILED'} {name} {facts}")
-
-
-def correctness(session: Session, name: str, on_cpu: Zaya, plan: Plan) -> None:
-    """Logits on the device equal the CPU's however the experts run, and lossless decoding is lossless."""
-    on_device = empty_model(on_cpu.config, device=session.device)
-    on_device.load_state_dict(on_cpu.state_dict())
-    on_device.freeze()
-    prompts = task_prompts(on_cpu, 7)
-    ids = torch.tensor([prompts[0] * 3])
-    with torch.inference_mode():
-        expected = on_cpu.logits(ids)
-    for mode in MODES:
-        label = f"{name}: logits equal the CPU's, experts {mode}"
-        session.attempt(label, partial(_check_logits, session, label, on_device, ids, expected, mode))
-    apply_kernels(on_device, KernelConfig())
-    for batch in (1, 7):
-        for way in LOSSLESS:
-            label = f"{name}: greedy {_title(way)} equals autoregressive, batch {batch}"
-            session.attempt(
-                label, partial(_check_lossless, session, label, on_device, prompts[:batch], way, plan.checked_tokens)
-            )
-            if label not in session.checks:  # a law that could not be tried has not been shown
-                check(session, label, False, reason=session.skipped[-1]["reason"])
-
-
-@torch.inference_mode()
-def _check_logits(session: Session, label: str, model: Zaya, ids: Tensor, expected: Tensor, mode: ExpertMode) -> None:
-    apply_kernels(model, KernelConfig({1_000_000: mode}))
-    found = model.logits(ids.to(session.device)).cpu()
-    error = float((found - expected).abs().max() / expected.abs().max())
-    check(session, label, error <= RELATIVE_ERROR, relative_error=error)
-
-
-def _check_lossless(
-    session: Session, label: str, model: Zaya, prompts: list[list[int]], way: DecodingConfig, tokens: int
-) -> None:
-    plain, drafted = (generate(model, prompts, w, max_new_tokens=tokens) for w in (DecodingConfig(), way))
-    check(session, label, plain.tokens == drafted.tokens, acceptance_length=drafted.acceptance_length)
-
-
-def forwards(session: Session, model: Zaya, identity: Identity, plan: Plan) -> None:
-    """Time every kind of forward over batch x context, for every way of running the experts."""
-    points: list[tuple[ForwardKind, int, tuple[int, ...]]] = [("decode", 1, (0,))]
-    for k in plan.draft_tokens:
-        levels = four_levels(k)
-        points += [("draft", k + 1, (0,)), ("verify", k + 1, (0,)), ("single", (k + 1) * (1 + len(levels)), levels)]
-    widest = max(slots for _, slots, _ in points)
-    for context, batch in itertools.product(plan.contexts, plan.batches):
-        where = f"batch {batch}, context {context}"
-        session.say(f"  {where}")
-        filled: Prefilled | None = session.attempt(f"prefill {where}", partial(prefill, model, batch, context, widest))
-        if filled is None:
+            code = process.wait(left + GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            session.skip(f"the rest of {name}", "out of time: the part was ended")
             continue
-        for (kind, slots, levels), mode in itertools.product(points, MODES):
-            if mode == "gather" and batch * slots > GATHERED_TOKENS:
-                continue
-            measure = partial(
-                measure_forward,
-                model,
-                identity,
-                kind=kind,
-                batch=batch,
-                slots=slots,
-                context=context,
-                levels=levels,
-                kernels=KernelConfig({1_000_000: mode}),
-                repeats=plan.repeats,
-                prefilled=filled,
-            )
-            session.measure("forwards", f"{kind}, {slots} slots, {where}, experts {mode}", measure)
-        del filled, measure  # the next cache needs the room
+        if code:
+            session.skip(f"the rest of {name}", f"the part ended with code {code}")
 
 
-def generations(
-    session: Session, model: Zaya, identity: Identity, plan: Plan, *, tokens: int, kernels: KernelConfig
-) -> None:
-    """Whole generations, with the engine's and the sampler's own time in them."""
-    drafts = itertools.product(plan.draft_tokens, (False, True))
-    ways = [DecodingConfig(), *(DecodingConfig("two_forward", draft_tokens=k, anchor_draft=a) for k, a in drafts)]
-    most = max(plan.draft_tokens)
-    ways += [DecodingConfig("single_forward", most, proposal_levels=levels) for levels in (four_levels(most), None)]
-    ways += [DecodingConfig("denoising", most, denoising_steps=4, verify=verified) for verified in (False, True)]
-    for batch, way in itertools.product(plan.batches, ways):
-        measure = partial(
-            measure_generation,
-            model,
-            identity,
-            task_prompts(model, batch),
-            way,
-            kernels=kernels,
-            max_new_tokens=tokens,
-            repeats=plan.generations,
-        )
-        session.measure("generations", f"{identity.model} {_title(way)}, batch {batch}", measure)
-
-
-def four_levels(draft_tokens: int) -> tuple[int, ...]:
-    """Four proposal levels, evenly spaced over 0 .. K."""
-    return tuple(sorted({i * (draft_tokens + 1) // 4 for i in range(4)}))
-
-
-def _title(way: DecodingConfig) -> str:
-    return f"{title(way)} with K {way.draft_tokens}" if way.drafts else way.sampler
-
-
-def fastest_modes(records: list[Measurement]) -> KernelConfig:
-    """By tokens in a forward, the way of running the experts that was fastest over all points of that size."""
-    times: dict[int, dict[str, list[float]]] = {}
-    for record in records:
-        by_mode = times.setdefault(record.workload.batch * record.slots, {})
-        by_mode.setdefault(next(iter(record.kernels.experts.values())), []).append(record.median_seconds)
-    best: dict[int, ExpertMode] = {}
-    for tokens, by_mode in sorted(times.items()):
-        most = max(map(len, by_mode.values()))  # a mode that failed at some point cannot be compared by its sum
-        best[tokens] = min((m for m in by_mode if len(by_mode[m]) == most), key=lambda m: sum(by_mode[m]))  # type: ignore
-    return KernelConfig(best) if best else KernelConfig()
-
-
-def step_table(records: list[Measurement]) -> Iterator[str]:
-    """Per batch and context the fastest forwards, as Markdown. From so many tokens a step the samplers pay:
-    two_forward (a draft and a verify), and single_forward with four levels."""
-    fastest: dict[tuple[int, int], dict[tuple[str | None, int], float]] = {}
-    for record in records:
-        cell = fastest.setdefault((record.context, record.workload.batch), {})
-        key = (record.forward, record.decoding.draft_tokens + 1 if record.forward == "single" else record.slots)
-        cell[key] = min(cell.get(key, float("inf")), record.median_seconds)
+def table(records: list[Measurement], predicted: dict[tuple[str, str], float]) -> Iterator[str]:
+    """Every point, as Markdown. predicted: seconds by hardware and point."""
+    profiles = sorted({hardware for hardware, _ in predicted})
     yield (
-        "| context | batch | K | autoregressive step | draft | verify | single | two_forward breaks even "
-        "| single_forward breaks even |"
+        "".join(f"| {t} " for t in ("engine", "what", "batch", "slots", "context", "measured", "tokens/s"))
+        + "".join(f"| predicted, {name} | error " for name in profiles)
+        + "|"
     )
-    yield "| ---: " * 9 + "|"
-    for (context, batch), cell in sorted(fastest.items()):
-        decode = cell.get(("decode", 1))
-        for slots in sorted({slots for _, slots in cell if slots > 1}):
-            draft, verify, single = (cell.get((kind, slots)) for kind in ("draft", "verify", "single"))
-            if decode and draft and verify:
-                alone, pays = (f"{single * 1e3:.2f} ms", f"{single / decode:.2f}") if single else ("-", "-")
-                yield (
-                    f"| {context} | {batch} | {slots - 1} | {decode * 1e3:.2f} ms | {draft * 1e3:.2f} ms "
-                    f"| {verify * 1e3:.2f} ms | {alone} | {(draft + verify) / decode:.2f} | {pays} |"
-                )
+    yield "| --- | --- " + "| ---: " * (5 + 2 * len(profiles)) + "|"
+    for m in records:
+        what = f"{title(m.decoding)} step" if m.kind == "generation" else str(m.forward)
+        rate = f"{m.tokens_per_second:.1f}" if m.kind == "generation" else "-"
+        seconds = measured_seconds(m)
+        cells = [m.kernels.engine, what, m.workload.batch, m.slots, m.context, f"{seconds * 1e3:.3f} ms", rate]
+        for name in profiles:
+            guess = predicted.get((name, point_name(m)))
+            cells += ["-", "-"] if guess is None else [f"{guess * 1e3:.3f} ms", f"{guess / seconds - 1:+.0%}"]
+        yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-def slug(name: str) -> str:
-    """A device's name as a folder name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def kernel_table(timed: list[dict[str, Any]]) -> Iterator[str]:
+    """Of every kernel and problem the default tiling, and the fastest of all that were timed together, as Markdown."""
+    yield "| kernel | problem | tiling | time | GB/s | of the copy's |"
+    yield "| --- | --- | --- | ---: | ---: | ---: |"
+    shown: set[tuple[Any, ...]] = set()
+    for one in timed:
+        key = one["kernel"], one["problem"], one["default"]
+        if not one["seconds"] or key in shown:
+            continue  # lines of one call are written with the fastest first
+        shown.add(key)
+        tiling = "default" if one["default"] else "fastest: " + " ".join(f"{k}={v}" for k, v in one["tiling"].items())
+        yield (
+            f"| {one['kernel']} | {one['problem']} | {tiling} | {one['median_seconds'] * 1e6:.2f} us "
+            f"| {one['bytes_per_second'] / 1e9:.0f} | {one['copy_share']:.0%} |"
+        )
+
+
+def finish(session: Session, measurements: Path | None) -> int:
+    """Print and write what was found; the exit code is 1 when a correctness check failed or none ran."""
+    records = session.records("forwards") + session.records("generations")
+    predicted = {(p["hardware"], p["name"]): p["predicted_seconds"] for p in session.lines("predicted")}
+    lines = list(table(records, predicted))
+    lines += ["", *kernel_table(session.lines("tilings"))]
+    write_atomic(session.out / "results.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    checks = session.lines("correctness")
+    failed = [check["check"] for check in checks if not check["passed"]]
+    print(f"\n{len(checks)} checks, {len(failed)} failed {failed or ''}")
+    print(f"{len(records)} records, {len(session.lines('skipped'))} points skipped; results: {session.out}")
+    if measurements is not None and records:
+        target = measurements / slug(str(records[0].device["device"]))
+        target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            (target / name).unlink(missing_ok=True)  # or a file of an earlier run would stand beside this one's
+            if (session.out / name).is_file():
+                write_atomic(target / name, (session.out / name).read_bytes())
+        logs = sorted((session.out / "kernels").glob("*.txt"))
+        write_atomic(target / "kernels.txt", "\n".join(log.read_text(errors="replace") for log in logs))
+        print(f"copied to {target}")
+    return 1 if failed or not checks else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run everything; the exit code is 1 when a correctness check failed or none ran."""
+    """Run everything, or one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for all results; must be empty or absent")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
@@ -308,70 +142,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no new point after so long")
     parser.add_argument("--measurements", type=Path, help="copy the records to a folder per device in here")
+    parser.add_argument("--part", help=f"run only this one into --out: {', '.join(PARTS)}")
     chosen = parser.parse_args(arguments)
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"no device {chosen.device}: torch sees no GPU; --small --device cpu tests this program")
-    if chosen.out.is_dir() and any(chosen.out.iterdir()):
-        raise UserError(f"{chosen.out} holds results already; choose another folder")
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    if chosen.part is not None and chosen.part not in PARTS:
+        raise known("part", chosen.part, PARTS)
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
+    out = chosen.out.resolve()
+    if chosen.part is None and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} holds results already; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
     plan = SMALL if chosen.small else FULL
     deadline = time.monotonic() + 60 * chosen.minutes
-    session = Session(chosen.device, chosen.out, deadline, command("benchmarks.gpu", arguments))
-
-    session.say("probe")
-    kind = session.device.partition(":")[0]
-    profile = session.attempt("probe", lambda: probe(kind, quick=True, threads=1 if chosen.small else None))
-    if profile is not None:
-        save_profile(profile, session.out / "hardware.yaml")
-
-    session.say("correctness")
-    tiny = random_model(SHRUNK, seed=1).freeze()
-    session.attempt("correctness", lambda: correctness(session, "zaya-shrunk", tiny, plan))
-    nano = load_model("zaya-nano") if "zaya-nano" in bundled() and not chosen.small else None
-    if nano is not None:
-        session.attempt("correctness", lambda: correctness(session, "zaya-nano", nano, plan))
-
-    if nano is not None:  # the one model with real acceptance; first, because it is quick
-        session.say("zaya-nano generations")
-        trained = load_model("zaya-nano", device=session.device)
-        identity = identify(trained, "zaya-nano", session.command)
-        generations(session, trained, identity, plan, tokens=150, kernels=KernelConfig())
-
-    session.say(f"{plan.name}, {plan.dtype}, {RANDOM}")
-
-    def build() -> Zaya:
-        return random_model(plan.model, device=session.device, dtype=plan.dtype).freeze()
-
-    model = session.attempt(f"{plan.name} weights", build)
-    found: list[Measurement] = []
-    if model is not None:
-        identity = identify(model, plan.name, session.command, simulated=RANDOM)
-        session.say("forwards")
-        forwards(session, model, identity, plan)
-        path = session.out / "forwards.jsonl"
-        found = read_jsonl(path) if path.is_file() else []
-        session.say("generations")
-        generations(session, model, identity, plan, tokens=plan.generated_tokens, kernels=fastest_modes(found))
-
-    table = list(step_table(found))
-    write_atomic(session.out / "steps.md", "\n".join(table) + "\n")
-    print("\n".join(table))
-    failed = [name for name, outcome in session.checks.items() if not outcome["passed"]]
-    print(
-        f"\n{len(session.checks)} checks, {len(failed)} failed; {len(found)} forwards, {len(session.skipped)} skipped"
-    )
-    if chosen.measurements is not None and found:
-        target = chosen.measurements / slug(found[0].device["device"])
-        target.mkdir(parents=True, exist_ok=True)
-        kept = ("forwards.jsonl", "generations.jsonl", "correctness.json", "steps.md", "hardware.yaml", "skipped.jsonl")
-        for name in kept:
-            (target / name).unlink(missing_ok=True)  # or a file of an earlier run would stand beside this one's
-            if (session.out / name).is_file():
-                write_atomic(target / name, (session.out / name).read_bytes())
-        print(f"results: {session.out}, copied to {target}")
-    return 1 if failed or not session.checks else 0
+    session = Session(chosen.device, out, deadline, command("benchmarks.gpu", arguments))
+    if chosen.part is not None:
+        PARTS[chosen.part][1](session, plan)
+        return 0
+    options = ["--out", str(out), "--device", chosen.device, *(["--small"] if chosen.small else [])]
+    if chosen.threads is not None:
+        options += ["--threads", str(chosen.threads)]
+    run_parts(session, options, 60 * chosen.minutes)
+    return finish(session, chosen.measurements)
 
 
 if __name__ == "__main__":

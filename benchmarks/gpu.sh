@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What to run on a machine with a GPU: it needs python with torch, numpy, pyyaml and safetensors, and nothing else.
+# What to run on a machine with a GPU: it needs python with torch, numpy, pyyaml, safetensors and triton, and nothing else;
+# transformers is timed beside where it is installed. It takes ten minutes.
 # OUT: folder of the results (default runs/gpu); MEASUREMENTS: where the records are copied to (default measurements).
 # Without a GPU it runs a shrunk model on the CPU, so that the script itself is tested, and copies nothing by default.
 set -euo pipefail

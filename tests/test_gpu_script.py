@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh on this CPU: it needs few libraries, keeps every record, and survives points that cannot run."""
+"""benchmarks/gpu.sh on this CPU: it needs few libraries, keeps every record, and survives parts that cannot run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import LOSSLESS, RANDOM, SHRUNK, SMALL, Session, fastest_modes, forwards, main, slug, step_table
+import benchmarks.gpu as program
+from benchmarks.gpu import PARTS, finish, kernel_table, main, run_parts, table
+from benchmarks.gpu_parts import check_kernels, predict, shipped, slug
+from benchmarks.gpu_session import FULL, RANDOM, SHRUNK, SMALL, Session, tuned_problems
+from benchmarks.gpu_speed import decode_by_transformers, forwards, load_transformers
 from hardware.files import UserError
 from hardware.probe import local_name
 from hardware.profile import load_profile
 from runtime.bench import Identity, identify
 from runtime.checkpoint import random_model
-from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, Workload, replace
-from runtime.measurement import ForwardKind, Measurement, read_jsonl
+from runtime.config import DecodingConfig, KernelConfig, Workload, replace
+from runtime.engine import generate
+from runtime.engines import engine_of
+from runtime.kernels.registry import kernel
+from runtime.kernels.target import TARGETS
+from runtime.measurement import ForwardKind, Measurement, append_jsonl, read_jsonl
 
 ROOT = Path(__file__).parents[1]
 ABSENT = ("typer", "rich", "optuna", "tokenizers", "transformers", "streamlit", "plotly", "scipy")
@@ -49,32 +58,39 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = [str(ROOT / "benchmarks" / "gpu.sh")]
     run = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert f"{4 + 2 * len(LOSSLESS)} checks, 0 failed" in run.stdout
+    assert "4 checks, 0 failed" in run.stdout
     assert "no GPU here" in run.stderr
     return folder
 
 
-def test_it_leaves_a_profile_checks_records_and_a_table(results: Path) -> None:
+def test_it_leaves_checks_a_profile_records_and_a_table(results: Path) -> None:
     out = results / "out"
     assert load_profile(str(out / "hardware.yaml")).name == local_name("cpu")
-    checks = json.loads((out / "correctness.json").read_text())
-    assert all(check["passed"] for check in checks.values())
-    measured = read_jsonl(out / "forwards.jsonl")
-    kinds = {(m.forward, m.slots, m.workload.batch, next(iter(m.kernels.experts.values()))) for m in measured}
-    assert len(kinds) == len(measured) == 4 * 2 * 4
-    whole = read_jsonl(out / "generations.jsonl")
-    assert (
-        {m.decoding.sampler for m in whole} == set(SAMPLER_NAMES) == {"autoregressive", *(w.sampler for w in LOSSLESS)}
-    )
+    checks = [json.loads(line) for line in (out / "correctness.jsonl").read_text().splitlines()]
+    assert all(check["passed"] for check in checks)
+    measured, whole = (read_jsonl(out / f"{name}.jsonl") for name in ("forwards", "generations"))
+    engine = engine_of(random_model(SHRUNK).freeze())
+    assert {(m.forward, m.workload.batch, m.kernels.engine) for m in measured} == {
+        (kind, batch, by)
+        for kind in ("decode", "draft", "verify", "single")
+        for batch in SMALL.batches
+        for by in (engine, "eager")
+    }
+    samplers = {(m.decoding.sampler, m.workload.batch) for m in whole}
+    assert samplers == {(s, b) for s in ("autoregressive", "two_forward", "single_forward") for b in SMALL.batches}
     assert all(m.simulated == RANDOM and m.command.startswith("python -m benchmarks.gpu") for m in measured + whole)
-    assert (out / "steps.md").read_text().count("\n") == 2 + 2
-    assert not (out / "skipped.jsonl").exists()
+    [beside] = [json.loads(line) for line in (out / "beside.jsonl").read_text().splitlines()]
+    assert set(beside["seconds_per_token"]) == {engine, "eager"}
+    assert (out / "results.md").read_text().count("ms |") == len(measured) + len(whole)
+    skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert {s["point"].split(" of ")[0] for s in skipped} == {"transformers", "tilings", "prediction"}
 
 
 def test_records_are_copied_to_the_devices_folder(results: Path) -> None:
     [folder] = (results / "kept").iterdir()
-    for name in ("forwards.jsonl", "generations.jsonl", "correctness.json", "steps.md", "hardware.yaml"):
+    for name in ("forwards.jsonl", "generations.jsonl", "correctness.jsonl", "results.md", "hardware.yaml"):
         assert (folder / name).read_bytes() == (results / "out" / name).read_bytes()
+    assert "checks on cpu, 0 failed" in (folder / "kernels.txt").read_text()
     assert folder.name == slug(read_jsonl(folder / "forwards.jsonl")[0].device["device"])
     assert slug("NVIDIA H200 (SXM)") == "nvidia-h200-sxm"
 
@@ -83,6 +99,8 @@ def test_results_are_never_mixed(tmp_path: Path) -> None:
     (tmp_path / "forwards.jsonl").write_text("")
     with pytest.raises(UserError, match="holds results already"):
         main(["--out", str(tmp_path), "--device", "cpu", "--small"])
+    with pytest.raises(UserError, match="unknown part 'everything'; known: engines, full, kernels"):
+        main(["--out", str(tmp_path), "--device", "cpu", "--small", "--part", "everything"])
 
 
 @pytest.fixture
@@ -100,7 +118,6 @@ def test_a_point_that_cannot_run_is_skipped_with_its_reason(
 ) -> None:
     """Here memory ends at batch 2: its points are lost, those of batch 1 and their records stay."""
     model = random_model(SHRUNK).freeze()
-    plan = replace(SMALL, draft_tokens=(4,), repeats=1)
     whole = model.forward
 
     def limited(tokens: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
@@ -109,21 +126,17 @@ def test_a_point_that_cannot_run_is_skipped_with_its_reason(
         return whole(tokens, *rest, **options)
 
     monkeypatch.setattr(model, "forward", limited)
-    forwards(session, model, identity, replace(plan, contexts=(5,)))
-    assert {m.workload.batch for m in read_jsonl(session.out / "forwards.jsonl")} == {1}
-    assert session.skipped == [
-        {
-            "point": "prefill batch 2, context 5",
-            "reason": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB.",
-        }
-    ]
-    assert json.loads((session.out / "skipped.jsonl").read_text()) == session.skipped[0]
+    for batch in (1, 2):
+        forwards(session, replace(SMALL, context=5), model, identity, KernelConfig(), batch)
+    assert {m.workload.batch for m in session.records("forwards")} == {1}
+    reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB."
+    assert session.lines("skipped") == [{"point": "prefill batch 2, context 5, eager", "reason": reason}]
 
 
 def test_after_the_deadline_nothing_new_starts(session: Session) -> None:
     session.deadline = time.monotonic() - 1
     assert session.attempt("late", lambda: pytest.fail("it was started")) is None
-    assert session.skipped[0]["reason"] == "out of time"
+    assert session.lines("skipped")[0]["reason"] == "out of time"
 
 
 def test_a_bug_is_no_skipped_point(session: Session) -> None:
@@ -131,41 +144,99 @@ def test_a_bug_is_no_skipped_point(session: Session) -> None:
         session.attempt("buggy", lambda: {}["absent"])
 
 
-def record(kind: ForwardKind, batch: int, slots: int, mode: str, seconds: float) -> Measurement:
-    return Measurement(
-        kind="forward",
-        model="m",
-        model_hash="h",
-        device={},
-        command="c",
-        commit="c",
-        date="d",
-        workload=Workload(batch),
-        decoding=DecodingConfig(),
-        kernels=KernelConfig({1_000_000: mode}),  # type: ignore[dict-item]
-        slots=slots,
-        context=100,
-        seconds=(seconds,),
-        forward=kind,
-    )
+def test_a_part_that_hangs_is_ended_and_the_others_run(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no time at all every part hangs: each is named as skipped, and no check means failure."""
+    monkeypatch.setattr(program, "GRACE_SECONDS", 0.05)
+    run_parts(session, ["--out", str(session.out), "--device", "cpu", "--small"], 0.0)
+    assert [s["point"] for s in session.lines("skipped")] == [f"the rest of {name}" for name in PARTS]
+    assert finish(session, None) == 1
 
 
-def test_the_table_takes_the_fastest_and_says_when_drafting_pays() -> None:
-    records = [
-        record("decode", 1, 1, "loop", 0.010),
-        record("decode", 1, 1, "gather", 0.004),
-        record("draft", 1, 5, "loop", 0.006),
-        record("verify", 1, 5, "loop", 0.009),
-        record("verify", 1, 5, "gather", 0.006),
-        record("decode", 8, 1, "loop", 0.010),  # no draft at batch 8: no row
+def test_a_kernel_that_is_wrong_fails_its_check(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log is kept; a check that cannot even start is no success either."""
+    monkeypatch.setattr("benchmarks.gpu_parts.sys.executable", "/bin/false")
+    check_kernels(session, SMALL)
+    [outcome] = session.lines("correctness")
+    assert not outcome["passed"] and outcome["ended"] == "no output"
+    assert finish(session, None) == 1
+
+
+def test_the_same_weights_run_in_transformers() -> None:
+    """What stands beside our engine decodes the same tokens, and loads them without a file of weights."""
+    model = random_model(SHRUNK, seed=3).freeze()
+    prompt = list(range(40, 60))
+    seconds, tokens = decode_by_transformers(load_transformers(model), prompt, 6)
+    assert tokens == generate(model, [prompt], DecodingConfig(), max_new_tokens=6).tokens[0]
+    assert isinstance(seconds, float)
+
+
+def test_every_kernel_that_is_tuned_has_tilings_for_its_problems() -> None:
+    named = tuned_problems(FULL)
+    assert {name for name, _ in named[:4]} == {"experts", "attention"}
+    for name, problem in named:
+        assert all(kernel(name).tilings(target, problem) for target in TARGETS.values())
+
+
+def record(kind: ForwardKind, batch: int, slots: int, seconds: float, **changed: Any) -> Measurement:
+    values = {
+        "kind": "forward",
+        "model": "zaya1-8b",
+        "model_hash": "h",
+        "device": {"device": "NVIDIA H200"},
+        "command": "c",
+        "commit": "c",
+        "date": "d",
+        "workload": Workload(batch, dtype="bfloat16"),
+        "decoding": DecodingConfig(),
+        "kernels": KernelConfig(engine="graphs"),
+        "slots": slots,
+        "context": 1024,
+        "seconds": (seconds,),
+        "forward": kind,
+    }
+    return Measurement(**(values | changed))
+
+
+def test_predicted_stands_beside_measured(session: Session) -> None:
+    """By the device's data file; engines are predicted apart, and the table shows the error of every point."""
+    for row in (record("decode", 1, 1, 1.0), record("verify", 8, 17, 2.0, kernels=KernelConfig())):
+        append_jsonl(session.out / "forwards.jsonl", row)
+    predict(session, FULL)
+    found = session.lines("predicted")
+    assert [(p["hardware"], p["measured_seconds"]) for p in found] == [("h200", 2.0), ("h200", 1.0)]
+    assert all(0 < p["bound_seconds"] <= p["predicted_seconds"] < p["measured_seconds"] for p in found)
+    predicted = {(p["hardware"], p["name"]): p["predicted_seconds"] for p in found}
+    rows = list(table(session.records("forwards"), predicted))
+    assert rows[0].endswith("| predicted, h200 | error |")
+    assert rows[2].startswith("| graphs | decode | 1 | 1 | 1024 | 1000.000 ms | - |") and rows[2].endswith("% |")
+    assert len({row.count("|") for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("NVIDIA H200", ["h200"]), ("NVIDIA GeForce RTX 4090", ["rtx-4090"]), ("AMD EPYC", [])],
+)
+def test_a_device_finds_its_data_file(device: str, expected: list[str]) -> None:
+    assert shipped(device) == expected
+
+
+def test_the_kernels_table_shows_the_default_and_the_fastest() -> None:
+    timed = {
+        "kernel": "experts",
+        "problem": "p",
+        "tiling": {"BLOCK_M": 16},
+        "seconds": [1e-5],
+        "median_seconds": 1e-5,
+        "bytes_per_second": 3e12,
+        "copy_share": 0.75,
+    }
+    lines = [
+        timed | {"default": True},
+        timed | {"default": False, "median_seconds": 8e-6},
+        timed | {"default": False, "median_seconds": 9e-6},
+        timed | {"default": False, "seconds": []},
     ]
-    rows = list(step_table(records))[2:]
-    assert rows == ["| 100 | 1 | 4 | 4.00 ms | 6.00 ms | 6.00 ms | - | 3.00 | - |"]
-    single = replace(record("single", 1, 25, "loop", 0.008), decoding=DecodingConfig("single_forward", 4))
-    rows = list(step_table([*records, single]))[2:]
-    assert rows == ["| 100 | 1 | 4 | 4.00 ms | 6.00 ms | 6.00 ms | 8.00 ms | 3.00 | 2.00 |"]
-    kernels = fastest_modes(records)
-    assert kernels.expert_mode(1) == "gather"
-    assert kernels.expert_mode(5) == "loop"  # gather was not measured at every point of this size
-    assert kernels.expert_mode(8) == "loop"
-    assert fastest_modes([]) == KernelConfig()
+    assert list(kernel_table(lines))[2:] == [
+        "| experts | p | default | 10.00 us | 3000 | 75% |",
+        "| experts | p | fastest: BLOCK_M=16 | 8.00 us | 3000 | 75% |",
+    ]

@@ -1,0 +1,142 @@
+"""The parts of `benchmarks.gpu` besides full-size speed: correctness, probe, tilings, engines, prediction."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from benchmarks.gpu_session import SHRUNK, Plan, Session, tuned_problems
+from hardware.files import write_atomic
+from hardware.probe import probe
+from hardware.profile import list_profiles, load_profile, save_profile
+from perfmodel.validation import validate
+from runtime.checkpoint import bundled, random_model, save_model
+from runtime.kernels.problem import Problem
+from runtime.kernels.registry import KERNELS, kernel
+from runtime.kernels.selection import default_tiling
+from runtime.kernels.target import Tiling
+from runtime.kernels.timing import Timed, time_tilings
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def check_kernels(session: Session, plan: Plan) -> None:
+    """Every kernel against its reference, in processes of their own: a fault on the device costs one kernel. They run
+    at once, because most of the time is compiling; what they compiled is kept for the other parts."""
+    folder = session.out / "kernels"
+    folder.mkdir()
+    seconds = max(1.0, session.deadline - time.monotonic() - 15)  # a case that was begun may take long
+    running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+    for name in plan.kernels or tuple(KERNELS):
+        log = folder / f"{name}.txt"
+        program = [sys.executable, "-m", "runtime.kernels.check", "--kernel", name, "--device", session.device]
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [*program, "--seconds", f"{seconds:.0f}"], cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT
+            )
+        running[name] = process, log
+    for name, (process, log) in running.items():
+        try:
+            process.wait(max(1.0, session.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        lines = log.read_text(errors="replace").splitlines()
+        failed = [line for line in lines if line.startswith("FAIL")]
+        passed = sum(line.startswith("ok") for line in lines)
+        # One that the clock ended has failed nothing, but what it did not try is not shown.
+        ended = process.returncode == 0 or (process.returncode < 0 and passed > 0 and not failed)
+        facts = {"cases": passed, "ended": (lines or ["no output"])[-1], "failed": failed[:5]}
+        session.check(f"kernel {name} equals its reference", ended and not failed, **facts)
+
+
+def probe_device(session: Session, plan: Plan) -> None:
+    """The device's own curves, copy bandwidth among them."""
+    kind = session.device.partition(":")[0]
+    threads = None if kind == "cuda" else 1
+    profile = session.attempt("probe", lambda: probe(kind, quick=True, threads=threads))
+    if profile is not None:
+        save_profile(profile, session.out / "hardware.yaml")
+
+
+def time_kernels(session: Session, plan: Plan) -> None:
+    """Bandwidth of every kernel with its default tiling beside a copy's, then of all tilings of the costliest ones."""
+    if not session.device.startswith("cuda"):
+        session.skip("tilings", f"kernels are timed on a GPU, not on {session.device}")
+        return
+    problems = tuned_problems(plan)
+    for name, problem in problems:
+        time_one(session, plan, name, problem, [default_tiling(name, session.device, problem)])
+    best: dict[str, dict[int, Tiling]] = {}
+    for name, problem in problems:
+        found = time_one(session, plan, name, problem, None)
+        if found:
+            best.setdefault(name, {})[problem.tokens] = found[0].tiling
+            write_atomic(session.out / "tilings.json", json.dumps(best, indent=1) + "\n")
+
+
+def time_one(session: Session, plan: Plan, name: str, problem: Problem, tilings: list[Tiling] | None) -> list[Timed]:
+    """Time a kernel's tilings on a problem; the ones that ran, the fastest first."""
+    run = partial(time_tilings, kernel(name), problem, plan.dtype, session.device, tilings, deadline=session.deadline)
+    point = f"{name}, {problem}, {'default tiling' if tilings else 'all tilings'}"
+    timed: list[Timed] = session.attempt(point, run) or []
+    for one in timed:
+        session.write("tilings", default=tilings is not None, tokens=problem.tokens, **one.plain())
+    ran = [one for one in timed if one.seconds]
+    if ran:
+        first = ran[0]
+        session.say(f"  {first.median_seconds * 1e6:10.2f} us  {first.copy_share:6.1%} of the copy  {point}")
+    return ran
+
+
+def compare_engines(session: Session, plan: Plan) -> None:
+    """The default engine against the eager one on small models: the same tokens in float32, logits in bfloat16."""
+    shrunk = session.out / "zaya-shrunk"
+    save_model(random_model(SHRUNK, seed=1), shrunk)
+    models = [str(shrunk)] + (["zaya-nano"] if plan.bundled and "zaya-nano" in bundled() else [])
+    for model in models:
+        name = Path(model).name
+        options = ["--model", model, "--device", session.device, "--json", "--new-tokens", str(plan.new_tokens[1])]
+        program = [sys.executable, "-m", "benchmarks.engine_equality", *options, "--prompts", "5"]
+        left = max(1.0, session.deadline - time.monotonic())
+        try:
+            run = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            session.skip(f"engines, {name}", "out of time")
+            continue
+        write_atomic(session.out / f"engines-{name}.json", run.stdout)
+        facts = {} if run.returncode == 0 else {"ended": run.stderr.splitlines()[-1:]}
+        session.check(f"{name}: the engine equals eager", run.returncode == 0, **facts)
+
+
+def predict(session: Session, plan: Plan) -> None:
+    """Predicted beside measured, of every point: by the device's data file where there is one, and by its probe."""
+    measured = session.records("forwards") + session.records("generations")
+    if not measured:
+        return session.skip("prediction", "nothing was measured")
+    profiles = [load_profile(name) for name in shipped(str(measured[0].device["device"]))]
+    if (session.out / "hardware.yaml").is_file():
+        profiles.append(load_profile(session.out / "hardware.yaml"))
+    for profile, engine in itertools.product(profiles, sorted({m.kernels.engine for m in measured})):
+        rows = [m for m in measured if m.kernels.engine == engine]
+        found = session.attempt(f"prediction of {engine} on {profile.name}", partial(validate, rows, profile))
+        for row in found or ():
+            session.write("predicted", hardware=profile.name, error=row.error, **asdict(row))
+
+
+def shipped(device: str) -> list[str]:
+    """Data files of this device, by its name: all words of theirs are in it."""
+    words = set(slug(device).split("-"))
+    return [name for name in list_profiles() if set(name.split("-")) <= words]
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
