@@ -212,7 +212,7 @@ class Compilers:
 
     def __init__(self, workers: int | None = None, seconds: float = 120.0) -> None:
         """seconds: the longest that one job may take."""
-        self._count, self._seconds = workers or max(1, min(8, os.cpu_count() or 1)), seconds
+        self._count, self._seconds = workers or max(1, min(16, os.cpu_count() or 1)), seconds
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Compilers:
