@@ -137,7 +137,8 @@ class MeasuredPoints:
     """Measurements grouped by what a prediction cannot vary over (model, dtype, kernels, sampler), to be predicted.
 
     A forward and its operators are timed without a sampler, and with one projection by the LM head. A generation is
-    compared at its mean context, with its batch kept full. Raises UserError for models that cannot be found and for contexts beyond theirs.
+    compared at its mean context, with its batch kept full. Raises UserError for models that cannot be found and for
+    contexts beyond theirs.
     """
 
     def __init__(self, rows: Sequence[Measurement], hardware: HardwareProfile, coverage: ExpertCoverage | str) -> None:
