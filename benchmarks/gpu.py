@@ -24,11 +24,12 @@ import torch
 
 from benchmarks.common import command, fail_in_one_line
 from benchmarks.gpu_parts import REPOSITORY, check_kernels, compare_engines, predict, probe_device, slug, time_kernels
-from benchmarks.gpu_session import FULL, SMALL, Plan, Session
+from benchmarks.gpu_session import FULL, RECORDS, SMALL, Plan, Session
 from benchmarks.gpu_speed import full_size
 from hardware.files import UserError, known, write_atomic
 from perfmodel.steps import title
 from perfmodel.validation import measured_seconds, point_name
+from runtime.config import replace
 from runtime.measurement import Measurement
 
 GRACE_SECONDS = 12.0  # beyond a part's share: to start it, and for the point that was begun
@@ -44,7 +45,7 @@ PARTS: dict[str, tuple[float, Callable[[Session, Plan], None]]] = {
 
 
 KEPT = (  # of the results, in the folder of the device
-    "correctness.jsonl", "hardware.yaml", "forwards.jsonl", "generations.jsonl", "beside.jsonl", "tilings.jsonl",
+    *(f"{name}.jsonl" for name in RECORDS), "correctness.jsonl", "hardware.yaml", "beside.jsonl", "tilings.jsonl",
     "tilings.json", "predicted.jsonl", "skipped.jsonl", "results.md", "engines-zaya-nano.json",
     "engines-zaya-shrunk.json",
 )  # fmt: skip
@@ -82,6 +83,7 @@ def table(records: list[Measurement], predicted: dict[tuple[str, str], float]) -
     yield "| --- | --- " + "| ---: " * (5 + 2 * len(profiles)) + "|"
     for m in records:
         what = f"{title(m.decoding)} step" if m.kind == "generation" else str(m.forward)
+        what += f": {m.operator}" if m.operator else ""
         rate = f"{m.tokens_per_second:.1f}" if m.kind == "generation" else "-"
         seconds = measured_seconds(m)
         cells = [m.kernels.engine, what, m.workload.batch, m.slots, m.context, f"{seconds * 1e3:.3f} ms", rate]
@@ -110,7 +112,7 @@ def kernel_table(timed: list[dict[str, Any]]) -> Iterator[str]:
 
 def finish(session: Session, measurements: Path | None) -> int:
     """Print and write what was found; the exit code is 1 when a correctness check failed or none ran."""
-    records = session.records("forwards") + session.records("generations")
+    records = [m for name in RECORDS for m in session.records(name)]
     predicted = {(p["hardware"], p["name"]): p["predicted_seconds"] for p in session.lines("predicted")}
     lines = list(table(records, predicted))
     lines += ["", *kernel_table(session.lines("tilings"))]
@@ -133,6 +135,11 @@ def finish(session: Session, measurements: Path | None) -> int:
     return 1 if failed or not checks else 0
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """`1,8`; argparse makes a line of a ValueError."""
+    return tuple(map(int, text.split(",")))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run everything, or one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no new point after so long")
     parser.add_argument("--measurements", type=Path, help="copy the records to a folder per device in here")
+    parser.add_argument("--batches", type=numbers, help="of full-size steps, with commas between")
+    parser.add_argument("--layers", type=int, help="fewer layers of the full size, to compile what it will run")
     parser.add_argument("--part", help=f"run only this one into --out: {', '.join(PARTS)}")
     chosen = parser.parse_args(arguments)
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
@@ -155,14 +164,21 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(f"{out} holds results already; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     plan = SMALL if chosen.small else FULL
+    if chosen.layers is not None:
+        plan = replace(plan, model=replace(plan.model, num_hidden_layers=chosen.layers, layer_types=()))
+    if chosen.batches is not None:
+        plan = replace(plan, batches=chosen.batches)
     deadline = time.monotonic() + 60 * chosen.minutes
     session = Session(chosen.device, out, deadline, command("benchmarks.gpu", arguments))
     if chosen.part is not None:
         PARTS[chosen.part][1](session, plan)
         return 0
     options = ["--out", str(out), "--device", chosen.device, *(["--small"] if chosen.small else [])]
-    if chosen.threads is not None:
-        options += ["--threads", str(chosen.threads)]
+    for name in ("threads", "layers"):
+        if getattr(chosen, name) is not None:
+            options += [f"--{name}", str(getattr(chosen, name))]
+    if chosen.batches is not None:
+        options += ["--batches", ",".join(map(str, chosen.batches))]
     run_parts(session, options, 60 * chosen.minutes)
     return finish(session, chosen.measurements)
 

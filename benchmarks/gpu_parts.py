@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu_session import SHRUNK, Plan, Session, tuned_problems
+from benchmarks.gpu_session import RECORDS, SHRUNK, Plan, Session, tuned_problems
 from hardware.files import write_atomic
 from hardware.probe import probe
 from hardware.profile import list_profiles, load_profile, save_profile
@@ -42,6 +42,7 @@ def check_kernels(session: Session, plan: Plan) -> None:
                 [*program, "--seconds", f"{seconds:.0f}"], cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT
             )
         running[name] = process, log
+    warming = warm_up(session, plan)
     for name, (process, log) in running.items():
         try:
             process.wait(max(1.0, session.deadline - time.monotonic()))
@@ -55,6 +56,29 @@ def check_kernels(session: Session, plan: Plan) -> None:
         ended = process.returncode == 0 or (process.returncode < 0 and passed > 0 and not failed)
         facts = {"cases": passed, "ended": (lines or ["no output"])[-1], "failed": failed[:5]}
         session.check(f"kernel {name} equals its reference", ended and not failed, **facts)
+    for process in warming:
+        try:
+            process.wait(max(0.0, session.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def warm_up(session: Session, plan: Plan) -> list[subprocess.Popen[bytes]]:
+    """Compile what the full size will run, a process per batch, with one layer of it: Triton keeps what it compiled."""
+    if not session.device.startswith("cuda"):
+        return []
+    options = ["--part", "full", "--layers", "1", "--device", session.device]
+    started = []
+    for batch in plan.batches:
+        folder = session.out / "warm" / str(batch)
+        folder.mkdir(parents=True)
+        minutes = str(max(0.0, session.deadline - time.monotonic()) / 60)
+        own = ["--batches", str(batch), "--out", str(folder), "--minutes", minutes]
+        with (folder / "log.txt").open("wb") as stream:
+            program = [sys.executable, "-m", "benchmarks.gpu", *options, *own]
+            started.append(subprocess.Popen(program, cwd=REPOSITORY, stdout=stream, stderr=subprocess.STDOUT))
+    return started
 
 
 def probe_device(session: Session, plan: Plan) -> None:
@@ -118,7 +142,7 @@ def compare_engines(session: Session, plan: Plan) -> None:
 
 def predict(session: Session, plan: Plan) -> None:
     """Predicted beside measured, of every point: by the device's data file where there is one, and by its probe."""
-    measured = session.records("forwards") + session.records("generations")
+    measured = [m for name in RECORDS for m in session.records(name)]
     if not measured:
         return session.skip("prediction", "nothing was measured")
     profiles = [load_profile(name) for name in shipped(str(measured[0].device["device"]))]

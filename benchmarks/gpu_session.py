@@ -18,6 +18,7 @@ from runtime.config import ModelConfig
 from runtime.kernels.problem import Problem
 from runtime.measurement import Measurement, append_jsonl, read_jsonl
 
+RECORDS = ("forwards", "generations", "operators")  # files of measurements
 RANDOM = "random weights: routing and acceptance are not real"
 
 
@@ -97,7 +98,10 @@ class Session:
         reason = ""
         try:
             return run()
-        except (RuntimeError, UserError, ImportError) as error:  # torch's and Triton's errors are RuntimeErrors
+        except Exception as error:
+            ours = isinstance(error, (RuntimeError, UserError, ImportError))  # torch's errors are RuntimeErrors
+            if not ours and not type(error).__module__.startswith("triton"):
+                raise  # a bug
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         # Outside of the handler: the traceback, and with it the failed run's tensors, is gone.
         self.release()

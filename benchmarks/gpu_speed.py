@@ -29,8 +29,10 @@ from runtime.bench_generation import measure_generation, sample_generation
 from runtime.checkpoint import empty_model, random_model
 from runtime.config import DecodingConfig, Engine, KernelConfig
 from runtime.engines import engine_of
-from runtime.measurement import ForwardKind
+from runtime.measurement import ForwardKind, append_jsonl
 from runtime.model.zaya import Zaya
+from runtime.operators import measure_operators
+from runtime.policy import using
 
 
 def full_size(session: Session, plan: Plan) -> None:
@@ -95,6 +97,7 @@ def steps(session: Session, plan: Plan, model: Zaya, identity: Identity, kernels
 def forwards(session: Session, plan: Plan, model: Zaya, identity: Identity, kernels: KernelConfig, batch: int) -> None:
     """One forward of each kind, over a cache that is filled once."""
     width = plan.drafts + 1
+    kind: ForwardKind
     points: list[tuple[ForwardKind, int, tuple[int, ...]]] = [
         ("decode", 1, (0,)),
         ("draft", width, (0,)),
@@ -121,8 +124,42 @@ def forwards(session: Session, plan: Plan, model: Zaya, identity: Identity, kern
             prefilled=filled,
         )
         session.measure("forwards", f"{kind}, {slots} slots, {where}", measure)
+    timed: list[tuple[ForwardKind, int]] = [("decode", 1), ("verify", width)]
+    for kind, slots in timed if kernels.engine != "eager" else ():
+        point = partial(operators, session, plan, model, identity, kernels, kind, batch, slots, filled)
+        session.attempt(f"operators of {kind}, {slots} slots, {where}", point)
+        del point
     del filled, measure  # the next cache needs the room
     session.release()
+
+
+def operators(
+    session: Session,
+    plan: Plan,
+    model: Zaya,
+    identity: Identity,
+    kernels: KernelConfig,
+    kind: ForwardKind,
+    batch: int,
+    slots: int,
+    filled: Prefilled,
+) -> None:
+    """A record of each operator where it stands in such a forward."""
+    with using(model, kernels):
+        found = measure_operators(
+            model,
+            identity,
+            kind=kind,
+            batch=batch,
+            slots=slots,
+            context=plan.context,
+            repeats=plan.repeats,
+            prefilled=filled,
+        )
+    for record in found:
+        append_jsonl(session.out / "operators.jsonl", record)
+    spent = ", ".join(f"{record.operator} {record.median_seconds * 1e6:.0f}" for record in found)
+    session.say(f"  {kind}, batch {batch}, us of all layers: {spent}")
 
 
 def beside(session: Session, plan: Plan, model: Zaya, identity: Identity, fast: KernelConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 import benchmarks.gpu as program
 from benchmarks.gpu import PARTS, finish, kernel_table, main, run_parts, table
@@ -81,7 +82,11 @@ def test_it_leaves_checks_a_profile_records_and_a_table(results: Path) -> None:
     assert all(m.simulated == RANDOM and m.command.startswith("python -m benchmarks.gpu") for m in measured + whole)
     [beside] = [json.loads(line) for line in (out / "beside.jsonl").read_text().splitlines()]
     assert set(beside["seconds_per_token"]) == {engine, "eager"}
-    assert (out / "results.md").read_text().count("ms |") == len(measured) + len(whole)
+    operators = read_jsonl(out / "operators.jsonl")
+    named = {"qkv", "cca", "attention", "output", "router", "experts", "lm_head", "sampler", "norms_residual"}
+    assert {m.operator for m in operators} == named | {"embedding"}
+    assert {(m.forward, m.workload.batch) for m in operators} == {(k, b) for k in ("decode", "verify") for b in (1, 2)}
+    assert (out / "results.md").read_text().count("ms |") == len(measured) + len(whole) + len(operators)
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert {s["point"].split(" of ")[0] for s in skipped} == {"transformers", "tilings", "prediction"}
 
@@ -137,6 +142,14 @@ def test_after_the_deadline_nothing_new_starts(session: Session) -> None:
     session.deadline = time.monotonic() - 1
     assert session.attempt("late", lambda: pytest.fail("it was started")) is None
     assert session.lines("skipped")[0]["reason"] == "out of time"
+
+
+def test_a_kernels_error_is_a_skipped_point(session: Session) -> None:
+    def too_large() -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    assert session.attempt("kernel", too_large) is None
+    assert session.lines("skipped")[0]["reason"].startswith("OutOfResources: out of resource: shared memory")
 
 
 def test_a_bug_is_no_skipped_point(session: Session) -> None:
