@@ -6,6 +6,8 @@ per sequence, and on a GPU the prefill, whose operators are large enough for pla
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from runtime.fused import ForwardWeights, FusedForward, Ops, forward_weights, re
 from runtime.layout import Layout
 from runtime.model.zaya import Zaya
 from runtime.samplers.acceptance import Plain, Sampling
+
+CPP_COMPILERS = (os.environ.get("CXX") or "g++", "clang++")  # what torch.compile calls on a CPU
 
 
 def obstacle(model: Zaya, engine: Engine) -> str | None:
@@ -39,6 +43,8 @@ def obstacle(model: Zaya, engine: Engine) -> str | None:
         if dtype not in ("float32", "bfloat16"):
             return f"the engine lean computes in float32 or bfloat16, but the model is in {dtype}"
         return _native_obstacle()
+    if device.type == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
+        return f"the engine compiled needs a C++ compiler: none of {', '.join(CPP_COMPILERS)} was found"
     return None
 
 

@@ -51,6 +51,9 @@ def test_the_default_is_the_fastest_that_can_run(monkeypatch: pytest.MonkeyPatch
     assert engine_of(model) == "eager"
     with pytest.raises(UserError, match="no compiler"):
         engine_of(model, "lean")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="compiled needs a C\\+\\+ compiler: none of"):
+        patch.setattr(engines.shutil, "which", lambda _: None)
+        engine_of(model, "compiled")
     monkeypatch.setattr(native, "obstacle", lambda: None)
     assert engine_of(model) == "lean"
     monkeypatch.setattr(engines, "obstacle", lambda *_: None)
