@@ -99,11 +99,15 @@ def kernel_table(timed: list[dict[str, Any]]) -> Iterator[str]:
     yield "| --- | --- | --- | ---: | ---: | ---: |"
     shown: set[tuple[Any, ...]] = set()
     for one in timed:
-        key = one["kernel"], one["problem"], one["default"]
+        key = one["kernel"], one["problem"], one["which"]
         if not one["seconds"] or key in shown:
             continue  # lines of one call are written with the fastest first
         shown.add(key)
-        tiling = "default" if one["default"] else "fastest: " + " ".join(f"{k}={v}" for k, v in one["tiling"].items())
+        tiling = (
+            "default"
+            if one["which"].startswith("default")
+            else "fastest: " + " ".join(f"{k}={v}" for k, v in one["tiling"].items())
+        )
         yield (
             f"| {one['kernel']} | {one['problem']} | {tiling} | {one['median_seconds'] * 1e6:.2f} us "
             f"| {one['bytes_per_second'] / 1e9:.0f} | {one['copy_share']:.0%} |"

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu_session import RECORDS, SHRUNK, Plan, Session, tuned_problems
 from hardware.files import write_atomic
@@ -18,9 +19,10 @@ from hardware.probe import probe
 from hardware.profile import list_profiles, load_profile, save_profile
 from perfmodel.validation import validate
 from runtime.checkpoint import bundled, random_model, save_model
+from runtime.kernels.compiler import Compilers
 from runtime.kernels.problem import Problem
 from runtime.kernels.registry import KERNELS, kernel
-from runtime.kernels.selection import default_tiling
+from runtime.kernels.selection import default_tiling, device_target
 from runtime.kernels.target import Tiling
 from runtime.kernels.timing import Timed, time_tilings
 
@@ -91,28 +93,33 @@ def probe_device(session: Session, plan: Plan) -> None:
 
 
 def time_kernels(session: Session, plan: Plan) -> None:
-    """Bandwidth of every kernel with its default tiling beside a copy's, then of all tilings of the costliest ones."""
+    """Bandwidth of every kernel with its default tiling beside a copy's, then with all that compile without spills."""
     if not session.device.startswith("cuda"):
         session.skip("tilings", f"kernels are timed on a GPU, not on {session.device}")
         return
     problems = tuned_problems(plan)
     for name, problem in problems:
-        time_one(session, plan, name, problem, [default_tiling(name, session.device, problem)])
+        time_one(session, plan, name, problem, [default_tiling(name, session.device, problem)], "default tiling")
     best: dict[str, dict[int, Tiling]] = {}
-    for name, problem in problems:
-        found = time_one(session, plan, name, problem, None)
-        if found:
-            best.setdefault(name, {})[problem.tokens] = found[0].tiling
-            write_atomic(session.out / "tilings.json", json.dumps(best, indent=1) + "\n")
+    with Compilers() as compilers:
+        for name, problem in problems:
+            usable = partial(compilers.usable, kernel(name), device_target(session.device), problem, plan.dtype)
+            fitting = session.attempt(f"compiling {name}", usable) or None
+            found = time_one(session, plan, name, problem, fitting, "all tilings")
+            if found:
+                best.setdefault(name, {})[problem.tokens] = found[0].tiling
+                write_atomic(session.out / "tilings.json", json.dumps(best, indent=1) + "\n")
 
 
-def time_one(session: Session, plan: Plan, name: str, problem: Problem, tilings: list[Tiling] | None) -> list[Timed]:
+def time_one(
+    session: Session, plan: Plan, name: str, problem: Problem, tilings: list[Tiling] | None, which: str
+) -> list[Timed]:
     """Time a kernel's tilings on a problem; the ones that ran, the fastest first."""
     run = partial(time_tilings, kernel(name), problem, plan.dtype, session.device, tilings, deadline=session.deadline)
-    point = f"{name}, {problem}, {'default tiling' if tilings else 'all tilings'}"
+    point = f"{name}, {problem}, {which}"
     timed: list[Timed] = session.attempt(point, run) or []
     for one in timed:
-        session.write("tilings", default=tilings is not None, tokens=problem.tokens, **one.plain())
+        session.write("tilings", which=which, tokens=problem.tokens, **one.plain())
     ran = [one for one in timed if one.seconds]
     if ran:
         first = ran[0]
@@ -136,8 +143,24 @@ def compare_engines(session: Session, plan: Plan) -> None:
             session.skip(f"engines, {name}", "out of time")
             continue
         write_atomic(session.out / f"engines-{name}.json", run.stdout)
-        facts = {} if run.returncode == 0 else {"ended": run.stderr.splitlines()[-1:]}
-        session.check(f"{name}: the engine equals eager", run.returncode == 0, **facts)
+        session.check(f"{name}: the engine equals eager", run.returncode == 0, **counted(run.stdout, run.stderr))
+
+
+def counted(document: str, errors: str) -> dict[str, Any]:
+    """What `engine_equality` found, in a few figures: prompts with another token, and argmaxes that differ."""
+    if not document.strip():
+        return {"ended": errors.splitlines()[-1:]}
+    found = json.loads(document)
+    return {
+        "prompts_that_differ": {
+            dtype: sum(len(t["first"]) for t in found["tokens"] if t["dtype"] == dtype)
+            for dtype in ("float32", "bfloat16")
+        },
+        "argmaxes_that_differ": [
+            {name: x[name] for name in ("dtype", "slots", "differing_argmaxes", "positions", "error")}
+            for x in found["logits"]
+        ],
+    }
 
 
 def predict(session: Session, plan: Plan) -> None:

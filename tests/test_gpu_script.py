@@ -152,9 +152,12 @@ def test_a_kernels_error_is_a_skipped_point(session: Session) -> None:
     assert session.lines("skipped")[0]["reason"].startswith("OutOfResources: out of resource: shared memory")
 
 
-def test_a_bug_is_no_skipped_point(session: Session) -> None:
-    with pytest.raises(KeyError):
-        session.attempt("buggy", lambda: {}["absent"])
+def test_a_bug_fails_the_run_and_the_points_after_it_still_run(session: Session) -> None:
+    assert session.attempt("buggy", lambda: {}["absent"]) is None
+    assert session.attempt("next", lambda: 7) == 7
+    [failed] = session.lines("correctness")
+    assert failed == {"check": "buggy runs without a bug", "passed": False, "error": "KeyError('absent')"}
+    assert finish(session, None) == 1
 
 
 def test_a_part_that_hangs_is_ended_and_the_others_run(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,11 +186,13 @@ def test_the_same_weights_run_in_transformers() -> None:
     assert isinstance(seconds, float)
 
 
-def test_every_kernel_that_is_tuned_has_tilings_for_its_problems() -> None:
+def test_every_kernel_that_is_tuned_has_tilings_and_inputs_for_its_problems() -> None:
     named = tuned_problems(FULL)
     assert {name for name, _ in named[:4]} == {"experts", "attention"}
     for name, problem in named:
         assert all(kernel(name).tilings(target, problem) for target in TARGETS.values())
+    for name, problem in tuned_problems(SMALL):
+        kernel(name).reference()(**kernel(name).inputs(problem, torch.float32, "cpu"))
 
 
 def record(kind: ForwardKind, batch: int, slots: int, seconds: float, **changed: Any) -> Measurement:
@@ -244,10 +249,10 @@ def test_the_kernels_table_shows_the_default_and_the_fastest() -> None:
         "copy_share": 0.75,
     }
     lines = [
-        timed | {"default": True},
-        timed | {"default": False, "median_seconds": 8e-6},
-        timed | {"default": False, "median_seconds": 9e-6},
-        timed | {"default": False, "seconds": []},
+        timed | {"which": "default tiling"},
+        timed | {"which": "all tilings", "median_seconds": 8e-6},
+        timed | {"which": "all tilings", "median_seconds": 9e-6},
+        timed | {"which": "all tilings", "seconds": []},
     ]
     assert list(kernel_table(lines))[2:] == [
         "| experts | p | default | 10.00 us | 3000 | 75% |",
