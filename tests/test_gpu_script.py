@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 import benchmarks.gpu as program
 from benchmarks.gpu import PARTS, finish, kernel_table, main, run_parts, table
-from benchmarks.gpu_parts import check_kernels, predict, shipped, slug
+from benchmarks.gpu_parts import check_kernels, predict, shipped, slug, time_kernels
 from benchmarks.gpu_session import FULL, RANDOM, SHRUNK, SMALL, Session, tuned_problems
 from benchmarks.gpu_speed import decode_by_transformers, forwards, load_transformers
 from hardware.files import UserError
@@ -27,8 +27,11 @@ from runtime.checkpoint import random_model
 from runtime.config import DecodingConfig, KernelConfig, Workload, replace
 from runtime.engine import generate
 from runtime.engines import engine_of
-from runtime.kernels.registry import kernel
-from runtime.kernels.target import TARGETS
+from runtime.kernels.compiler import Compilers
+from runtime.kernels.problem import Problem
+from runtime.kernels.registry import Kernel, kernel
+from runtime.kernels.target import TARGETS, Tiling
+from runtime.kernels.timing import Timed, Traffic
 from runtime.measurement import ForwardKind, Measurement, append_jsonl, read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +196,32 @@ def test_every_kernel_that_is_tuned_has_tilings_and_inputs_for_its_problems() ->
         assert all(kernel(name).tilings(target, problem) for target in TARGETS.values())
     for name, problem in tuned_problems(SMALL):
         kernel(name).reference()(**kernel(name).inputs(problem, torch.float32, "cpu"))
+
+
+def test_defaults_are_timed_first_and_the_fastest_tilings_are_kept(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not compile is not timed; here the last of the tilings is the fastest."""
+    timed: list[int] = []
+
+    def fake(k: Kernel, problem: Problem, dtype: str, device: str, tilings: list[Tiling], **_: Any) -> list[Timed]:
+        timed.append(len(tilings))
+        found = [
+            Timed(k.name, str(problem), dtype, t, Traffic(10**6, 1), (1.0 - 0.01 * i,), 1e7)
+            for i, t in enumerate(tilings)
+        ]
+        return sorted(found, key=lambda one: one.median_seconds)
+
+    monkeypatch.setattr("benchmarks.gpu_parts.time_tilings", fake)
+    monkeypatch.setattr(Compilers, "usable", lambda _, k, target, problem, dtype: k.tilings(target, problem)[:3])
+    session.device = "cuda"
+    time_kernels(session, FULL)
+    problems = tuned_problems(FULL)
+    assert timed[: len(problems)] == [1] * len(problems) and set(timed[len(problems) :]) <= {2, 3}
+    best = json.loads((session.out / "tilings.json").read_text())
+    name, problem = problems[0]
+    assert best[name][str(problem.tokens)] == kernel(name).tilings(TARGETS["sm_90"], problem)[2]
+    assert len(list(kernel_table(session.lines("tilings")))) == 2 + 2 * len(problems)
 
 
 def record(kind: ForwardKind, batch: int, slots: int, seconds: float, **changed: Any) -> Measurement:
