@@ -14,7 +14,7 @@ def tilings(target: Target, problem: Problem) -> tuple[Tiling, ...]:
     default = min(64, whole)
     masked = problem.kind != "causal"
     first = _base(amd, default, masked)
-    found = [first, *(first | change for change in _changes(amd))]
+    found = [first, *(first | change for change in _changes(amd, default))]
     for block_m in (16, 32, 64, 128):
         if block_m <= whole and block_m != default:
             base = _base(amd, block_m, masked)
@@ -37,9 +37,10 @@ def _base(amd: bool, block_m: int, masked: bool) -> dict[str, int]:
     return tiling | ({"matrix_instr_nonkdim": 16, "kpack": 1, "waves_per_eu": 0} if amd else {})
 
 
-def _changes(amd: bool) -> list[dict[str, int]]:
+def _changes(amd: bool, block_m: int) -> list[dict[str, int]]:
     """What is tried on the default, one thing at a time."""
-    common = [{"SPLIT_BLOCKS": 1}, {"SPLIT_BLOCKS": 4}, {"num_warps": 2}, {"num_warps": 8}]
+    common = [{"SPLIT_BLOCKS": 1}, {"SPLIT_BLOCKS": 4}]
+    common += [{"num_warps": warps} for warps in ((2, 4, 8) if block_m < 64 else (4, 8))]  # two warps of 64 rows spill
     if amd:
         return [
             *common,
