@@ -92,8 +92,8 @@ def _cca(
         scale = tl.load(temperature + group)
         for member in tl.static_range(HQ // HK):
             other = (group * (HQ // HK) + member) * D + d
-            found = tl.load(projected + token[:, None] * WIDTH + other[None, :], mask=mask, other=0.0)
-            mean += found.to(tl.float32) * (HK / HQ)
+            member_query = tl.load(projected + token[:, None] * WIDTH + other[None, :], mask=mask, other=0.0)
+            mean += member_query.to(tl.float32) * (HK / HQ)
         # The value: the first half from this token, the second from the one before.
         v = (group * D + d)[None, :]
         value = tl.load(projected + token[:, None] * WIDTH + COLUMN + v, mask=mask & (v < HALF), other=0.0)
