@@ -53,8 +53,8 @@ def _cca(
         for step in tl.static_range(TAPS * PIECES):
             k = (step % PIECES) * BK + piece
             weight = convolution + ((step // PIECES) * D + k)[:, None] * D + d[None, :]
-            found = tl.load(weight, mask=(k < D)[:, None] & inside, other=0.0)
-            loaded = loaded + (found,)  # type: ignore[assignment]
+            early = tl.load(weight, mask=(k < D)[:, None] & inside, other=0.0)
+            loaded = loaded + (early,)  # type: ignore[assignment]
 
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     real = token < tokens
