@@ -86,7 +86,8 @@ INLINE void NAME(tile)(
     long i = 0;
     for (; i + STEP <= k; i += STEP) {
         if (ahead)
-            UNROLL for (int r = 0; r < 4; r++) __builtin_prefetch(ahead + 4 * i + r * STEP, 0, 2);
+            UNROLL for (int r = 0; r < 4; r++)
+                __builtin_prefetch(ldw == k ? ahead + 4 * i + r * STEP : ahead + r * ldw + i, 0, 2);
         UNROLL for (int t = 0; t < m; t++)
             UNROLL for (int r = 0; r < 4; r++) sums[t][r] = NAME(dot)(sums[t][r], x[t] + i, w + r * ldw + i);
     }
@@ -140,7 +141,7 @@ static void NAME(product)(
 INLINE void NAME(columns)(
     const float* x, long ldx, int m, const T* w, long ldw, int vectors, long k, float* out, long ldo, int add
 ) {
-    vf sums[TILE][4];
+    vf sums[TILE][8];
     UNROLL for (int t = 0; t < m; t++)
         UNROLL for (int c = 0; c < vectors; c++) sums[t][c] = add ? load_f32(out + t * ldo + c * LANES) : splat(0);
     for (long i = 0; i < k; i++) {
@@ -171,13 +172,14 @@ static void NAME(combine)(
 ) {
     long c = 0;
     while (n - c >= LANES) {
-        const int vectors = n - c >= 4 * LANES ? 4 : n - c >= 2 * LANES ? 2 : 1;
-        switch (m * 8 + vectors) {
-#define CASE(M, V) case M * 8 + V: NAME(columns)(x, ldx, M, w + c, ldw, V, k, out + c, ldo, add); break;
+        const long left = (n - c) / LANES; /* few tokens leave registers to read longer pieces of each row */
+        const int vectors = left >= 8 && m <= TILE / 2 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        switch (m * 16 + vectors) {
+#define CASE(M, V) case M * 16 + V: NAME(columns)(x, ldx, M, w + c, ldw, V, k, out + c, ldo, add); break;
 #define CASES(M) CASE(M, 1) CASE(M, 2) CASE(M, 4)
-            CASES(1) CASES(2) CASES(3)
+            CASES(1) CASES(2) CASES(3) CASE(1, 8)
 #if TILE > 3
-            CASES(4) CASES(5) CASES(6)
+            CASES(4) CASES(5) CASES(6) CASE(2, 8) CASE(3, 8)
 #endif
 #undef CASES
 #undef CASE
