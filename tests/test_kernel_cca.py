@@ -13,6 +13,10 @@ from hardware.files import UserError
 from runtime.cache import Cache
 from runtime.config import ModelConfig
 from runtime.kernels.cca.reference import cca, cca_weights
+from runtime.kernels.cca.tilings import tilings
+from runtime.kernels.compiler import Compilers, Job
+from runtime.kernels.problem import Problem
+from runtime.kernels.target import TARGETS
 from runtime.layout import Layout, causal, draft, predecessors, single_forward
 from runtime.model import attention
 from runtime.model.attention import Attention
@@ -132,6 +136,17 @@ def test_a_cache_may_have_more_rows_than_sequences() -> None:
     for name in ("keys", "values", "columns"):
         assert torch.equal(getattr(found, name)[:2], getattr(expected, name))
         assert bool((getattr(found, name)[2:] == 3).all())
+
+
+@pytest.mark.parametrize("slots", [1, 17])
+def test_the_paths_for_one_token_and_for_many_compile(slots: int) -> None:
+    """The interpreter takes names whose shape a branch changes; compilers do not."""
+    problem = Problem(config_of({}), 1, slots)
+    target = TARGETS["sm_90"]
+    job = Job("cca", target.name, problem, "bfloat16", tilings(target, problem)[0])
+    with Compilers(workers=1) as compilers:
+        [(_, result)] = compilers.compile([job])
+    assert result.usable, result.outcome
 
 
 def test_projections_with_a_bias_are_left_to_eager() -> None:
