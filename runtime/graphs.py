@@ -242,7 +242,7 @@ class StepGraph:
         self._loaded: tuple[Tensor | None, Draft | None] = (None, None)  # what the caller's decode has of these buffers
         self._committed: Tensor | None = None  # int64 [rows, 1 + W], where a replay leaves its result
         self._host: Tensor | None = None
-        self._replay: Callable[[], None] | None = None  # None on a CPU
+        self._replay: Callable[[], None] | None = None  # None: `_run`, which kept here would keep its owner
         self._captured = False
 
     @torch.inference_mode()
@@ -290,9 +290,11 @@ class StepGraph:
             lengths.copy_(before)  # or the next run would write further behind
 
         replay, self._captured = captured(self._run, self._device, warm=warm, pool=self._pool), True
+        lengths.copy_(before)
+        if replay != self._run:
+            self._replay = replay
         if self._device.type == "cuda":
             assert self._committed is not None
-            self._replay = replay
             self._host = torch.zeros(self._committed.shape, dtype=torch.int64, pin_memory=True)
             self._arrived = torch.cuda.Event()
 

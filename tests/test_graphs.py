@@ -5,10 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 from weakref import ref
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from runtime import engines, graphs
 from runtime.batching import Batcher, Request
@@ -79,6 +83,68 @@ def test_replayed_steps_give_the_eager_tokens_and_counters(
         found = replayed.counters[kind]
         assert (found.forwards, found.slots) == (counter.forwards, counter.slots), kind
         assert found.experts_per_layer() == pytest.approx(counter.experts_per_layer()), kind
+
+
+HOST = (  # reading a value back; copying a list to the device; a shape that depends on values
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.lift_fresh.default,
+    torch.ops.aten.nonzero.default,
+)
+
+
+class Recorder(TorchDispatchMode):
+    """What a GPU graph is, on a CPU: the operators that ran, with their tensors, and nothing of Python between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in HOST, f"a captured step must leave the host alone, but called {func}"
+        if func is torch.ops.aten.index.Tensor:
+            assert all(index.dtype != torch.bool for index in tensors(args[1])), "a mask's shape depends on values"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        """Run them again, each into the memory of its first result."""
+        for func, args, kwargs, out in self.calls:
+            given = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
+            for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                if old.untyped_storage().data_ptr() not in given:  # else a view of its input, or the input itself
+                    old.copy_(new)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def recorded(function: Any, _device: torch.device, *, warm: Any, pool: Any) -> Any:
+    """In the place of `graphs.captured`."""
+    warm()
+    warm()
+    recorder = Recorder()
+    with recorder:
+        function()
+    return recorder.replay
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@EACH
+def test_a_captured_step_depends_on_nothing_but_its_buffers(
+    decoding: DecodingConfig, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = warm(decoding) if sampled else decoding
+    expected = run("eager", decoding, 3, seed=4)
+    model().leased = None
+    monkeypatch.setattr(graphs, "captured", recorded)
+    for _ in range(2):  # the second time on the graphs of the first
+        found = run("graphs", decoding, 3, seed=4)
+        assert found.tokens == expected.tokens
+        for kind, counter in expected.counters.items():
+            assert found.counters[kind].experts_per_layer() == pytest.approx(counter.experts_per_layer()), kind
+    model().leased = None
 
 
 def test_a_graph_serves_every_number_of_sequences_up_to_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
