@@ -64,10 +64,12 @@ def run_parts(session: Session, options: list[str], seconds: float) -> None:
         try:
             code = process.wait(left + GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             session.skip(f"the rest of {name}", "out of time: the part was ended")
             continue
+        finally:  # an interrupt too
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         if code:
             session.skip(f"the rest of {name}", f"the part ended with code {code}")
 
