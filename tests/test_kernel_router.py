@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from runtime.config import ModelConfig
-from runtime.kernels.compiler import launches, specialise
+from runtime.kernels.compiler import USABLE, Job, compile_one, launches, specialise
 from runtime.kernels.problem import Problem
 from runtime.kernels.registry import kernel
 from runtime.kernels.router.inputs import errors, inputs
@@ -137,3 +137,10 @@ def test_on_amd_every_wave_waits_for_its_stores_before_its_block_is_reported(tar
     barrier = max(i for i, line in enumerate(lines[:counted]) if line == "s_barrier")
     store = max(i for i, line in enumerate(lines[:barrier]) if line.endswith("_store"))
     assert "s_waitcnt vmcnt(0)" in lines[store:barrier]
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_full_size_in_fp32_fits_the_shared_memory(name: str) -> None:
+    problem = Problem(ModelConfig(), batch=16, slots=17)
+    job = Job("router", name, problem, "float32", tilings(TARGETS[name], problem)[0])
+    assert compile_one(job).outcome == USABLE

@@ -215,7 +215,12 @@ def _arrived(device: torch.device) -> Tensor:
 def router(
     x: Tensor, state: Tensor | None, weights: RouterWeights, active: Tensor | None, *, tiling: Tiling
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.router`. One stream per device; the first call on a device must not be captured in a graph."""
+    """`reference.router`. One stream per device; the first call on a device must not be captured in a graph.
+
+    In fp32, whose pieces of the MLP would exceed the shared memory, tiles have 16 tokens and 16 columns.
+    """
+    if x.dtype == torch.float32:
+        tiling = {**tiling, "BLOCK_M": 16, "BLOCK_N": 16}
     (tokens, hidden), (classes, width) = x.shape, weights.out.shape
     tiles = triton.cdiv(tokens, tiling["BLOCK_M"])
     pieces = triton.cdiv(width, tiling["BLOCK_R"])
