@@ -29,7 +29,7 @@ from runtime.config import DecodingConfig, KernelConfig, replace
 from runtime.engine import GenerationResult, generate
 from runtime.model.zaya import Zaya
 from runtime.samplers import SAMPLERS, acceptance, capturable, reads_draft_logits, two_forward
-from runtime.samplers.acceptance import Accepted, Draft, Randomness, choose, verify
+from runtime.samplers.acceptance import Accepted, Draft, Randomness, choose, constant, verify
 from runtime.samplers.state import Decode, Step, finish
 from tests.enumeration import DRAWS, RIGHT, WRONG, Enumeration, p_value
 from tests.models import TINY, noisy_model, random_ids
@@ -441,6 +441,13 @@ def test_a_capturable_step_copies_nothing_to_the_device_and_draws_as_much_as_eve
             per_step.append(list(drawn))
     assert all(counts == per_step[0] for counts in per_step)
     assert bool(per_step[0]) == (decoding.temperature > 0)
+
+
+def test_constants_stay_at_the_address_that_a_graph_saw() -> None:
+    first = constant((0.5, 0.25), torch.float32, "cpu")
+    for number in range(1000):
+        constant((0.5, float(number)), torch.float32, "cpu")
+    assert constant((0.5, 0.25), torch.float32, "cpu") is first
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

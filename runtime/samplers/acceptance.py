@@ -7,7 +7,7 @@ draft has q = 1 at the draft. With mixing, p of the K draft rows comes from w * 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -86,9 +86,11 @@ class Randomness:
         return torch.from_numpy(np.stack([g.random(count) for g in self.generators])).to(device)
 
 
-@lru_cache(maxsize=256)
+@cache
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """These values on a device. Kept, because a step that is captured in a graph can copy nothing from the host."""
+    """These values on a device. Kept for good: a step that is captured in a graph can copy nothing from the host, and
+    its replays read the address that was captured.
+    """
     return torch.tensor(values, dtype=dtype, device=device)
 
 
