@@ -5,11 +5,8 @@
  */
 
 #define WEIGHTS 64 /* rows of a weight that one item of work covers */
-#define AHEAD 4096 /* bytes that a stream of weights is fetched ahead: main memory answers after about 100 ns */
+#define AHEAD 4096 /* bytes that the weights of a convolution are fetched ahead */
 #define TOKENS 96  /* tokens whose activations are gone through together: they stay in the second-level cache */
-/* Few tokens take the rows of a weight one after the other, if a row is long enough to pay for summing up its lanes. */
-#define STREAMED_TOKENS 3
-#define STREAMED_BYTES 1024
 
 #if T_IS_BF16 && defined(__AVX512BF16__)
 #define STEP 32
@@ -47,33 +44,13 @@ INLINE vf NAME(round)(vf v) {
 #endif
 }
 
-static float NAME(rest)(const T* a, const T* b, long from, long k) {
-    float total = 0;
-    for (long i = from; i < k; i++) total += NAME(to)(a[i]) * NAME(to)(b[i]);
+/* The sum of products from `i` on. */
+static float NAME(rest)(const T* a, const T* b, long i, long k) {
+    vf sums = splat(0);
+    for (; i + STEP <= k; i += STEP) sums = NAME(dot)(sums, a + i, b + i);
+    float total = sum(sums);
+    for (; i < k; i++) total += NAME(to)(a[i]) * NAME(to)(b[i]);
     return total;
-}
-
-/* One weight row for m <= TILE tokens: the order in which main memory is read fastest. */
-INLINE void NAME(row)(const T* const* x, int m, const T* w, long k, float* out, long ldo) {
-    enum { MOST = 8 };
-    vf sums[MOST];
-    const int chains = m == 1 ? 4 : m <= 3 ? 2 : 1; /* an addition takes four cycles, so four must be under way */
-    UNROLL for (int c = 0; c < MOST; c++) sums[c] = splat(0);
-    long i = 0;
-    for (; i + chains * STEP <= k; i += chains * STEP) {
-        UNROLL for (int c = 0; c < chains; c++) {
-            __builtin_prefetch((const char*)(w + i + c * STEP) + AHEAD, 0, 3);
-            UNROLL for (int t = 0; t < m; t++)
-                sums[c * m + t] = NAME(dot)(sums[c * m + t], x[t] + i + c * STEP, w + i + c * STEP);
-        }
-    }
-    for (; i + STEP <= k; i += STEP)
-        UNROLL for (int t = 0; t < m; t++) sums[t] = NAME(dot)(sums[t], x[t] + i, w + i);
-    UNROLL for (int t = 0; t < m; t++) {
-        vf total = sums[t];
-        UNROLL for (int c = 1; c < chains; c++) total += sums[c * m + t];
-        out[t * ldo] = sum(total) + (i < k ? NAME(rest)(x[t], w, i, k) : 0);
-    }
 }
 
 /* Four weight rows for m <= TILE tokens: the fewest loads per product. ahead: what to fetch meanwhile, or NULL. */
@@ -99,16 +76,6 @@ INLINE void NAME(tile)(
     }
 }
 
-static void NAME(rows)(const T* const* x, long m, const T* w, long ldw, long n, long k, float* out, long ldo) {
-    switch (m) {
-#define CASE(M) case M: for (long r = 0; r < n; r++) NAME(row)(x, M, w + r * ldw, k, out + r, ldo); break;
-        CASE(1) CASE(2) CASE(3)
-#if TILE > 3
-        CASE(4) CASE(5) CASE(6)
-#endif
-#undef CASE
-    }
-}
 static void NAME(tiles)(
     const T* const* x, long m, const T* w, long ldw, long k, float* out, long ldo, const T* ahead
 ) {
@@ -127,14 +94,13 @@ static void NAME(product)(
     const T* const* x, long m, const T* w, long ldw, long n, long k, float* out, long ldo
 ) {
     long r = 0;
-    if (m > STREAMED_TOKENS || k * sizeof(T) < STREAMED_BYTES)
-        for (; r + 4 <= n; r += 4)
-            for (long t = 0; t < m; t += TILE)
-                NAME(tiles)(
-                    x + t, least(TILE, m - t), w + r * ldw, ldw, k, out + t * ldo + r, ldo, t ? NULL : w + (r + 4) * ldw
-                );
-    for (long t = 0; t < m && r < n; t += TILE)
-        NAME(rows)(x + t, least(TILE, m - t), w + r * ldw, ldw, n - r, k, out + t * ldo + r, ldo);
+    for (; r + 4 <= n; r += 4)
+        for (long t = 0; t < m; t += TILE) {
+            const T* ahead = t ? NULL : w + (r + 4) * ldw; /* main memory answers after about 100 ns */
+            NAME(tiles)(x + t, least(TILE, m - t), w + r * ldw, ldw, k, out + t * ldo + r, ldo, ahead);
+        }
+    for (; r < n; r++)
+        for (long t = 0; t < m; t++) out[t * ldo + r] = NAME(rest)(x[t], w + r * ldw, 0, k);
 }
 
 /* `vectors` of outputs for m <= TILE tokens. */
