@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from hardware.files import UserError
 from runtime.kernels.problem import ODD, SLIDING, Problem
 from runtime.kernels.registry import KERNELS
-from runtime.kernels.timing import Timed, Traffic, main, rows, time_tilings, traffic
+from runtime.kernels.timing import Timed, Traffic, main, rows, traffic
 
 
 def needed(name: str, problem: Problem, dtype: torch.dtype = torch.float32, **changes: Any) -> Traffic:
@@ -60,9 +59,21 @@ def test_the_table_puts_reasons_behind_timings() -> None:
     assert "50.0%" in lines[1] and "BLOCK_M=16" in lines[1] and lines[2].endswith("BLOCK_M=16: does not fit")
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no device cuda: torch sees 0 CUDA or ROCm devices"),
+        (("--device", "cuda:1"), "no device cuda:1: torch sees 0"),
+        (("--device", "cpu"), "unknown device 'cpu'; known: cuda, cuda:N"),
+        (("--device", "cuda:x"), "unknown device 'cuda:x'"),
+        (("--rounds", "0"), "rounds >= 1 must hold, but got 0"),
+        (("--kernel", "rooter"), "unknown kernel 'rooter'"),
+    ],
+)
+def test_what_cannot_be_timed_is_one_line(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="torch sees none"):
-        time_tilings(KERNELS["attention"], Problem(ODD))
-    assert main(["--kernel", "attention"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["--kernel", "attention", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1 and message in said.err

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardware.files import UserError
-from runtime.config import ModelConfig
+from hardware.files import UserError, known
+from runtime.config import ModelConfig, require
 from runtime.kernels.check import Subject, clone, require_triton, tensors
 from runtime.kernels.problem import Problem
 from runtime.kernels.registry import Kernel, kernel
@@ -138,14 +138,22 @@ def time_tilings(
     """Check every tiling against the reference, time those that pass, and return all, the fastest first.
 
     tilings: None for all of the device's target. deadline: on `time.monotonic`'s clock; tilings not captured by then
-    are not timed. Every sequence has the whole context cached. UserError without a GPU or triton.
+    are not timed. Every sequence has the whole context cached. UserError without triton or that GPU.
     """
     require_triton()
-    if not torch.cuda.is_available():
-        raise UserError(f"no device {device}: kernels are timed on a GPU, and torch sees none")
+    require(rounds >= 1, f"rounds >= 1 must hold, but got {rounds}")
+    _require_gpu(device)
     with torch.cuda.device(device):
         found = _timed(kernel, problem, dtype, device, tilings, rounds, deadline, progress)
     return sorted(found, key=lambda timed: timed.median_seconds)
+
+
+def _require_gpu(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not (index or "0").isdecimal():
+        raise known("device", device, ("cuda", "cuda:N"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    require(int(index or 0) < count, f"no device {device}: torch sees {count} CUDA or ROCm devices here")
 
 
 def _timed(
