@@ -18,6 +18,7 @@ import torch
 
 import ridgepoint
 from benchmarks.kernel_table import BEGIN, COLUMNS, DTYPE, label, problems
+from hardware.files import UserError
 from runtime.config import DTYPE_BYTES, ModelConfig
 from runtime.kernels import compiler
 from runtime.kernels.check import compile_ahead, plan
@@ -265,13 +266,33 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], monkey
         (["compile", "--dtype", "int8"], "unknown dtype 'int8'; known: bfloat16, float16, float32"),
         (["compile", "--tokens", "0"], "tokens >= 1 must hold, but got 0"),
         (["check", "--kernel", "softmax"], "unknown kernel 'softmax'; known: attention, cca,"),
+        (["compile", "--context", "-1"], "context >= 0 must hold, but got -1"),
         (["check", "--device", "tpu"], "unknown device 'tpu'; known: cpu, cuda, cuda:N"),
+        (["check", "--device", "cuda:x"], "unknown device 'cuda:x'; known: cpu, cuda, cuda:N"),
+        (["check", "--device", "cuda:-1"], "unknown device 'cuda:-1'"),
+        (["check", "--device", "cuda:"], "unknown device 'cuda:'"),
+        (["check", "--device", "cuda:9"], "no device cuda:9: torch sees 1 CUDA or ROCm devices here"),
+        (["check", "--device", "cuda", "--seconds", "0"], "seconds > 0 must hold, but got 0.0"),
+        (["check", "--device", "cuda", "--seconds", "nan"], "seconds > 0 must hold, but got nan"),
     ],
 )
-def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+def test_bad_options_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    """On a machine with a GPU too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     code, out, err = run(capsys, *arguments)
-    assert (code, out) == (2, "")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert said in err
+
+
+@pytest.mark.parametrize("name", ["batch", "slots", "context"])
+def test_a_problem_has_tokens(name: str) -> None:
+    least = 0 if name == "context" else 1
+    replace(ODD_PROBLEMS[0], **{name: least})
+    with pytest.raises(UserError, match=f"{name} >= {least} must hold, but got {least - 1}"):
+        replace(ODD_PROBLEMS[0], **{name: least - 1})
 
 
 @pytest.mark.parametrize("command", ["compile", "check"])

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -264,13 +265,20 @@ def prepare(device: str) -> None:
     if device == "cpu":
         require("triton" not in sys.modules, "kernels are checked on the CPU in a process that has not loaded triton")
         os.environ["TRITON_INTERPRET"] = "1"
-    elif device.split(":")[0] != "cuda":
-        raise known("device", device, ("cpu", "cuda", "cuda:N"))
+    else:
+        require_gpu(device, "cpu")
     require_triton()
-    if device != "cpu":
-        import torch
 
-        require(torch.cuda.is_available(), f"no device {device}: torch sees no CUDA or ROCm device here")
+
+def require_gpu(device: str, *others: str) -> None:
+    """UserError for what names no GPU that is here. others: names that the caller takes besides."""
+    if not re.fullmatch("cuda(:[0-9]+)?", device):
+        raise known("device", device, (*others, "cuda", "cuda:N"))
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(device.partition(":")[2] or 0)
+    require(index < count, f"no device {device}: torch sees {count} CUDA or ROCm devices here")
 
 
 def require_triton() -> None:
@@ -288,6 +296,7 @@ def report(
 ) -> bool:
     """Print results as they come, or one JSON document at the end; whether all passed. seconds: start none after it."""
     wanted = [kernel(name) for name in names] or list(KERNELS.values())
+    require(seconds is None or seconds > 0, f"seconds > 0 must hold, but got {seconds}")
     prepare(device)
     results: list[CheckResult] = []
     begun, complete = time.monotonic(), True

@@ -27,6 +27,9 @@ class Problem:
     levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        require(self.batch >= 1, f"batch >= 1 must hold, but got {self.batch}")
+        require(self.slots >= 1, f"slots >= 1 must hold, but got {self.slots}")
+        require(self.context >= 0, f"context >= 0 must hold, but got {self.context}")
         width = 1 + len(self.levels)
         require(
             self.kind != "single" or (len(self.levels) > 0 and self.slots % width == 0),
