@@ -26,7 +26,7 @@ _VENDORS = ("AMD", "Intel", "NVIDIA")  # whose names stand in the names of their
 
 
 def split(measurements: Sequence[Measurement], held_out: float) -> tuple[list[Measurement], list[Measurement]]:
-    """Forward rows to fit to, and rows held out: about the share `held_out` of the operating points.
+    """Rows of forwards to fit to, and rows held out: about the share `held_out` of the operating points.
 
     The choice depends on the point's name alone, so that a point is wholly on one side and the split is repeatable.
     """
@@ -34,7 +34,7 @@ def split(measurements: Sequence[Measurement], held_out: float) -> tuple[list[Me
     kept: list[Measurement] = []
     apart: list[Measurement] = []
     for m in forwards(measurements):
-        digest = hashlib.sha256(point_name(m).encode()).digest()
+        digest = hashlib.sha256(point_name(m, operator=False).encode()).digest()
         share = int.from_bytes(digest[:4], "big") / 2**32
         (apart if share < held_out else kept).append(m)
     return kept, apart
@@ -68,6 +68,8 @@ def calibrate(
 ) -> EngineProfile:
     """The engine with its scales fitted to the forwards among `measurements`, all from the device of `hardware`.
 
+    Where operators were timed in place, they are fitted to as well: forwards alone hardly tell the scales apart.
+
     Robust least squares on the logarithm of predicted over measured seconds, with a weak pull to the starting scales.
     `draws` of a bootstrap over operating points give the scales' 90% intervals, and refits without an eighth of the
     points each the spread of what they predict; 0 leaves out both, which take most of the time.
@@ -76,10 +78,11 @@ def calibrate(
     """
     data = MeasuredPoints(forwards(measurements), hardware, expert_coverage)
     require_device(data.rows, hardware)
-    names = [point_name(m) for m in data.rows]
-    points = tuple(sorted(set(names)))
+    names = [point_name(m, operator=False) for m in data.rows]
+    points = tuple(sorted({point_name(m) for m in data.rows}))
     needed = 2 * len(engine.parameters)
-    require(len(points) >= needed, f"calibration needs at least {needed} operating points, but got {len(points)}")
+    found = len(set(names))
+    require(found >= needed, f"calibration needs at least {needed} operating points, but got {found}")
 
     def scaled(values: Mapping[str, float]) -> EngineProfile:
         return dataclasses.replace(engine, scale={p: values[p] for p in engine.parameters})
@@ -93,9 +96,9 @@ def calibrate(
         outlier=_OUTLIER,
     )
     if draws:
-        found = fitting.fit(problem, draws=draws, groups=folds(names))
-        values, spread = found.values, found.spread
-        intervals = {f"scale.{name}": interval for name, interval in found.intervals.items()}
+        drawn = fitting.fit(problem, draws=draws, groups=folds(names))
+        values, spread = drawn.values, drawn.spread
+        intervals = {f"scale.{name}": interval for name, interval in drawn.intervals.items()}
     else:
         values, spread, intervals = fitting.solve(problem), None, {}
     error = float(np.median(np.abs(problem.predict(values) / data.measured - 1)))
@@ -103,7 +106,7 @@ def calibrate(
     return dataclasses.replace(
         scaled(values),
         name=f"{engine.name.split('@')[0]}@{hardware.name}",
-        sources={**engine.sources, "scale": f"fitted to {len(points)} operating points of {source}, {date}"},
+        sources={**engine.sources, "scale": f"fitted to {found} operating points of {source}, {date}"},
         fit=Fit(hardware.name, source, date, round(error, 4), points),
         intervals={**engine.intervals, **intervals},
         spread=spread if spread is not None else engine.spread,

@@ -142,9 +142,9 @@ class EngineProfile:
     overlap: whether an operator's memory traffic hides behind its arithmetic (one fused kernel) or adds to it.
     scale: what calibration changes, 1 = the profile's own figure. dispatch multiplies the host's seconds per launch;
     matmul, attention, cache and activations multiply the achieved rates of matmuls, of attention's arithmetic, of
-    reading the KV cache and of moving activations; weights that of reading weights, of engines with own matmuls.
-    own_matmuls: the engine's matmuls are not those that a probe measures, but kernels that take the longer of reading
-    their weights and of their arithmetic.
+    reading the KV cache and of moving activations; weights that of reading weights, of engines with a row_tile.
+    row_tile: rows that the engine's own matmuls take at once; they take the longer of reading their weights and of
+    their arithmetic, where several rows cost no less than a tile. None: its matmuls are those that a probe measures.
     hosts: by device, vendor or "default", the most specific one alone counts. intervals: 90% intervals of fitted host
     costs, as "h100-sxm.forward_seconds". spread: 80% of measured steps that no fit had seen lie within the estimate
     times or over exp(spread); None: that of the kernels. spreads: the same for steps of a kind, where enough were
@@ -172,7 +172,7 @@ class EngineProfile:
     requests: Requests | None = None  # None: not known
     builds: dict[str, float] = field(default_factory=dict)
     expert_coverage: str = "uniform"  # of a prediction that names none: that under which the engine was fitted
-    own_matmuls: bool = False
+    row_tile: int | None = None
 
     def __post_init__(self) -> None:
         parse_coverage(self.expert_coverage)
@@ -192,6 +192,7 @@ class EngineProfile:
                 raise known("expert mode", mode, EXPERT_MODES)
         for mode in self.kernels.experts.values():
             require(mode in self.experts, f"experts must describe the mode {mode!r} of the default kernels")
+        require(self.row_tile is None or self.row_tile >= 1, f"row_tile >= 1 must hold, but got {self.row_tile}")
         require(0 <= self.view_share <= 1, f"0 <= view_share <= 1 must hold, but got {self.view_share}")
         for name, value in self.scale.items():
             require(0 < value < math.inf, f"scale.{name} > 0 must hold, but got {value}")
@@ -262,7 +263,7 @@ class EngineProfile:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """The scales that calibration can tell apart."""
-        return tuple(p for p in PARAMETERS if p != "weights" or self.own_matmuls)
+        return tuple(p for p in PARAMETERS if p != "weights" or self.row_tile)
 
     def scale_of(self, parameter: Parameter) -> float:
         """The calibrated factor, 1 where none was fitted."""

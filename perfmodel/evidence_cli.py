@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from perfmodel.validation import Summary
     from runtime.measurement import Measurement
 
-_SAMPLER = "sampler"  # an operator of records that is no part of a forward
 EngineOption = Annotated[
     str | None, typer.Option(help="A known engine, or its YAML file (default: ours for the device and for what ran).")
 ]
@@ -187,12 +186,12 @@ def validate(
 
 def _validate_ours(measurements: Path, hardware: str, engine: str | None, coverage_name: str, as_json: bool) -> None:
     from perfmodel.engine import engine_for
-    from perfmodel.validation import ran_by, summaries
+    from perfmodel.validation import SAMPLER, ran_by, summaries
     from perfmodel.validation import validate as run
 
     device = load_profile(hardware)
     every = _read(measurements)
-    rows = [m for m in every if m.operator != _SAMPLER]  # which follows a forward, and is predicted with whole steps
+    rows = [m for m in every if m.operator != SAMPLER]  # which follows a forward, and is predicted with whole steps
     require(len(rows) > 0, f"{measurements} has nothing but the sampler's times, which no forward has in it")
     coverage = _coverage(coverage_name, rows)
     used = engine_for(device, engine, ran_by(rows))

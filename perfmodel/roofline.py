@@ -358,8 +358,9 @@ def _work(op: Executed, device: Device, engine: EngineProfile, stream_bytes: Arr
         memory = streamed + moved + cached / engine.scale_of("cache")
         return _hide(memory, arithmetic) if overlap else (memory, arithmetic)
     rate = engine.scale_of("matmul")
-    if engine.own_matmuls:
-        matmul = np.maximum(cost.flops / (device.achieved_flops * rate), streamed / engine.scale_of("weights"))
+    if engine.row_tile:
+        flops = sum((m.count * 2.0 * m.inner * m.outer * _tiled(m.rows, engine.row_tile) for m in op.matmuls), 0.0)
+        matmul = np.maximum(flops / (device.achieved_flops * rate), streamed / engine.scale_of("weights"))
     else:
         matmul = np.zeros(np.shape(cost.flops))
         for product in op.matmuls:
@@ -371,6 +372,14 @@ def _work(op: Executed, device: Device, engine: EngineProfile, stream_bytes: Arr
         memory = streamed + moved + cached
         return _hide(np.where(waits, np.maximum(memory, matmul), memory), np.where(waits, 0.0, matmul))
     return moved + cached + np.where(waits, matmul, 0.0), np.where(waits, 0.0, matmul)
+
+
+def _tiled(rows: Array, tile: int) -> Array:
+    """Rows that a product of so many takes the time of: one runs alone; two and more take a tile at least.
+
+    Between one and two, as an average over experts can be, it is the mix of both.
+    """
+    return np.maximum(rows, np.minimum(tile, 1 + (tile - 1) * (rows - 1)))
 
 
 def _hide(memory: Array, arithmetic: Array) -> tuple[Array, Array]:

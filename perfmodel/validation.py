@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
@@ -49,8 +50,14 @@ class Summary:
     bound_violations: int
 
 
-def point_name(m: Measurement) -> str:
-    """The operating point of a row, in words: what must agree for two rows to be the same point."""
+SAMPLER = "sampler"  # an operator of records that is no part of a forward
+
+
+def point_name(m: Measurement, *, operator: bool = True) -> str:
+    """The operating point of a row, in words: what must agree for two rows to be the same point.
+
+    operator: tell an operator's row from that of the forward it is part of.
+    """
     tokens = m.workload.batch * m.slots
     threads = "default" if m.kernels.threads is None else m.kernels.threads
     run: str = m.forward or "forward"
@@ -59,7 +66,7 @@ def point_name(m: Measurement) -> str:
         run = f"{title(m.decoding)} w={w:g} T={warmth:g} {m.batching}"
     elif m.forward == "single":
         run = title(m.decoding)
-    if m.operator is not None:
+    if operator and m.operator is not None:
         run = f"{run}: {m.operator}"
     how = f"experts={m.kernels.expert_mode(tokens)}" if m.kernels.engine == "eager" else f"engine={m.kernels.engine}"
     return (
@@ -109,9 +116,10 @@ def _slots(m: Measurement) -> tuple[float, float, float]:
 
 
 def forwards(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The rows of kind "forward"; UserError when there are none."""
-    found = [m for m in measurements if m.kind == "forward"]
-    require(len(found) > 0, f"measurements of kind 'forward' are needed, but none of {len(measurements)} rows is one")
+    """The rows of kind "forward", and of operators in forwards; UserError when there is no forward."""
+    found = [m for m in measurements if m.kind != "generation" and m.operator != SAMPLER]
+    whole = any(m.kind == "forward" for m in found)
+    require(whole, f"measurements of kind 'forward' are needed, but none of {len(measurements)} rows is one")
     return found
 
 
@@ -238,7 +246,7 @@ def summarise(rows: Sequence[Row]) -> Summary:
 def summaries(rows: Sequence[Row]) -> dict[str, Summary]:
     """Summaries by kind: rows held out from the fit, fitted to, or of an engine without a fit; no empty groups."""
     groups: dict[str, list[Row]] = {}
-    for kind in ("forward", "generation"):
+    for kind in get_args(Kind):
         for name, state in (("held out", False), ("fitted", True), ("not calibrated", None)):
             groups[f"{kind}, {name}"] = [r for r in rows if r.kind == kind and r.fitted is state]
     return {name: summarise(members) for name, members in groups.items() if members}
