@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +99,13 @@ def sampling_of(model: Zaya) -> Sampling:
     from runtime.kernels.problem import Problem
     from runtime.kernels.selection import Selection
 
-    select = Selection(device, model.kernels)
-    return Kernels(lambda kernel, batch, slots: select(kernel, Problem(model.config, batch, slots)))
+    select, config = Selection(device, model.kernels), model.config  # graphs keep these, and must not keep the model
+    return Kernels(lambda kernel, batch, slots: select(kernel, Problem(config, batch, slots)))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Within it a GPU is torch's current one, on which Triton and graphs work, whatever thread runs it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass
@@ -122,8 +128,6 @@ def bound(model: Zaya, cache: Cache) -> Bound:
         if (found.kernels.engine, found.kernels.tilings) == (kernels.engine, kernels.tilings):
             found.kernels = kernels
             return found
-    if weights.table.is_cuda:
-        torch.cuda.set_device(weights.table.device)  # Triton and graphs work on torch's current device
     made = FusedForward(model, operators(model, kernels), cache, compiled=kernels.engine == "compiled")
     cache.bound = Bound(kernels, weights, made)
     return cache.bound
@@ -151,7 +155,9 @@ def run(
     require(total <= cache.capacity, f"{total} positions do not fit the cache of {cache.capacity}")
     if layout.committed:
         cache.wrote(counts or [layout.committed] * batch)
-    return bound(model, cache).forward.forward(tokens, layout, cache.device_lengths(), counts=counts)
+    forward = bound(model, cache).forward
+    with on_device(tokens.device):
+        return forward.forward(tokens, layout, cache.device_lengths(), counts=counts)
 
 
 def project(model: Zaya, hidden: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import cache
+from typing import Any, TypeAlias, cast
 from weakref import ReferenceType, proxy, ref
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from runtime.cache import Cache
 from runtime.config import DecodingConfig, require
-from runtime.engines import bound, sampling_of
+from runtime.engines import bound, on_device, sampling_of
 from runtime.fused import FusedForward
 from runtime.layout import Layout
 from runtime.model.zaya import Zaya
@@ -31,7 +32,7 @@ from runtime.samplers.state import Decode, ForwardCounter, Step, distinct_expert
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # rows of a graph
 CAPACITY_STEP = 256  # positions of a leased cache are a multiple of these, so that the next owner finds room
-MOST_GRAPHS = 24  # kept of one cache; each holds some tens of MB
+MOST_GRAPHS = 24  # kept of one cache; each holds some tens of MB, beside what they share
 
 
 def bucket(batch: int) -> int:
@@ -70,34 +71,82 @@ def step(decode: Decode) -> list[list[int]]:
     """
     if decode.model.kernels.engine != "graphs" or decode.trace is not None or not capturable(decode.decoding):
         return advance(decode)
+    total = max(decode.cache.lengths) + decode.decoding.slots
+    require(total <= decode.cache.capacity, f"{total} positions do not fit the cache of {decode.cache.capacity}")
     kept = bound(decode.model, decode.cache)
-    if kept.graphs is None:
-        kept.graphs = StepGraphs(decode, kept.forward)
-    found: StepGraphs = kept.graphs
-    return found.step(decode)
+    with on_device(decode.anchors.device):
+        try:
+            if kept.graphs is None:
+                kept.graphs = StepGraphs(decode, kept.forward)
+            graph: StepGraph = kept.graphs.ready(decode)
+        except BaseException:  # too little memory, say; nothing more can be captured into a pool that failed
+            kept.graphs = None
+            raise
+        return graph.step(decode)
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all warm-ups: cuBLAS keeps a workspace for every stream that it has run on."""
+    return torch.cuda.Stream(device)
+
+
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that nothing else runs on. With any graph torch frees the cuBLAS workspace of the stream it was captured
+    on, though other graphs write there (pytorch #193402): they may share a stream only where they share a pool, which
+    the others keep, and never with a warm-up, whose workspace lies in no pool.
+    """
+    stream = torch.cuda.Stream(device)
+    return torch.cuda.Stream(device) if stream == _aside(device) else stream  # torch hands a few streams out in turn
 
 
 def captured(
-    function: Callable[[], Any], device: torch.device, *, warm: Callable[[], Any] | None = None, pool: Any = None
+    function: Callable[[], Any],
+    device: torch.device,
+    *,
+    warm: Callable[[], Any] | None = None,
+    pool: Any = None,
+    stream: torch.cuda.Stream | None = None,
 ) -> Callable[[], Any]:
     """What replays `function` as one graph; on a CPU the function itself. It must read and write static tensors only.
 
-    warm: what is called before, twice, on a stream beside; by default the function.
+    warm: what is called before, twice, on a stream beside; by default the function. pool, stream: what graphs that live
+    together share; by default each has its own.
     """
     warm = warm or function
     if device.type != "cuda":
         warm()
         return function
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        warm()
-        warm()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        function()
+    with on_device(device):
+        current, aside = torch.cuda.current_stream(device), _aside(device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            warm()
+            warm()
+        current.wait_stream(aside)
+        graph, stream = torch.cuda.CUDAGraph(), stream or _capture_stream(device)
+        capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(current), capture:  # current: a capture that fails may leave its own stream in place
+            function()
     return graph.replay
+
+
+class _Shared:
+    """What the graphs of one cache have in common: they run one after the other."""
+
+    def __init__(self, device: torch.device, rows: int) -> None:
+        on_gpu = device.type == "cuda"
+        self.rows = rows  # of the largest graph
+        self.pool: Any = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = _capture_stream(device) if on_gpu else None
+        self._logits: dict[int, Tensor] = {}  # by the number of drafts
+
+    def logits(self, unread: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for the logits [rows, K, V] of drafts: no two graphs need theirs at once, as `select` makes copies."""
+        rows, drafts, vocabulary = unread.shape
+        if drafts not in self._logits:
+            self._logits[drafts] = torch.zeros(self.rows, drafts, vocabulary, dtype=dtype, device=unread.device)
+        return self._logits[drafts][:rows]
 
 
 class StepGraphs:
@@ -105,20 +154,21 @@ class StepGraphs:
 
     def __init__(self, decode: Decode, fused: FusedForward) -> None:
         self._fused = fused
-        device = decode.anchors.device
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._shared = _Shared(decode.anchors.device, decode.cache.rows)
         self._graphs: OrderedDict[tuple[int, DecodingConfig], StepGraph] = OrderedDict()
 
-    def step(self, decode: Decode) -> list[list[int]]:
-        """Replay the graph for these sequences and settings; it is captured the first time."""
+    def ready(self, decode: Decode) -> StepGraph:
+        """The graph for these sequences and settings; it is captured the first time."""
         key = min(bucket(len(decode.sequences)), decode.cache.rows), decode.decoding
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[key] = StepGraph(decode, self._fused, key[0], self._pool)
+            graph = StepGraph(decode, self._fused, key[0], self._shared)
+            graph.capture(decode)
+            self._graphs[key] = graph
             if len(self._graphs) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        return graph.step(decode)
+        return graph
 
 
 class StaticRandomness(Randomness):
@@ -214,15 +264,15 @@ class StepGraph:
     """The step of one sampler and setting on `rows` sequences."""
 
     @torch.inference_mode()
-    def __init__(self, decode: Decode, fused: FusedForward, rows: int, pool: Any) -> None:
+    def __init__(self, decode: Decode, fused: FusedForward, rows: int, shared: _Shared) -> None:
         device, decoding = decode.anchors.device, decode.decoding
-        self._pool, self._device = pool, device
+        self._shared, self._device = shared, device
         self._anchors = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self._alive = torch.zeros(rows, dtype=torch.int64, device=device)
         self._randomness = StaticRandomness(rows, device)
         self._decode = PaddedDecode(
-            decode.model,
-            proxy(decode.cache),  # which keeps this graph, and must not be kept by it
+            cast(Zaya, proxy(decode.model)),  # which keeps the cache, as this keeps the graph: neither is kept by it
+            proxy(decode.cache),
             decoding,
             self._anchors,
             self._randomness,
@@ -236,27 +286,19 @@ class StepGraph:
         if decoding.sampler == "single_forward":
             drafted = undrafted(self._decode)
             if reads_draft_logits(decoding):
-                dtype = fused.weights.table.dtype
-                drafted = drafted._replace(logits=torch.zeros(drafted.logits.shape, dtype=dtype, device=device))
+                drafted = drafted._replace(logits=shared.logits(drafted.logits, fused.weights.table.dtype))
             self._drafted = drafted
         self._loaded: tuple[Tensor | None, Draft | None] = (None, None)  # what the caller's decode has of these buffers
         self._committed: Tensor | None = None  # int64 [rows, 1 + W], where a replay leaves its result
         self._host: Tensor | None = None
         self._replay: Callable[[], None] | None = None  # None: `_run`, which kept here would keep its owner
-        self._captured = False
 
     @torch.inference_mode()
     def step(self, decode: Decode) -> list[list[int]]:
         """Commit one step for the sequences of `decode`."""
         cache, batch = decode.cache, len(decode.sequences)
-        lengths = cache.device_lengths()
-        total = max(cache.lengths) + decode.decoding.slots
-        require(total <= cache.capacity, f"{total} positions do not fit the cache of {cache.capacity}")
+        cache.device_lengths()  # which the step reads, brought up to date
         self._load(decode, batch)
-        if not self._captured:
-            self._capture(lengths)
-            self._loaded = (None, None)
-            self._load(decode, batch)
         self._randomness.fill(decode.randomness.generators)
         (self._replay or self._run)()
         rows = self._read(decode, batch)
@@ -280,17 +322,23 @@ class StepGraph:
         self._committed = step.committed
         padded.anchors, padded.drafted = self._anchors, self._drafted  # or logits would stay in the graph's memory
 
-    def _capture(self, lengths: Tensor) -> None:
-        """Warm the step up, which compiles kernels and finds what is drawn, and record it."""
+    @torch.inference_mode()
+    def capture(self, decode: Decode) -> None:
+        """Warm the step up on these sequences, which compiles kernels and finds what is drawn, and record it."""
+        lengths = decode.cache.device_lengths()
         before = lengths.clone()
+        self._load(decode, len(decode.sequences))
 
         def warm() -> None:
             self._run()
             self._randomness.allocate()
             lengths.copy_(before)  # or the next run would write further behind
 
-        replay, self._captured = captured(self._run, self._device, warm=warm, pool=self._pool), True
-        lengths.copy_(before)
+        try:
+            shared = self._shared
+            replay = captured(self._run, self._device, warm=warm, pool=shared.pool, stream=shared.stream)
+        finally:
+            lengths.copy_(before)
         if replay != self._run:
             self._replay = replay
         if self._device.type == "cuda":

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from weakref import ref
 
 import pytest
 import torch
 
 from hardware.files import UserError
-from runtime import engines
+from runtime import engines, graphs
 from runtime.checkpoint import load_model, model_hash, save_model
 from runtime.config import DecodingConfig, Engine, KernelConfig, replace
 from runtime.deployment import Deployment, Rule
 from runtime.engine import generate
 from runtime.engines import engine_of, serves, use_engine
-from runtime.fused import reference_ops
+from runtime.fused import reference_ops, wrap
 from runtime.kernels import native
 from runtime.layout import block, causal, draft
 from runtime.policy import using
@@ -102,6 +105,32 @@ def test_training_and_whole_texts_are_eager_whatever_the_engine(monkeypatch: pyt
     model.logits(tokens)
     model.train().requires_grad_(True)
     model.forward(tokens, causal(5)).sum().backward()
+
+
+def test_forwards_and_steps_run_on_the_models_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the current one is, in whatever thread."""
+    model, inside, ran = noisy_model(), [0], []
+    model.kernels = KernelConfig(engine="graphs")
+
+    @contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        assert device == model.model.embed_tokens.weight.device
+        inside[0] += 1
+        yield
+        inside[0] -= 1
+
+    def wrapped(_name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (ran.append(inside[0]), function(*arguments))[1]
+
+    monkeypatch.setattr(engines, "operators", lambda *_: wrap(reference_ops(), wrapped))
+    for module in (engines, graphs):
+        monkeypatch.setattr(module, "on_device", on_device)
+    with torch.no_grad():
+        model.forward(torch.tensor([[1, 2]]), causal(2), model.new_cache(1, 20, 4))
+    assert ran and all(ran)
+    ran.clear()
+    generate(model, [[1]], DecodingConfig("two_forward", 2), max_new_tokens=4)
+    assert ran and all(ran)
 
 
 @pytest.mark.parametrize("engine", ["lean", "graphs"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -120,7 +122,7 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def recorded(function: Any, _device: torch.device, *, warm: Any, pool: Any) -> Any:
+def recorded(function: Any, _device: torch.device, *, warm: Any, pool: Any, stream: Any) -> Any:
     """In the place of `graphs.captured`."""
     warm()
     warm()
@@ -166,7 +168,7 @@ def test_the_next_generation_finds_the_graphs_of_the_one_before(monkeypatch: pyt
     model().train().freeze()
     assert run("graphs", decoding, seed=1).tokens == expected[0]
     cache = model().leased[0]
-    monkeypatch.setattr(graphs.StepGraph, "_capture", lambda *_: pytest.fail("captured again"))
+    monkeypatch.setattr(graphs.StepGraph, "capture", lambda *_: pytest.fail("captured again"))
     assert run("graphs", decoding, seed=2).tokens == expected[1]
     assert model().leased[0] is cache
 
@@ -196,6 +198,114 @@ def test_what_is_left_behind_frees_its_memory_at_once() -> None:
         assert cache() is None
     finally:
         gc.enable()
+
+
+def test_a_dropped_model_frees_its_memory_at_once() -> None:
+    """With the cache and the graphs that it keeps for the next generation."""
+    own = noisy_model()
+    own.kernels = KernelConfig(engine="graphs")
+    gc.disable()
+    try:
+        generate(own, [[1, 2]], SETTINGS["mixed levels"], max_new_tokens=5)
+        left = ref(own), ref(own.leased[0])
+        assert all(found() is not None for found in left)
+        del own
+        assert [found() for found in left] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_graphs_of_one_cache_share_the_logits_of_their_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "captured", recorded)
+    decoding = SETTINGS["mixed levels"]
+    model().leased = None
+    assert run("graphs", decoding, seed=4).tokens == run("eager", decoding, seed=4).tokens
+    made = model().leased[0].bound.graphs._graphs
+    logits = [graph._drafted.logits for graph in made.values()]
+    assert len(logits) > 1 and [len(part) for part in logits] == [rows for rows, _ in made]
+    assert len({part.untyped_storage().data_ptr() for part in logits}) == 1
+    model().leased = None
+
+
+@pytest.mark.parametrize("failing", ["warm-up", "capture"])
+def test_after_a_capture_that_failed_the_next_try_starts_clean(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what it had made, and with the lengths of before."""
+    decoding = warm(SETTINGS["sparse levels"])
+    expected = run("eager", decoding, seed=1).tokens
+    model().kernels = KernelConfig(engine="graphs")
+    model().leased = None
+
+    def fail(function: Any, _device: torch.device, *, warm: Any, **_: Any) -> Any:
+        warm() if failing == "capture" else function()
+        raise torch.OutOfMemoryError
+
+    try:
+        batcher, found = Batcher(model(), decoding, batch=5, context=40), {i: [] for i in range(len(PROMPTS))}
+        for index, prompt in enumerate(PROMPTS):
+            batcher.submit(Request(prompt, LIMITS[index], (1, index), (7,)))
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(graphs, "captured", fail)
+            batcher.step()
+        cache = model().leased[0]
+        assert cache.bound.graphs is None and cache.device_lengths().tolist()[:5] == cache.lengths
+        while batcher.active or batcher.waiting:
+            for event in batcher.step():
+                found[event.id] += event.tokens
+        assert list(found.values()) == expected
+    finally:
+        model().kernels = KernelConfig()
+        model().leased = None
+
+
+class Stream:
+    """Of a GPU: torch hands out the same few in turn."""
+
+    made = 0
+
+    def __init__(self, _device: object) -> None:
+        self.index, Stream.made = Stream.made % 3, Stream.made + 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and other.index == self.index
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def wait_stream(self, _other: Stream) -> None: ...
+
+
+def test_no_capture_runs_on_the_stream_of_the_warm_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is one for all of them; those that share a pool are captured on the stream they are given."""
+    graphs._aside.cache_clear()
+    entered: list[Stream] = []
+    captures: list[Stream] = []
+
+    def capture(_graph: object, *, stream: Stream, **_: object) -> Any:
+        captures.append(stream)
+        return nullcontext()
+
+    def enter(stream: Stream) -> Any:
+        entered.append(stream)
+        return nullcontext()
+
+    current = Stream(None)
+    fakes = {
+        "Stream": Stream,
+        "stream": enter,
+        "current_stream": lambda _: current,
+        "CUDAGraph": lambda: SimpleNamespace(replay=None),
+        "graph": capture,
+        "device": lambda _: nullcontext(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    device, own = torch.device("cuda", 0), Stream(None)
+    for _ in range(7):
+        graphs.captured(lambda: None, device)
+    graphs.captured(lambda: None, device, stream=own)  # type: ignore[arg-type]
+    graphs._aside.cache_clear()
+    warm_ups = [stream for stream in entered if stream is not current]
+    assert len(warm_ups) == 8 and all(stream is warm_ups[0] for stream in warm_ups)
+    assert captures[-1] is own and all(stream != warm_ups[0] for stream in captures[:-1])
 
 
 def test_the_least_recently_used_graph_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
