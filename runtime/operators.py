@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from runtime.bench import Identity, Point, Prefilled, dtype_of, point_of, record, wait
 from runtime.config import KernelConfig, Workload, require
-from runtime.engines import operators, sampling_of, serves
+from runtime.engines import on_device, operators, sampling_of, serves
 from runtime.fused import FusedForward, wrap
 from runtime.measurement import ForwardKind, Measurement
 from runtime.model.zaya import Zaya
@@ -26,7 +27,8 @@ from runtime.policy import using
 from runtime.samplers.acceptance import Draft, Plain, Sampling, constant
 
 SAMPLER = "sampler"  # what follows a forward, and is no part of its time
-_LONGEST_HOLD_SECONDS = 1.0
+_HELD_OPERATORS = 32  # behind one hold: some 150 commands, where a queue takes about 1,000 before the host must wait
+_LONGEST_HOLD_SECONDS = 0.1
 _FASTEST_CLOCK_HZ = 2.5e9  # of a GPU: so many cycles are at least a second
 
 Seconds: TypeAlias = dict[str, float]  # by operator
@@ -61,7 +63,7 @@ def measure_operators(
     device = point.tokens.device
     clock = _DeviceClock(device) if device.type == "cuda" else _HostClock()
     samples: dict[str, list[float]] = defaultdict(list)
-    with using(model) as used, _timed(model, point, used, kind, clock) as run:
+    with on_device(device), using(model) as used, _timed(model, point, used, kind, clock) as run:
         for index in range(warmup + repeats):
             clock.begin()
             routes = run()
@@ -132,15 +134,23 @@ class _HostClock:
 
 
 class _DeviceClock:
-    """The same where a GPU queues them: it is held back until all of them wait, so that none waits for its launch."""
+    """The same where a GPU queues them: it is held back until some of them wait, so that none waits for its launch.
+
+    Every few operators it is held for twice what the host takes to queue them. All behind one hold would not do: with
+    a full queue the host waits, and queues the rest while the GPU runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._events: list[tuple[str, Any, Any]] = []
-        self._hold_seconds = 0.0  # twice what the host took to queue the forward before
+        self._began: list[float] = []  # when the host came to each operator
+        # From each operator to the next, in the pass where the host was fastest: in others it compiled, or waited.
+        self._host_seconds: list[float] = []
 
     def around(self, name: str, function: Function) -> Function:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            self._began.append(time.perf_counter())
+            self._hold()
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
             result = function(*args, **kwargs)
@@ -152,13 +162,19 @@ class _DeviceClock:
 
     def begin(self) -> None:
         self._events.clear()
+        self._began.clear()
         wait(self._device)
-        self._began = time.perf_counter()
-        if self._hold_seconds:
-            torch.cuda._sleep(int(self._hold_seconds * _FASTEST_CLOCK_HZ))
+
+    def _hold(self) -> None:
+        index = len(self._events)
+        if index % _HELD_OPERATORS or not self._host_seconds:
+            return
+        seconds = min(2 * sum(self._host_seconds[index : index + _HELD_OPERATORS]), _LONGEST_HOLD_SECONDS)
+        torch.cuda._sleep(int(seconds * _FASTEST_CLOCK_HZ))
 
     def end(self) -> Seconds:
-        self._hold_seconds = min(2 * (time.perf_counter() - self._began), _LONGEST_HOLD_SECONDS)
+        took = [after - began for began, after in pairwise([*self._began, time.perf_counter()])]
+        self._host_seconds = list(map(min, took, self._host_seconds or took))
         wait(self._device)
         spent: Seconds = defaultdict(float)
         for name, first, last in self._events:

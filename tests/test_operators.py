@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,14 @@ def test_compiled_operators_cannot_be_told_apart() -> None:
 
 
 class Device:
-    """A GPU's queue: sleeps and operators take their time behind what was queued before, and the host goes on."""
+    """A GPU's queue: sleeps and operators take their time behind what was queued before, and the host goes on.
+
+    Until the queue is full: then the host waits for the first of what is queued.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.host = self.free = 0.0  # now on the host, and when the device has done what is queued
+        self.pending: deque[float] = deque(maxlen=1000)  # when each of the last commands is done
         device = self
 
         class Event:
@@ -128,7 +133,8 @@ class Device:
                 assert enable_timing
 
             def record(self) -> None:
-                self.at = max(device.free, device.host)
+                device.queue(0.0)
+                self.at = device.free
 
             def elapsed_time(self, end: Event) -> float:
                 return (end.at - self.at) * 1e3
@@ -139,14 +145,18 @@ class Device:
         monkeypatch.setattr(time, "perf_counter", lambda: self.host)
 
     def queue(self, seconds: float, launch_seconds: float = 0.0) -> None:
+        if len(self.pending) == self.pending.maxlen:
+            self.host = max(self.host, self.pending[0])
         self.host += launch_seconds
         self.free = max(self.free, self.host) + seconds
+        self.pending.append(self.free)
 
     def wait(self) -> None:
         self.host = max(self.host, self.free)
 
 
-def test_on_a_gpu_launches_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layers", [4, 900], ids=["few", "more than the queue takes"])
+def test_on_a_gpu_launches_do_not_show(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches take ten times as long as what they launch; from the second forward on only the latter is counted."""
     device = Device(monkeypatch)
     clock = _DeviceClock(torch.device("cuda"))
@@ -156,13 +166,37 @@ def test_on_a_gpu_launches_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     spent = []
     for _ in range(3):
         clock.begin()
-        for _ in range(4):
+        for _ in range(layers):
             router()
             experts()
         spent.append(clock.end())
-    assert spent[0]["router"] > 4 * 4e-6 * 2
+    assert spent[0]["router"] > layers * 4e-6 * 2
     for later in spent[1:]:
-        assert later == pytest.approx({"router": 4 * 4e-6, "experts": 4 * 10e-6})
+        assert later == pytest.approx({"router": layers * 4e-6, "experts": layers * 10e-6})
+
+
+@pytest.mark.parametrize("cause", ["compiles at first", "waits for the device"])
+def test_a_slow_pass_does_not_lengthen_the_holds(cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a hold itself, where an operator waits for the device."""
+    device = Device(monkeypatch)
+    clock = _DeviceClock(torch.device("cuda"))
+    extra = 3.0 if cause == "compiles at first" else 0.0
+
+    def run() -> None:
+        device.queue(1e-5, 1e-5 + extra)
+        if cause == "waits for the device":
+            device.wait()
+
+    experts, took = clock.around("experts", run), []
+    for _ in range(5):
+        began = device.host
+        clock.begin()
+        for _ in range(64):
+            experts()
+        clock.end()
+        took.append(device.host - began)
+        extra = 0.0
+    assert took[-1] < 64 * 2e-5 * 5
 
 
 def test_the_command_prints_and_keeps_them(tmp_path: Path) -> None:
