@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +26,7 @@ from runtime.fused import FusedForward, layout_arrays, reference_ops
 from runtime.kernels import native
 from runtime.kernels.check import Subject
 from runtime.kernels.native import library, native_ops, operators
-from runtime.kernels.native.forward import NativeForward
+from runtime.kernels.native.forward import NativeForward, function
 from runtime.kernels.problem import ODD_PROBLEMS, Problem
 from runtime.kernels.registry import KERNELS, Kernel
 from runtime.kernels.target import Tiling
@@ -218,26 +222,93 @@ def test_the_time_of_a_forward_is_that_of_its_operators() -> None:
     assert all(seconds > 0 for seconds in found.values())
 
 
-def test_a_missing_or_failing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def forget() -> None:
+    for known in (library.load, native.obstacle, function):
+        known.cache_clear()
+
+
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """Nothing of the library is remembered, before the test and after it."""
+    forget()
+    yield
+    forget()
+
+
+def test_a_missing_or_failing_compiler_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uncached: None
+) -> None:
     monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
-    for cache in (library.load, native.obstacle):
-        cache.cache_clear()
-    try:
-        monkeypatch.setenv("CC", "no-such-compiler")
-        assert native.obstacle() == "the engine lean needs a C compiler: none of no-such-compiler was found"
-        native.obstacle.cache_clear()
-        monkeypatch.setenv("CC", "false")
-        assert not native.available()
-        with pytest.raises(UserError, match=r"compiled, but .*false failed"):
-            native_ops()
-    finally:
-        for cache in (library.load, native.obstacle):
-            cache.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert native.obstacle() == "the engine lean needs a C compiler: none of no-such-compiler was found"
+    native.obstacle.cache_clear()
+    monkeypatch.setenv("CC", "false")
+    assert not native.available()
+    with pytest.raises(UserError, match=r"compiled, but .*false failed"):
+        native_ops()
 
 
-def test_a_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, uncached: None) -> None:
+    library.load()
     built = sorted(library.home().iterdir())
     library.load.cache_clear()
     monkeypatch.setattr(library, "_build", lambda *_: pytest.fail("compiled again"))
     library.load()
     assert sorted(library.home().iterdir()) == built
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut off": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros in the middle": lambda content: content[:4096] + bytes(len(content) - 8192) + content[-4096:],
+    "one bit": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_library_is_compiled_again(
+    damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uncached: None
+) -> None:
+    whole = Path(library.load()._name).read_bytes()
+    kept = tmp_path / "native" / Path(library.load()._name).name
+    kept.parent.mkdir()
+    kept.write_bytes(damage(whole))
+    monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
+
+    def build(compiler: Any, runtime: Any, folder: Path, key: str) -> Path:
+        assert kept == folder / f"{key}-{hashlib.sha256(whole).hexdigest()[:16]}.so"
+        kept.unlink()
+        kept.write_bytes(whole)
+        return kept
+
+    monkeypatch.setattr(library, "_build", build)
+    forget()
+    x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    assert torch.equal(operators.linear(x, weight, None), x @ weight.T)
+    assert kept.read_bytes() == whole
+
+
+# In a process of its own, which compiles.
+MULTIPLY = """
+import torch
+from runtime.kernels.native.operators import linear
+x, w = torch.arange(6.).view(2, 3), torch.arange(12.).view(4, 3)
+print(torch.equal(linear(x, w, None), x @ w.T))
+"""
+
+
+def multiply(**environment: str) -> None:
+    """Use the native kernels in a new process."""
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", MULTIPLY], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_a_new_process_mends_a_damaged_library(tmp_path: Path) -> None:
+    name = Path(library.load()._name).name
+    kept = tmp_path / "native" / name
+    kept.parent.mkdir()
+    kept.write_bytes(DAMAGES["zeros in the middle"](Path(library.load()._name).read_bytes()))
+    multiply(RIDGEPOINT_HOME=str(tmp_path))
+    libraries = [path for path in kept.parent.glob("*.so") if library._whole(path)]
+    assert [path.name.partition("-")[0] for path in libraries] == [name.partition("-")[0]]

@@ -44,21 +44,34 @@ def load() -> ctypes.CDLL:
     sources = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".c", ".h"))
     runtime = _openmp()
     parts = [*_FLAGS, chosen, str(runtime), cpu_model(), _features(), *(path.read_text("utf-8") for path in sources)]
-    name = f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    key = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
     try:
         folder = home()
-        if not (folder / name).exists():
+        found = next(filter(_whole, sorted(folder.glob(f"{key}-*.so"))), None)
+        if found is None:
             folder.mkdir(parents=True, exist_ok=True)
-            _build(chosen, runtime, folder / name)
-        return ctypes.CDLL(str(folder / name))
+            found = _build(chosen, runtime, folder, key)
+        return ctypes.CDLL(str(found))
     except OSError as error:
         raise UserError(f"the engine lean needs its compiled kernels, which failed: {error}") from error
 
 
-def _build(chosen: str, runtime: Path | None, target: Path) -> None:
-    """Compile to a name of its own, then rename: another process may be doing the same."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made, library = Path(folder) / "native.o", Path(folder) / "native.so"
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+
+
+def _whole(library: Path) -> bool:
+    """Whether a library is what was compiled: running one that was cut off or changed ends the process, or lies."""
+    try:
+        return library.stem.partition("-")[2] == _digest(library)
+    except OSError:
+        return False
+
+
+def _build(chosen: str, runtime: Path | None, folder: Path, key: str) -> Path:
+    """Compile to a name of its own, then rename to one that tells the content: another process may do the same."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made, library = Path(scratch) / "native.o", Path(scratch) / "native.so"
         _call([chosen, *_FLAGS, "-fopenmp", "-c", str(_FOLDER / "native.c"), "-o", str(made)])
         link = [chosen, "-shared", str(made), "-lm", "-o", str(library)]
         try:
@@ -68,7 +81,9 @@ def _build(chosen: str, runtime: Path | None, target: Path) -> None:
             _call([*link, str(runtime), "-Wl,-z,defs"])
         except UserError:
             _call([*link, "-fopenmp"])
+        target = folder / f"{key}-{_digest(library)}.so"
         os.replace(library, target)
+    return target
 
 
 def _call(command: list[str]) -> None:
