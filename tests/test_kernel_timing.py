@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.kernels import timing
 from runtime.kernels.problem import ODD, SLIDING, Problem
 from runtime.kernels.registry import KERNELS
 from runtime.kernels.timing import Timed, Traffic, main, rows, traffic
@@ -66,6 +68,7 @@ def test_the_table_puts_reasons_behind_timings() -> None:
         (("--device", "cuda:1"), "no device cuda:1: torch sees 0"),
         (("--device", "cpu"), "unknown device 'cpu'; known: cuda, cuda:N"),
         (("--device", "cuda:x"), "unknown device 'cuda:x'"),
+        (("--slots", "0"), "slots >= 1 must hold, but got 0"),
         (("--rounds", "0"), "rounds >= 1 must hold, but got 0"),
         (("--kernel", "rooter"), "unknown kernel 'rooter'"),
     ],
@@ -77,3 +80,12 @@ def test_what_cannot_be_timed_is_one_line(
     assert main(["--kernel", "attention", *arguments]) == 2
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1 and message in said.err
+
+
+def test_nothing_is_recorded_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(timing, "_timed", lambda *_: recording.append(torch.is_inference_mode_enabled()) or [])
+    assert timing.time_tilings(KERNELS["attention"], Problem(ODD)) == [] and recording == [True]

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardware.files import UserError, known
+from hardware.files import UserError
 from runtime.config import ModelConfig, require
-from runtime.kernels.check import Subject, clone, require_triton, tensors
+from runtime.kernels.check import Subject, clone, require_gpu, require_triton, tensors
 from runtime.kernels.problem import Problem
 from runtime.kernels.registry import Kernel, kernel
 from runtime.kernels.selection import device_target
@@ -124,6 +124,7 @@ def _experts(arguments: dict[str, Any]) -> tuple[tuple[str, ...], int, int]:
     return ("gate_up", "down"), hit * expert * down.element_size(), 2 * len(real) * expert
 
 
+@torch.inference_mode()
 def time_tilings(
     kernel: Kernel,
     problem: Problem,
@@ -142,18 +143,10 @@ def time_tilings(
     """
     require_triton()
     require(rounds >= 1, f"rounds >= 1 must hold, but got {rounds}")
-    _require_gpu(device)
+    require_gpu(device)
     with torch.cuda.device(device):
         found = _timed(kernel, problem, dtype, device, tilings, rounds, deadline, progress)
     return sorted(found, key=lambda timed: timed.median_seconds)
-
-
-def _require_gpu(device: str) -> None:
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index or "0").isdecimal():
-        raise known("device", device, ("cuda", "cuda:N"))
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    require(int(index or 0) < count, f"no device {device}: torch sees {count} CUDA or ROCm devices here")
 
 
 def _timed(
