@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -235,17 +236,29 @@ def uncached() -> Iterator[None]:
     forget()
 
 
+NEEDED = "the engine lean needs its kernels compiled, but "
+COMPILERS = {
+    "no-such-compiler": "the engine lean needs a C compiler: none of no-such-compiler was found",
+    "no-such-compiler -O2": "the engine lean needs a C compiler: none of no-such-compiler was found",
+    "cc 'unclosed": """CC must be a command with its arguments, but got "cc 'unclosed\"""",
+    "false": f"{NEEDED}{shutil.which('false')} failed: exit code 1",
+    "true": f"{NEEDED}{shutil.which('true')} made no native.o",
+    "sh -c 'echo one; echo an  error >&2; exit 3'": (
+        f"{NEEDED}{shutil.which('sh')} -c 'echo one; echo an  error >&2; exit 3' failed: an error"
+    ),
+}
+
+
+@pytest.mark.parametrize(("command", "message"), COMPILERS.items(), ids=COMPILERS)
 def test_a_missing_or_failing_compiler_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uncached: None
+    command: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uncached: None
 ) -> None:
     monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert native.obstacle() == "the engine lean needs a C compiler: none of no-such-compiler was found"
-    native.obstacle.cache_clear()
-    monkeypatch.setenv("CC", "false")
-    assert not native.available()
-    with pytest.raises(UserError, match=r"compiled, but .*false failed"):
+    monkeypatch.setenv("CC", command)
+    assert native.obstacle() == message
+    with pytest.raises(UserError) as caught:
         native_ops()
+    assert str(caught.value) == message
 
 
 def test_a_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, uncached: None) -> None:
@@ -312,3 +325,11 @@ def test_a_new_process_mends_a_damaged_library(tmp_path: Path) -> None:
     multiply(RIDGEPOINT_HOME=str(tmp_path))
     libraries = [path for path in kept.parent.glob("*.so") if library._whole(path)]
     assert [path.name.partition("-")[0] for path in libraries] == [name.partition("-")[0]]
+
+
+def test_without_a_home_to_write_a_process_compiles_for_itself(tmp_path: Path) -> None:
+    home, temporary = tmp_path / "no folder", tmp_path / "temporary"
+    home.write_text("")
+    temporary.mkdir()
+    multiply(RIDGEPOINT_HOME=str(home), TMPDIR=str(temporary), CC="env cc -O2")
+    assert not list(temporary.iterdir())

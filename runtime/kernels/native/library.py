@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,13 +28,18 @@ def home() -> Path:
     return (Path(chosen) if chosen else Path.home() / ".ridgepoint") / "native"
 
 
-def compiler() -> str:
-    """The C compiler: `$CC`, or the first of cc, gcc and clang. UserError when there is none."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+def compiler() -> list[str]:
+    """The C compiler and its first arguments: `$CC`, or the first of cc, gcc and clang. UserError for none."""
+    chosen = os.environ.get("CC", "")
+    try:
+        words = shlex.split(chosen)
+    except ValueError as error:
+        raise UserError(f"CC must be a command with its arguments, but got {chosen!r}") from error
+    names = words[:1] or ["cc", "gcc", "clang"]
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
         raise UserError(f"the engine lean needs a C compiler: none of {', '.join(names)} was found")
-    return found
+    return [found, *words[1:]]
 
 
 @lru_cache(maxsize=1)
@@ -43,7 +50,7 @@ def load() -> ctypes.CDLL:
     chosen = compiler()
     sources = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".c", ".h"))
     runtime = _openmp()
-    parts = [*_FLAGS, chosen, str(runtime), cpu_model(), _features(), *(path.read_text("utf-8") for path in sources)]
+    parts = [*_FLAGS, *chosen, str(runtime), cpu_model(), _features(), *(path.read_text("utf-8") for path in sources)]
     key = hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]
     try:
         folder = home()
@@ -52,6 +59,16 @@ def load() -> ctypes.CDLL:
             folder.mkdir(parents=True, exist_ok=True)
             found = _build(chosen, runtime, folder, key)
         return ctypes.CDLL(str(found))
+    except (OSError, RuntimeError):  # a home that cannot be written, where nothing may run, or that nobody has
+        return _load_private(chosen, runtime, key)
+
+
+def _load_private(chosen: list[str], runtime: Path | None, key: str) -> ctypes.CDLL:
+    """Compiled for this process alone, in a folder of its own that is removed when the process ends."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="ridgepoint-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return ctypes.CDLL(str(_build(chosen, runtime, folder, key)))
     except OSError as error:
         raise UserError(f"the engine lean needs its compiled kernels, which failed: {error}") from error
 
@@ -68,29 +85,32 @@ def _whole(library: Path) -> bool:
         return False
 
 
-def _build(chosen: str, runtime: Path | None, folder: Path, key: str) -> Path:
+def _build(chosen: list[str], runtime: Path | None, folder: Path, key: str) -> Path:
     """Compile to a name of its own, then rename to one that tells the content: another process may do the same."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made, library = Path(scratch) / "native.o", Path(scratch) / "native.so"
-        _call([chosen, *_FLAGS, "-fopenmp", "-c", str(_FOLDER / "native.c"), "-o", str(made)])
-        link = [chosen, "-shared", str(made), "-lm", "-o", str(library)]
+        _call(chosen, [*_FLAGS, "-fopenmp", "-c", str(_FOLDER / "native.c")], made)
+        link = ["-shared", str(made), "-lm"]
         try:
             # torch's own runtime where there is one: a second pool of threads would spin against the first.
             if runtime is None:
                 raise UserError("no OpenMP runtime is loaded")
-            _call([*link, str(runtime), "-Wl,-z,defs"])
+            _call(chosen, [*link, str(runtime), "-Wl,-z,defs"], library)
         except UserError:
-            _call([*link, "-fopenmp"])
+            _call(chosen, [*link, "-fopenmp"], library)
         target = folder / f"{key}-{_digest(library)}.so"
         os.replace(library, target)
     return target
 
 
-def _call(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _call(chosen: list[str], arguments: list[str], made: Path) -> None:
+    done = subprocess.run([*chosen, *arguments, "-o", str(made)], capture_output=True, text=True, errors="replace")
+    failed = f"the engine lean needs its kernels compiled, but {shlex.join(chosen)}"
     if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-        raise UserError(f"the engine lean needs its kernels compiled, but {command[0]} failed: {said}")
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+        raise UserError(f"{failed} failed: {' '.join(said.split()) or f'exit code {done.returncode}'}")
+    if not made.is_file():
+        raise UserError(f"{failed} made no {made.name}")
 
 
 def _openmp() -> Path | None:
