@@ -19,7 +19,7 @@ from runtime.checkpoint import random_model, save_model
 from runtime.config import KernelConfig, ModelConfig
 from runtime.engines import use_engine
 from runtime.fused import OPERATORS
-from runtime.kernels.native import available
+from runtime.kernels.native import obstacle
 from runtime.measurement import Measurement, append_jsonl, read_jsonl
 from runtime.model.zaya import Zaya
 from runtime.operators import SAMPLER, _DeviceClock, measure_operators, total_seconds
@@ -37,7 +37,7 @@ POINTS: list[dict[str, Any]] = [
 
 @pytest.fixture(params=ENGINES)
 def model(request: pytest.FixtureRequest) -> Zaya:
-    assert available()
+    assert obstacle() is None
     return use_engine(random_model(TINY, seed=1).freeze(), request.param)
 
 

@@ -23,11 +23,6 @@ def obstacle() -> str | None:
     return None
 
 
-def available() -> bool:
-    """Whether the native kernels can run here."""
-    return obstacle() is None
-
-
 def native_ops() -> Ops:
     """The native operators, and a forward of all of them in one call. UserError where they cannot be compiled."""
     from runtime.fused import Ops
