@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hardware.files import UserError
+from runtime.config import ENGINES
 
 if TYPE_CHECKING:
     from autotune.results import StudyResult, TrialRecord
@@ -57,12 +58,21 @@ def tune(
         str | None, typer.Option(help="This machine's profile, for predictions (default: a quick probe, kept).")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="Engine of the predictions, for example the YAML file of a calibration.")
+        str | None,
+        typer.Option(
+            help="Profile of the engine that is predicted, as ridgepoint-lean or the YAML file of a calibration; "
+            "which engine runs is searched, or chosen by --engine of bench and generate."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Search the fastest decoding settings on this machine. The same command again continues where it stopped."""
+    if engine in ENGINES:
+        raise UserError(
+            "--engine of tune names a profile for the predictions, as ridgepoint-lean or a YAML file, but got "
+            f"{engine!r}, which runs models: --engine of bench and generate takes it"
+        )
     from autotune.local import Plan, load, machine_profile, tune_local
     from autotune.storage import shown, storage_url
     from hardware.profile import load_profile

@@ -25,7 +25,7 @@ from hardware.profile import load_profile, save_profile
 from runtime import generate, load_model
 from runtime.bench import identify
 from runtime.checkpoint import model_hash, save_model
-from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, ModelConfig, Sampler
+from runtime.config import ENGINES, SAMPLER_NAMES, DecodingConfig, KernelConfig, ModelConfig, Sampler
 from runtime.deployment import Rule, load_deployment, save_deployment
 from tests.models import TINY, noisy_model
 from tests.perfmodel_cpu import made_up_cpu
@@ -253,6 +253,16 @@ def command(
     monkeypatch.setattr(sys, "argv", ["ridgepoint", *arguments])
     code = ridgepoint.main(arguments)
     return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_runs_is_no_profile(
+    engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is probed or written; the line says where the name belongs."""
+    code, out, said = command(capsys, monkeypatch, "tune", "--engine", engine, "--out", str(tmp_path / "runs"))
+    assert (code, out, len(said.splitlines())) == (2, "", 1) and not (tmp_path / "runs").exists()
+    assert f"got {engine!r}" in said and "--engine of bench and generate" in said
 
 
 @pytest.mark.usefixtures("one_core")
