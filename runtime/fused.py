@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hardware.files import UserError
 from runtime.cache import Cache
 from runtime.config import KernelConfig, LayerType, ModelConfig, require
 from runtime.kernels.cca.reference import CCAWeights, cca_weights
@@ -346,8 +347,14 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     compiled = torch.compile(run_layer, dynamic=False, fullgraph=True)
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch._dynamo.config.patch(recompile_limit=1000):  # one for each batch and number of slots
-            return compiled(*arguments)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=1000):  # one for each batch and number of slots
+                return compiled(*arguments)
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # the machine's compilers are called at last
+            inner = error.inner_exception
+            said = f"{type(inner).__name__}: {inner}".splitlines()
+            reason = next((line for line in said if "error: " in line), said[0]).strip()
+            raise UserError(f"the engine compiled needs a working compiler, but compiling failed: {reason}") from error
 
     return run
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -279,3 +282,15 @@ def test_a_prompt_that_is_no_text_is_refused(checkpoint: Path, capsys: pytest.Ca
     assert ridgepoint.main(["generate", "--model", str(checkpoint), "--prompt", "\udcff"]) == 2
     found = capsys.readouterr()
     assert found.out == "" and "cannot read the prompt" in found.err and found.err.count("\n") == 1
+
+
+def test_a_failing_compiler_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    """In a process of its own, with nothing compiled before."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    here = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ridgepoint", "generate", "--model", str(checkpoint), "--prompt", "a"]
+    done = subprocess.run([*command, "--engine", "compiled"], env=os.environ | here, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+    assert "the engine compiled needs a working compiler" in done.stderr and "No working C++ compiler" in done.stderr
