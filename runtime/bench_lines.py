@@ -8,19 +8,20 @@ from runtime.measurement import Measurement, interval_name
 def line(record: Measurement) -> str:
     """One record."""
     where = f"batch {record.workload.batch:<3} context {record.context:<5}"
+    engine = record.kernels.engine
     if record.kind == "generation":
         length = record.acceptance_length
         full = record.full_tokens_per_second
         return (
-            f"{record.decoding.sampler:<15} {record.batching:<10} {where} {record.tokens_per_second:9.1f} tokens/s "
-            f"+-{record.spread:.0%}"
+            f"{record.decoding.sampler:<15} {record.batching:<10} {engine:<8} {where} "
+            f"{record.tokens_per_second:9.1f} tokens/s +-{record.spread:.0%}"
             + (f", {full:.1f} in full steps" if full is not None else "")
             + (f"  {length:.2f} tokens a step (K = {record.decoding.draft_tokens})" if length is not None else "")
         )
     if record.kind == "operator":
         return f"  {record.operator:<15} {record.median_seconds * 1e3:9.4f} ms +-{record.spread:.0%}"
     return (
-        f"{record.forward:<6} {where} slots {record.slots:<3} {record.median_seconds * 1e3:9.3f} ms "
+        f"{record.forward:<6} {engine:<8} {where} slots {record.slots:<3} {record.median_seconds * 1e3:9.3f} ms "
         f"+-{record.spread:.0%}  {record.experts_per_layer:.1f} experts a layer"
     )
 

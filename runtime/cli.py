@@ -382,10 +382,11 @@ def _texts(prompts: list[str] | None, file: Path | None) -> list[str]:
 def _summary(result: GenerationResult) -> str:
     tokens, reasons = sum(map(len, result.tokens)), ", ".join(sorted(set(result.finish_reasons)))
     samplers = ", then ".join(dict.fromkeys(served.decoding.sampler for served in result.served))
+    engines = ", then ".join(dict.fromkeys(served.kernels.engine for served in result.served))
     full = result.full_tokens_per_second
     return (
         f"\n{tokens} tokens in {sum(result.steps)} steps and {result.forwards} forwards "
-        f"({samplers}, {result.acceptance_length:.2f} tokens a step), "
+        f"({samplers}, {engines}, {result.acceptance_length:.2f} tokens a step), "
         f"{result.decode_seconds:.3f} s, {result.tokens_per_second:.1f} tokens/s"
         + (f" ({full:.1f} while every slot was full)" if full is not None and len(result.tokens) > 1 else "")
         + f"; ended by {reasons}"

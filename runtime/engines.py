@@ -28,24 +28,34 @@ CPP_COMPILERS = (os.environ.get("CXX") or "g++", "clang++")  # what torch.compil
 
 def obstacle(model: Zaya, engine: Engine) -> str | None:
     """Why this engine cannot run this model where it is, in one line; None when it can."""
+    found = _unsuited(model, engine)
+    if found is not None or engine == "eager":
+        return found
+    if engine == "graphs":
+        return None if _has_triton() else "the engine graphs needs triton, which is not installed"
+    if engine == "lean":
+        return _native_obstacle()
+    device = model.model.embed_tokens.weight.device
+    if device.type == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
+        return f"the engine compiled needs a C++ compiler: none of {', '.join(CPP_COMPILERS)} was found"
+    return None
+
+
+def _unsuited(model: Zaya, engine: Engine) -> str | None:
+    """Why it could not run this model there, whatever is installed."""
     weight = model.model.embed_tokens.weight
     device, dtype = weight.device, str(weight.dtype).removeprefix("torch.")
     if engine == "eager":
         return None
     if model.config.attention_bias:
         return f"the engine {engine} runs models without attention_bias: use eager"
-    if engine == "graphs":
-        if device.type != "cuda":
-            return f"the engine graphs runs on a GPU, but the model is on {device}"
-        return None if _has_triton() else "the engine graphs needs triton, which is not installed"
+    if engine == "graphs" and device.type != "cuda":
+        return f"the engine graphs runs on a GPU, but the model is on {device}"
     if engine == "lean":
         if device.type != "cpu":
             return f"the engine lean runs on a CPU, but the model is on {device}"
         if dtype not in ("float32", "bfloat16"):
             return f"the engine lean computes in float32 or bfloat16, but the model is in {dtype}"
-        return _native_obstacle()
-    if device.type == "cpu" and not any(map(shutil.which, CPP_COMPILERS)):
-        return f"the engine compiled needs a C++ compiler: none of {', '.join(CPP_COMPILERS)} was found"
     return None
 
 
@@ -71,6 +81,11 @@ def engine_of(model: Zaya, name: str = "auto") -> Engine:
     if reason is not None:
         raise UserError(reason)
     return name
+
+
+def unbuilt(model: Zaya) -> str | None:
+    """Why auto passed over lean although it could run this model: what compiling it lacks; None where it did not."""
+    return None if _unsuited(model, "lean") else _native_obstacle()
 
 
 def use_engine(model: Zaya, name: str = "auto") -> Zaya:

@@ -48,7 +48,10 @@ Verify = Annotated[
 
 
 def load(model: str, device: str, dtype: str, threads: int | None, engine: str = "auto") -> Zaya:
-    """The model on its device; the first of bad names and values is refused before torch loads."""
+    """The model on its device; the first of bad names and values is refused before torch loads.
+
+    Where auto does without lean because it cannot be compiled, a line on stderr says why.
+    """
     if dtype not in DTYPE_BYTES:
         raise known("dtype", dtype, DTYPE_BYTES)
     if engine not in ("auto", *ENGINES):
@@ -58,7 +61,14 @@ def load(model: str, device: str, dtype: str, threads: int | None, engine: str =
 
     find_checkpoint(model)  # its errors come first
     use_device(device, threads)
-    return load_model(model, device=device, dtype=dtype, engine=engine)  # type: ignore[arg-type]
+    loaded = load_model(model, device=device, dtype=dtype, engine=engine)  # type: ignore[arg-type]
+    if engine == "auto":
+        from runtime.engines import unbuilt
+
+        obstacle = unbuilt(loaded)
+        if obstacle is not None:
+            print(f"ridgepoint: auto took the engine {loaded.kernels.engine}: {obstacle}", file=sys.stderr)
+    return loaded
 
 
 def check_device(device: str, threads: int | None) -> None:

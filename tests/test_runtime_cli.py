@@ -19,7 +19,9 @@ from runtime.checkpoint import load_model, model_hash, random_model, save_model
 from runtime.config import DecodingConfig, KernelConfig, ModelConfig
 from runtime.deployment import Deployment, Rule, save_deployment
 from runtime.engine import generate
+from runtime.kernels import native
 from runtime.measurement import read_jsonl
+from runtime.options import load
 from runtime.tokenizer import BOS, VOCABULARY, ByteTokenizer
 
 TINY = ModelConfig(
@@ -77,6 +79,34 @@ def test_the_engine_that_is_asked_for_runs_and_stands_in_the_record(
     ]
     assert texts[0]["results"] == texts[1]["results"]
     assert [text["served"][0]["kernels"]["engine"] for text in texts] == ["eager", "lean"]
+
+
+@pytest.mark.parametrize("buildable", [False, True])
+def test_auto_says_why_it_does_without_lean_and_the_lines_name_the_engine(
+    buildable: bool, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = "the engine lean needs a C compiler: none of cc was found"
+    monkeypatch.setattr(native, "obstacle", lambda: None if buildable else missing)
+    expected = "lean" if buildable else "eager"
+    shape = ["--batch", "2", "--context", "8", "--repeats", "1"]
+    for command in (["generate", "--prompt", "a"], ["bench", *shape], ["bench", *shape, "--new-tokens", "2"]):
+        for engine in ("auto", "eager"):
+            assert ridgepoint.main([*command, "--model", str(checkpoint), "--engine", engine]) == 0
+            said = capsys.readouterr()
+            told = not buildable and engine == "auto"
+            assert said.err == (f"ridgepoint: auto took the engine eager: {missing}\n" if told else "")
+            line = said.out.splitlines()[-1 if command[0] == "generate" else 0]
+            assert (expected if engine == "auto" else "eager") in line.replace(",", " ").split()
+    load_model(str(checkpoint))
+    assert capsys.readouterr().err == "", "the Python API says nothing"
+
+
+def test_a_model_that_lean_does_not_run_builds_nothing(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "obstacle", lambda: pytest.fail("float16 is not for lean"))
+    assert load(str(checkpoint), "cpu", "float16", None).kernels.engine == "eager"
+    assert capsys.readouterr().err == ""
 
 
 def test_bench_compares_generations_with_autoregressive_ones(
