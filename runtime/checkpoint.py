@@ -81,9 +81,6 @@ def empty_model(config: ModelConfig, *, device: str = "cpu", dtype: DType = "flo
     with torch.device("meta"):
         model = Zaya(config)
     model = model.to(getattr(torch, dtype))
-    for module in model.modules():  # routing is decided in fp32 whatever the weights' type
-        if isinstance(module, Router):
-            module.balancing_biases = module.balancing_biases.float()
     try:
         model = model.to_empty(device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or out of memory

@@ -22,6 +22,8 @@ from runtime.engines import engine_of, serves, use_engine
 from runtime.fused import reference_ops, wrap
 from runtime.kernels import native
 from runtime.layout import block, causal, draft
+from runtime.model.layers import Derived
+from runtime.model.zaya import Zaya
 from runtime.policy import using
 from tests.models import TINY, noisy_model, random_ids
 
@@ -70,6 +72,44 @@ def test_a_loaded_model_has_its_engine(tmp_path: Path, monkeypatch: pytest.Monke
     assert load_model(str(tmp_path), engine="eager").kernels.engine == "eager"
     monkeypatch.setattr(native, "obstacle", lambda: "no compiler")
     assert load_model(str(tmp_path)).kernels.engine == "eager"
+
+
+@pytest.mark.parametrize("engine", ["eager", "lean"])
+def test_a_model_that_changes_its_type_is_one_loaded_in_that_type(engine: Engine, tmp_path: Path) -> None:
+    save_model(noisy_model(seed=3), tmp_path, dtype="bfloat16")  # so that nothing is lost on the way back
+    prompts = [[1, 2, 3], list(range(4, 24))]
+
+    def tokens(model: Zaya) -> list[list[int]]:
+        return generate(model, prompts, DecodingConfig(), max_new_tokens=20).tokens
+
+    model = load_model(str(tmp_path), engine=engine)
+    narrow = load_model(str(tmp_path), dtype="bfloat16", engine=engine)
+    expected = tokens(model)
+    assert tokens(model.to(torch.bfloat16)) == tokens(narrow)
+    for module, other in zip(model.modules(), narrow.modules(), strict=True):
+        if isinstance(module, Derived) and isinstance(other, Derived):
+            assert module.frozen
+            for mine, theirs in zip(module.weights(), other.weights(), strict=True):
+                assert (mine is theirs is None) or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
+    assert tokens(model.to(torch.float32)) == expected
+
+
+def test_what_may_change_stays_underived_when_it_changes_its_type() -> None:
+    model = noisy_model().train().requires_grad_(True).to(torch.bfloat16)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.frozen for module in model.modules() if isinstance(module, Derived))
+
+
+def test_native_kernels_refuse_what_was_made_in_another_type() -> None:
+    model = use_engine(noisy_model(), "lean")
+    with torch.no_grad():
+        cache = model.new_cache(1, 8, 1)
+        hidden = model.forward(torch.tensor([[1]]), causal(1), cache)
+        model.to(torch.bfloat16)
+        with pytest.raises(UserError, match=r"the cache must be in .*bfloat16 as the model, but is in .*float32"):
+            model.forward(torch.tensor([[1]]), causal(1), cache)
+        with pytest.raises(UserError, match=r"must be in one type, but got .*float32 and weights in .*bfloat16"):
+            model.project(hidden)
 
 
 def test_a_deployment_brings_its_engine_and_it_is_put_back() -> None:

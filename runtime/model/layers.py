@@ -30,6 +30,11 @@ class Derived(nn.Module):
         """Forget what was derived: parameters may change again."""
         self._derived = None
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights are derived already."""
+        return self._derived is not None
+
     def weights(self) -> Any:
         """The derived weights."""
         return self.derive() if self._derived is None else self._derived

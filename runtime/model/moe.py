@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,14 @@ class Router(Derived):
         biases[-1] = -1.0
         self.register_buffer("balancing_biases", biases)
         self.balancing_biases: Tensor
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Router:
+        """Routing is decided in fp32 whatever the weights' type, so the biases only move."""
+        biases = self.balancing_biases
+        super()._apply(fn, recurse)
+        if self.balancing_biases.dtype != torch.float32:
+            self.balancing_biases = biases.to(self.balancing_biases.device, torch.float32)
+        return self
 
     def derive(self) -> RouterWeights:
         """The parameters, and eps as a tensor."""

@@ -86,8 +86,6 @@ class Zaya(nn.Module):
     def freeze(self) -> Zaya:
         """Derive the inference weights and stop gradients. Returns self."""
         self.requires_grad_(False).train(False)
-        self._packed.clear()
-        self.leased = None
         for module in self.modules():
             if isinstance(module, Derived):
                 module.freeze()
@@ -95,12 +93,22 @@ class Zaya(nn.Module):
 
     def train(self, mode: bool = True) -> Zaya:
         """Parameters may change from here on, so derived weights are dropped."""
+        self._thaw()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Zaya:
+        """What `to`, `float`, `cuda` and their like call: weights derived before would be of the old type or place."""
+        frozen = any(isinstance(module, Derived) and module.frozen for module in self.modules())
+        self._thaw()
+        super()._apply(fn, recurse)
+        return self.freeze() if frozen else self
+
+    def _thaw(self) -> None:
         for module in self.modules():
             if isinstance(module, Derived):
                 module.thaw()
         self._packed.clear()
         self.leased = None
-        return super().train(mode)
 
     def packed(self, pack: Callable[[Zaya], T]) -> T:
         """What `pack` makes of this model's frozen weights, made once; forgotten when parameters may change."""

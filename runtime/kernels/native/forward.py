@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hardware.files import UserError
 from runtime.config import ModelConfig, require
 from runtime.kernels.cca.reference import CCAWeights
 from runtime.kernels.native import library
@@ -30,10 +31,11 @@ def function(name: str, dtype: torch.dtype, arguments: tuple[Any, ...] = _FORWAR
     return found
 
 
-def put_cca(layer: Layer, kept: Kept, weights: CCAWeights, rotary: tuple[Tensor, Tensor, Tensor]) -> None:
+def put_cca(
+    layer: Layer, kept: Kept, weights: CCAWeights, rotary: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> None:
     """Point a layer to the weights of CCA and to its rotary tables."""
-    dtype = weights.convolution.dtype
-    layer.convolution = kept.pointer(weights.convolution)
+    layer.convolution = kept.pointer(weights.convolution, dtype)
     layer.convolution_bias = kept.pointer(weights.convolution_bias, dtype)
     layer.temperature = kept.pointer(weights.temperature, torch.float32)
     cos, sin, swap = rotary
@@ -41,18 +43,20 @@ def put_cca(layer: Layer, kept: Kept, weights: CCAWeights, rotary: tuple[Tensor,
     layer.swap = kept.pointer(swap, torch.int64)
 
 
-def put_router(layer: Layer, kept: Kept, weights: RouterWeights) -> None:
+def put_router(layer: Layer, kept: Kept, weights: RouterWeights, dtype: torch.dtype) -> None:
     """Point a layer to the weights of its router."""
-    w, dtype = weights, weights.down.dtype
-    layer.router, layer.router_bias = kept.pointer(w.down), kept.pointer(w.down_bias, dtype)
+    w = weights
+    layer.router, layer.router_bias = kept.pointer(w.down, dtype), kept.pointer(w.down_bias, dtype)
     layer.state_scale, layer.router_norm = kept.pointer(w.state_scale, dtype), kept.pointer(w.norm, dtype)
-    layer.fc1, layer.fc1_bias = kept.pointer(w.fc1), kept.pointer(w.fc1_bias, dtype)
-    layer.fc2, layer.fc2_bias = kept.pointer(w.fc2), kept.pointer(w.fc2_bias, dtype)
-    layer.classes, layer.balancing = kept.pointer(w.out), kept.pointer(w.balancing, torch.float32)
+    layer.fc1, layer.fc1_bias = kept.pointer(w.fc1, dtype), kept.pointer(w.fc1_bias, dtype)
+    layer.fc2, layer.fc2_bias = kept.pointer(w.fc2, dtype), kept.pointer(w.fc2_bias, dtype)
+    layer.classes, layer.balancing = kept.pointer(w.out, dtype), kept.pointer(w.balancing, torch.float32)
 
 
-def put_cache(layer: Layer, keys: Tensor, values: Tensor, columns: Tensor) -> None:
-    """Point a layer to its part of the cache, whose tensors must outlive it."""
+def put_cache(layer: Layer, keys: Tensor, values: Tensor, columns: Tensor, dtype: torch.dtype) -> None:
+    """Point a layer to its part of the cache, whose tensors must outlive it. UserError for one of another type."""
+    if not keys.dtype == values.dtype == columns.dtype == dtype:
+        raise UserError(f"the cache must be in {dtype} as the model, but is in {keys.dtype}")
     layer.keys, layer.values, layer.columns = keys.data_ptr(), values.data_ptr(), columns.data_ptr()
 
 
@@ -121,19 +125,19 @@ class NativeForward:
         self._dtype = weights.table.dtype
         self._function = function("forward", self._dtype)
         self._kept = Kept()
-        point = self._kept.pointer
+        point = partial(self._kept.pointer, dtype=self._dtype)
         layers = (Layer * len(weights.layers))()
         for index, (layer, w) in enumerate(zip(layers, weights.layers, strict=True)):
             layer.qkv, layer.output = point(w.qkv), point(w.output)
             layer.gate_up, layer.down = point(w.gate_up), point(w.down)
             layer.middle_norm, layer.end_norm = point(w.middle_norm), point(w.end_norm)
             for place in range(3):
-                layer.middle_scaling[place] = point(w.middle_scaling[place], torch.float32)
-                layer.end_scaling[place] = point(w.end_scaling[place], torch.float32)
+                layer.middle_scaling[place] = point(w.middle_scaling[place], dtype=torch.float32)
+                layer.end_scaling[place] = point(w.end_scaling[place], dtype=torch.float32)
             layer.window = w.window or 0
-            put_cca(layer, self._kept, w.cca, fused.rotary[w.kind])
-            put_router(layer, self._kept, w.router)
-            put_cache(layer, fused.keys[index], fused.values[index], fused.columns[index])
+            put_cca(layer, self._kept, w.cca, fused.rotary[w.kind], self._dtype)
+            put_router(layer, self._kept, w.router, self._dtype)
+            put_cache(layer, fused.keys[index], fused.values[index], fused.columns[index], self._dtype)
         self._layers = layers
         self._model = Model(
             sizes_of(fused.config),
@@ -144,6 +148,8 @@ class NativeForward:
             weights.eps,
             float(weights.layers[0].router.norm_eps),
         )
+        # The memory itself is held: a parameter gets another one when the model changes its type.
+        self._kept.tensors = [tensor.detach() for tensor in self._kept.tensors]
         self._room, self._memory = 0, Kept()
         self._buffers = Buffers()
         self._steps: dict[tuple[int | None, ...], tuple[Step, Kept, LayoutArrays]] = {}

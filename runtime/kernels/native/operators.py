@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hardware.files import UserError
 from runtime.kernels.cca.reference import CCAWeights
 from runtime.kernels.native.forward import function, put_cache, put_cca, put_layout, put_router
 from runtime.kernels.native.structures import Buffers, Kept, Layer, Sizes, Step
@@ -34,8 +35,8 @@ def embed(tokens: Tensor, table: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
         count,
         hidden,
         kept.pointer(table),
-        kept.pointer(bias),
-        kept.pointer(scale),
+        kept.pointer(bias, table.dtype),
+        kept.pointer(scale, table.dtype),
         residual.data_ptr(),
     )
     return residual
@@ -56,9 +57,9 @@ def residual_norm(
         "residual_norm",
         weight.dtype,
         (_P, _P, _P, _P, _P, _P, c_float, c_long, c_long, _P),
-        kept.pointer(branch),
+        kept.pointer(branch, weight.dtype),
         residual.data_ptr(),
-        *(kept.pointer(part) for part in scaling or (None, None, None)),
+        *(kept.pointer(part, torch.float32) for part in scaling or (None, None, None)),
         kept.pointer(weight),
         eps,
         count,
@@ -69,7 +70,9 @@ def residual_norm(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [N, in], weight [out, in], bias [out] -> [N, out]."""
+    """x [N, in], weight [out, in], bias [out] -> [N, out]. UserError where their types differ."""
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise UserError(f"a linear layer must be in one type, but got {x.dtype} and weights in {weight.dtype}")
     x = x.contiguous()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     function("run_linear", x.dtype, (c_int, _P, c_long, _P, _P, c_long, c_long, _P))(
@@ -105,8 +108,8 @@ def cca(
     sizes = Sizes(query_heads=heads - groups, kv_heads=groups, head_dim=width, history=taps.shape[1] - 1)
     step = Step(lengths.shape[0], 0, keys.shape[1], columns.shape[1] - 1, committed, 0, kept.pointer(lengths))
     put_layout(step, kept, offsets, taps, None)
-    put_cca(layer, kept, weights, (cos, sin, swap))
-    put_cache(layer, keys, values, columns)
+    put_cca(layer, kept, weights, (cos, sin, swap), projected.dtype)
+    put_cache(layer, keys, values, columns, projected.dtype)
     query = torch.empty(projected.shape[0], heads - groups, width, dtype=projected.dtype)
     structures = [ctypes.addressof(structure) for structure in (step, sizes, layer)]
     _call("cca", projected.dtype, (_P,) * 5, *structures, kept.pointer(projected), query.data_ptr())
@@ -129,7 +132,7 @@ def attention(
     sizes = Sizes(query_heads=heads, kv_heads=keys.shape[2], head_dim=width)
     step = Step(lengths.shape[0], slots, keys.shape[1], lengths=kept.pointer(lengths), offsets=kept.pointer(offsets))
     step.visible = kept.pointer(visible)
-    put_cache(layer, keys, values, keys)
+    put_cache(layer, keys, values, keys, query.dtype)
     out = torch.empty(count, heads * width, dtype=query.dtype)
     structures = [ctypes.addressof(structure) for structure in (step, sizes, layer)]
     _call("attention", query.dtype, (_P,) * 5, *structures, kept.pointer(query), out.data_ptr())
@@ -143,7 +146,7 @@ def router(
     kept, layer, count = Kept(), Layer(), x.shape[0]
     width = weights.down.shape[0]
     sizes = Sizes(hidden=x.shape[1], router=width, experts=weights.out.shape[0] - 1)
-    put_router(layer, kept, weights)
+    put_router(layer, kept, weights, x.dtype)
     following = torch.empty(count, width, dtype=x.dtype)
     chosen, probability = torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=x.dtype)
     _call(
@@ -155,7 +158,7 @@ def router(
         float(weights.norm_eps),
         count,
         kept.pointer(x),
-        kept.pointer(state),
+        kept.pointer(state, x.dtype),
         following.data_ptr(),
         kept.pointer(active),
         chosen.data_ptr(),
@@ -168,7 +171,7 @@ def experts(x: Tensor, chosen: Tensor, probability: Tensor, gate_up: Tensor, dow
     """As the reference, but reads only the experts that are chosen."""
     kept, (count, hidden), (number, _, width) = Kept(), x.shape, down.shape
     sizes = Sizes(hidden=hidden, experts=number, width=width)
-    layer = Layer(gate_up=kept.pointer(gate_up), down=kept.pointer(down))
+    layer = Layer(gate_up=kept.pointer(gate_up, x.dtype), down=kept.pointer(down, x.dtype))
     integers = partial(torch.empty, dtype=torch.int32)
     buffers = Buffers(
         inner=kept.pointer(torch.empty(count, width, dtype=x.dtype)),
@@ -184,8 +187,8 @@ def experts(x: Tensor, chosen: Tensor, probability: Tensor, gate_up: Tensor, dow
         *(ctypes.addressof(structure) for structure in (sizes, layer, buffers)),
         count,
         kept.pointer(x),
-        kept.pointer(chosen),
-        kept.pointer(probability),
+        kept.pointer(chosen, torch.int32),
+        kept.pointer(probability, x.dtype),
         out.data_ptr(),
     )
     return out
