@@ -196,6 +196,7 @@ def test_convert_then_eval_writes_a_card(tmp_path: Path, capsys: pytest.CaptureF
     card = (tmp_path / "README.md").read_text()
     assert all(block in card for block in printed.strip().split("\n\n"))
     assert set(found["samplers"]["rows"]) == set(SETTINGS)
+    assert f"with the engine {found['engine']}" in card and found["engine"] == load_model(str(folder)).kernels.engine
     for label, row in found["samplers"]["rows"].items():
         speed = row["tokens_per_second"]
         assert f"| {label} | " in card
@@ -218,7 +219,9 @@ def test_convert_then_eval_writes_a_card(tmp_path: Path, capsys: pytest.CaptureF
 def test_eval_compares_the_settings_asked_for(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", checkpoint, "--problems", 1, "--sampled-problems", 1, "--samples", 1, "--pass-at", "1"]
     options += ["--max-new-tokens", 3, "--rounds", 1, "--settings", "two_forward,denoising/S=4"]
+    options += ["--engine", "eager"]
     found = json.loads(run(capsys, "eval", *options, "--json"))
+    assert found["engine"] == "eager"
     assert list(found["samplers"]["rows"]) == [BASELINE, "two_forward", "denoising/S=4"]
     assert found["samplers"]["curves"]["denoising"]["settings"] == [BASELINE, "denoising/S=4"]
     assert "single_forward" not in found["samplers"]["curves"]

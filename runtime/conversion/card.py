@@ -40,7 +40,7 @@ rates to a runtime and to a performance model, and is no assistant.
 * Data: generated, verifiable tasks (`runtime/conversion/tasks.py`; one prompt in ten is held out by its hash) and the \
 Python {evaluation.python} standard library's source (one file in twenty is held out by its name).
 * Evaluated: {evaluation.date}, commit `{evaluation.commit[:12]}`, model hash `{evaluation.model_hash}`, seed \
-{evaluation.seed}, on {evaluation.device["device"]}, by `{evaluation.command}`.
+{evaluation.seed}, on {evaluation.device["device"]} with the engine {evaluation.engine}, by `{evaluation.command}`.
 
 ## Training
 

@@ -12,6 +12,7 @@ from hardware.files import plain
 from runtime.config import require
 from runtime.options import (
     Device,
+    EngineName,
     Json,
     Model,
     Threads,
@@ -125,14 +126,15 @@ def evaluate(
         Path | None, typer.Option(help="The run's losses.json, for the card (default: beside the weights).")
     ] = None,
     device: Device = "cpu",
+    engine: EngineName = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Compare the samplers' speed and quality, measure losses and acceptance per task family, write the model card."""
     require(batch >= 1, f"batch >= 1 must hold, but got {batch}")
     ks = integers("pass-at", pass_at)
-    loaded = load(model, device, "float32", threads)
-    earlier = load(before, device, "float32", threads) if before else None
+    loaded = load(model, device, "float32", threads, engine)
+    earlier = load(before, device, "float32", threads, "eager") if before else None  # losses need no cache
     from runtime.checkpoint import find_checkpoint
     from runtime.conversion.card import card, read_losses
     from runtime.conversion.evaluate import evaluate as run

@@ -12,7 +12,7 @@ from typing import Any
 
 from hardware.files import plain, write_atomic
 from runtime.bench import identify
-from runtime.config import require
+from runtime.config import Engine, require
 from runtime.conversion.comparison import Comparison, choose, compare
 from runtime.conversion.families import Family, evaluate_families, pooled
 from runtime.model.zaya import Zaya
@@ -30,6 +30,7 @@ class Evaluation:
     commit: str
     date: str
     device: dict[str, Any]  # that the speeds are of
+    engine: Engine  # that decoded
     python: str  # whose standard library is the source text
     seed: int
     families: dict[str, Family]
@@ -98,6 +99,7 @@ def evaluate(
         origin.commit,
         f"{datetime.now(UTC):%Y-%m-%d}",
         origin.device,
+        model.kernels.engine,
         platform.python_version(),
         seed,
         families,
