@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import ridgepoint
@@ -157,6 +157,7 @@ def test_devices_that_share_a_die_agree() -> None:
 )
 def test_no_figure_of_any_device_may_be_impossible(cell: tuple[str, str], wrong: Any) -> None:
     name, path = cell
+    assume(wrong is not None or not path.endswith("pair_bandwidth_bytes_per_second"))  # optional, its source is shared
     changed = read_yaml(list_profiles()[name])
     holder: Any = changed
     *parts, last = path.split(".")
