@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from autotune.export.policy import Policy, Target
 from autotune.results import StudyResult
 from hardware.files import UserError
 from hardware.fingerprint import fingerprint_key
@@ -31,9 +32,9 @@ def deployment(results: Sequence[StudyResult], command: str = "") -> Deployment:
     return Deployment(first.model, first.model_hash, first.device, tuple(rules), date, command)
 
 
-def export(results: Sequence[StudyResult], out: Path, command: str = "") -> Path:
+def write(policy: Policy, out: Path) -> list[Path]:
     """Write deployment.yaml."""
-    return save_deployment(deployment(results, command), out)
+    return [save_deployment(deployment(policy.studies, policy.command), out)]
 
 
 def _rule(result: StudyResult) -> Rule:
@@ -70,3 +71,13 @@ def _rule(result: StudyResult) -> Rule:
         }
     decoding, kernels = result.candidate(chosen)
     return Rule(decoding, kernels, max_batch=result.subject.workload.batch, evidence=evidence)
+
+
+TARGET = Target(
+    name="native",
+    engine="ridgepoint",
+    file="one YAML file",
+    loads="loads today",
+    does="what runtime.generate follows: a rule per batch and context bucket, with its evidence",
+    write=write,
+)
