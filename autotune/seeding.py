@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -68,8 +68,16 @@ class Acceptance:
         return float(1 + accepted.sum()) if not decoding.anchor_draft else 2.0
 
 
-Predict = Callable[[Candidate, Acceptance | None], float | None]
-"""Tokens per second of a setting, or None where nothing can be said (no acceptance known, threads not probed)."""
+class Prediction(NamedTuple):
+    """What the model says of a setting: speed of the whole batch, and per sequence the step it comes from."""
+
+    tokens_per_second: float
+    step_seconds: float
+    tokens_per_step: float
+
+
+Predict = Callable[[Candidate, Acceptance | None], Prediction | None]
+"""The prediction of a setting, or None where nothing can be said (no acceptance known, threads not probed)."""
 
 
 class Predictor:
@@ -90,7 +98,7 @@ class Predictor:
         self._engines = {found.kernels.engine: found}
         self._step_seconds = lru_cache(maxsize=None)(self._time_steps)
 
-    def __call__(self, candidate: Candidate, acceptance: Acceptance | None) -> float | None:
+    def __call__(self, candidate: Candidate, acceptance: Acceptance | None) -> Prediction | None:
         decoding, kernels = candidate
         batch = self._workload.batch
         if judged(decoding) and acceptance is None:
@@ -108,7 +116,8 @@ class Predictor:
         seconds = self._step_seconds(kind, levels, kernels.engine, mode, kernels.threads, experts)
         if seconds is None:
             return None
-        return float(batch * tokens / seconds[decoding.draft_tokens - 1 if decoding.drafts else 0])
+        step = float(seconds[decoding.draft_tokens - 1 if decoding.drafts else 0])
+        return Prediction(batch * tokens / step, step, tokens)
 
     def _time_steps(
         self,
@@ -208,7 +217,7 @@ def seeds(space: Space, predict: Predict, acceptance: Acceptance | None, count: 
         "confidence_threshold": (NO_THRESHOLD,),  # when one ends a block is not predicted
     }
     predicted = [(predict(candidate, acceptance), candidate) for candidate in space.grid(coarse)]
-    ranked = sorted(((p, c) for p, c in predicted if p is not None), key=lambda found: -found[0])
+    ranked = sorted(((p, c) for p, c in predicted if p is not None), key=lambda found: -found[0].tokens_per_second)
     queues: dict[object, list[Candidate]] = {}
     taken: dict[str, list[int]] = {}
     for _, candidate in ranked:
