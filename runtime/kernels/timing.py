@@ -27,10 +27,12 @@ from runtime.kernels.problem import Problem
 from runtime.kernels.registry import Kernel, kernel
 from runtime.kernels.selection import device_target
 from runtime.kernels.target import Tiling
+from runtime.routing import Routes
 
 CALLS = 24  # in a graph, at least
 COPIED_BYTES = 1 << 29
 INFINITY_CACHE_BYTES = 256 << 20  # AMD's last-level cache, which torch does not report
+ROUTED = "chosen"  # the argument that holds each token's expert, in kernels that have one
 Graph = Callable[[], None]  # replays
 
 
@@ -81,7 +83,8 @@ class Timed:
 
 def traffic(kernel: Kernel, arguments: dict[str, Any], returned: Any) -> Traffic:
     """Bytes and FLOPs of a call with these arguments. Intermediate results of several launches are not counted."""
-    partly = {"attention": _attention, "cca": _cca, "embed": _embed, "experts": _experts}.get(kernel.name)
+    by_name = {"attention": _attention, "cca": _cca, "embed": _embed, "experts": _experts, "grouped_experts": _experts}
+    partly = by_name.get(kernel.name)
     names, moved, flops = partly(arguments) if partly else ((), 0, 0)
     whole = {name: value for name, value in arguments.items() if name not in names}
     return Traffic(moved + _size(whole) + _size(returned), flops)
@@ -135,17 +138,18 @@ def time_tilings(
     rounds: int = 10,
     deadline: float | None = None,
     progress: Callable[[str, float], None] | None = None,
+    routes: Routes | None = None,
 ) -> list[Timed]:
     """Check every tiling against the reference, time those that pass, and return all, the fastest first.
 
     tilings: None for all of the device's target. deadline: on `time.monotonic`'s clock; tilings not captured by then
-    are not timed. Every sequence has the whole context cached. UserError without triton or that GPU.
+    are not timed. routes: see `Timer`. Every sequence has the whole context cached. UserError without triton or GPU.
     """
     require_triton()
     require(rounds >= 1, f"rounds >= 1 must hold, but got {rounds}")
     require_gpu(device)
     with torch.cuda.device(device):
-        found = _timed(kernel, problem, dtype, device, tilings, rounds, deadline, progress)
+        found = _timed(kernel, problem, dtype, device, tilings, rounds, deadline, progress, routes)
     return sorted(found, key=lambda timed: timed.median_seconds)
 
 
@@ -158,15 +162,11 @@ def _timed(
     rounds: int,
     deadline: float | None,
     progress: Callable[[str, float], None] | None,
+    routes: Routes | None = None,
 ) -> list[Timed]:
     tilings = tilings if tilings is not None else kernel.tilings(device_target(device), problem)
     subject = Subject(kernel, problem, dtype, device)
-    given = kernel.inputs(problem, getattr(torch, dtype), device)
-    if isinstance(given.get("lengths"), Tensor):
-        given["lengths"].fill_(problem.context)
-    needed = traffic(kernel, given, kernel.reference()(**clone(given)))
-    copies = [given, *(clone(given) for _ in range(_copies(given, needed, device) - 1))]
-    pool = torch.cuda.graph_pool_handle()
+    timer = Timer(kernel, problem, dtype, device, routes)
     graphs: dict[int, Graph] = {}
     found: list[Timed] = []
     for place, tiling in enumerate(tilings):
@@ -177,13 +177,74 @@ def _timed(
         outcome = "out of time" if checked is None else checked.outcome
         if checked is not None and not checked.passed:
             outcome = outcome or f"differs from the reference by {max(checked.errors.values()):.1e}"
-        found.append(Timed(kernel.name, str(problem), dtype, dict(tiling), needed, outcome=outcome))
+        found.append(Timed(kernel.name, str(problem), dtype, dict(tiling), timer.traffic, outcome=outcome))
         if not outcome:
-            graphs[place] = _captured(kernel.triton(), copies, tiling, pool)
-    samples, copy = _rounds(graphs, len(copies) * _cycles(len(copies)), rounds, device)
+            graphs[place] = timer.graph(tiling)
+    samples, copy = _rounds(graphs, timer.calls, rounds, device)
     for place, seconds in samples.items():
         found[place] = dataclasses.replace(found[place], seconds=tuple(seconds), copy_bytes_per_second=copy)
     return found
+
+
+class Timer:
+    """One kernel on one problem, over copies of its arguments; every sequence has the whole context cached.
+
+    routes: of experts, int [rows, tokens], a row for each copy in turn, so that calls differ as the layers of a model
+    do; None: those of the kernel's inputs. On a CPU, for kernels that run there, calls are timed by the clock, one
+    after the other.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, kernel: Kernel, problem: Problem, dtype: str, device: str, routes: Routes | None = None) -> None:
+        given = kernel.inputs(problem, getattr(torch, dtype), device)
+        if isinstance(given.get("lengths"), Tensor):
+            given["lengths"].fill_(problem.context)
+        rows = routes if routes is not None and ROUTED in given else None
+        _route(given, rows, 0)
+        first = traffic(kernel, given, kernel.reference()(**clone(given)))
+        self._gpu = torch.device(device).type == "cuda"
+        count = _copies(given, first, device) if self._gpu else 1 if rows is None else min(len(rows), 2)
+        self._copies = [given, *(clone(given) for _ in range(count - 1))]
+        for place, arguments in enumerate(self._copies):
+            _route(arguments, rows, place)
+        self._run, self._pool = kernel.triton(), torch.cuda.graph_pool_handle() if self._gpu else None
+        self.traffic = first if rows is None else _mean_traffic(kernel, self._copies, first)
+        self.calls = len(self._copies) * (_cycles(len(self._copies)) if self._gpu else 1)
+
+    @torch.inference_mode()
+    def graph(self, tiling: Tiling) -> Graph:
+        """`calls` calls with this tiling, to be replayed; the first call compiles."""
+        if self._gpu:
+            return _captured(self._run, self._copies, tiling, self._pool)
+
+        @torch.inference_mode()
+        def replay() -> None:
+            for arguments in self._copies:
+                self._run(**arguments, tiling=tiling)
+
+        return replay
+
+    def sample(self, graph: Graph) -> float:
+        """Seconds of one call, from one replay."""
+        if self._gpu:
+            return _seconds(graph) / self.calls
+        begun = time.perf_counter()
+        graph()
+        return (time.perf_counter() - begun) / self.calls
+
+
+def _route(arguments: dict[str, Any], routes: Routes | None, place: int) -> None:
+    if routes is not None:
+        chosen = arguments[ROUTED]
+        chosen.copy_(torch.from_numpy(routes[place % len(routes)]).to(chosen.dtype).view_as(chosen))
+
+
+def _mean_traffic(kernel: Kernel, copies: list[dict[str, Any]], first: Traffic) -> Traffic:
+    """Of calls whose routes differ; what is returned is of one size."""
+    same = first.moved_bytes - traffic(kernel, copies[0], None).moved_bytes
+    found = [traffic(kernel, arguments, None) for arguments in copies]
+    moved, flops = (round(statistics.fmean(getattr(t, n) for t in found)) for n in ("moved_bytes", "flops"))
+    return Traffic(moved + same, flops)
 
 
 def _copies(given: dict[str, Any], needed: Traffic, device: str) -> int:
