@@ -10,29 +10,22 @@ both for some levels. Coverages are then compared with what other prompts record
 from __future__ import annotations
 
 import argparse
-import random
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.common import command, counting, fail_in_one_line
 from hardware.fingerprint import git_commit
 from perfmodel.experts import ExpertCoverage, coverage_of, fit_rho
-from runtime.bench import token_rows
 from runtime.checkpoint import load_model, model_hash
 from runtime.config import DecodingConfig, replace, require
-from runtime.conversion.data import source_prompts
-from runtime.conversion.tasks import FAMILIES, draw
-from runtime.layout import Layout, causal
 from runtime.measurement import ForwardKind
 from runtime.model.zaya import Zaya
+from runtime.route_recording import prefixes, record
 from runtime.routing import (
     FORMAT,
     HeldOut,
@@ -45,13 +38,7 @@ from runtime.routing import (
     routing_json,
     write_routing,
 )
-from runtime.samplers import advance
-from runtime.samplers.acceptance import Randomness
-from runtime.samplers.state import Decode
-from runtime.tokenizer import BOS, VOCABULARY
 
-SOURCE_TOKENS = 256
-CHUNK_TOKENS = 2048  # of one forward: bounds its memory
 WIDE = 48  # slots beyond which a quarter of the sequences is recorded, at a quarter of the batches
 LARGEST_BATCH = 128
 LARGEST_BLOCKS = 64
@@ -72,63 +59,6 @@ RECORDED = [
 ]
 HELD_OUT = [DecodingConfig(), *_blocks(4, 7, 11, 15, 19), _single(16, 0, 5, 10)]
 HELD_OUT_BATCHES = (1, 3, 6, 12, 24)
-
-
-@dataclass
-class Recording(Decode):
-    """A decode that keeps the routes of its last forward of each kind, int64 [layers, B, S]."""
-
-    routes: dict[str, Tensor] = field(default_factory=dict)
-
-    def forward(self, kind: str, tokens: Tensor, layout: Layout, *, counts: list[int] | None = None) -> Tensor:
-        """Run one forward and keep its routes."""
-        found: list[Tensor] = []
-        hidden = self.model.forward(tokens, layout, self.cache, counts=counts, routes=found)
-        self.routes[kind] = torch.stack(found).view(len(found), *tokens.shape)
-        return hidden
-
-
-def prefixes(model: Zaya, count: int, seed: int) -> list[list[int]]:
-    """Tokens up to a random place of a worked task or of source text; random ids for another vocabulary."""
-    rng = random.Random(f"routing/{seed}")
-    if model.config.vocab_size != VOCABULARY:
-        return [row[: rng.randrange(8, 33)] for row in token_rows(model, count, 32, seed=seed)]
-    families, rows = list(FAMILIES), []
-    source = [text for text, _ in source_prompts(count, SOURCE_TOKENS, seed, 0)]
-    for i in range(count):
-        if i % 4 == 3:
-            begin, text = SOURCE_TOKENS // 4, [BOS, *source[i]]
-        else:
-            problem = draw(families[i % len(families)], rng, "test")
-            begin = 1 + len(problem.prompt)
-            text = [BOS, *(problem.prompt + problem.solution).encode()]
-        rows.append(text[: rng.randrange(begin, len(text))])
-    return rows
-
-
-@torch.inference_mode()
-def record(model: Zaya, rows: Sequence[Sequence[int]], decoding: DecodingConfig) -> dict[str, Routes]:
-    """The routes of one step's forwards behind these prefixes, by kind.
-
-    Of single_forward they are the second step's: the first one has no drafts.
-    """
-    found: dict[str, list[Routes]] = defaultdict(list)
-    chunk = max(1, CHUNK_TOKENS // decoding.slots)
-    for begin in range(0, len(rows), chunk):
-        prompts = [list(row) for row in rows[begin : begin + chunk]]
-        width, steps = max(map(len, prompts)), 2 if decoding.sampler == "single_forward" else 1
-        cache = model.new_cache(len(prompts), width + steps * decoding.slots, decoding.slots)
-        counts = [len(p) - 1 for p in prompts]
-        padded = torch.tensor([p[:-1] + [0] * (width - len(p)) for p in prompts])
-        model.forward(padded, causal(width - 1), cache, counts=counts)
-        cache.advance(counts)
-        anchors = torch.tensor([p[-1:] for p in prompts])
-        decode = Recording(model, cache, decoding, anchors, Randomness(0, len(prompts)), list(range(len(prompts))))
-        for _ in range(steps):
-            advance(decode)
-        for kind, routes in decode.routes.items():
-            found[kind].append(routes.numpy())
-    return {kind: np.concatenate(parts, axis=1) for kind, parts in found.items()}
 
 
 def record_all(

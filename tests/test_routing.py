@@ -17,6 +17,7 @@ from runtime.checkpoint import save_model
 from runtime.config import DecodingConfig
 from runtime.layout import causal
 from runtime.model.zaya import Zaya
+from runtime.route_recording import record
 from runtime.routing import (
     FORMAT,
     Routes,
@@ -55,7 +56,7 @@ def test_what_is_recorded_is_what_the_runtime_counts(model: Zaya, sampler: str) 
     """The routes of 6 sequences, taken in pairs, against a count that the runtime made of each pair by itself."""
     decoding = DecodingConfig(sampler, 3)  # type: ignore[arg-type]
     rows = random_ids(6, 9, TINY.vocab_size - 1, 1).tolist()
-    recorded = program.record(model, rows, decoding)
+    recorded = record(model, rows, decoding)
     for begin in (0, 2, 4):
         counters = counted(model, rows[begin : begin + 2], decoding)
         assert set(counters) == set(recorded)
@@ -82,9 +83,9 @@ def test_routes_do_not_depend_on_neighbours(model: Zaya) -> None:
     """What taking sequences in groups rests on."""
     rows = random_ids(5, 9, TINY.vocab_size - 1, 2).tolist()
     decoding = DecodingConfig("two_forward", 4)
-    together = program.record(model, rows, decoding)
+    together = record(model, rows, decoding)
     for index, row in enumerate(rows):
-        for kind, routes in program.record(model, [row], decoding).items():
+        for kind, routes in record(model, [row], decoding).items():
             assert np.array_equal(routes[:, 0], together[kind][:, index])
 
 
