@@ -16,9 +16,10 @@ from autotune.seeding import Acceptance
 from autotune.space import Candidate, Space, Value
 from hardware.files import plain
 from hardware.fingerprint import fingerprint_key
-from runtime.config import Workload
+from runtime.config import Workload, require
+from runtime.statistics import paired_ratio
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _UNTIMED = ("system", "memory_bytes")  # facts of a device that do not change its times
 
 
@@ -33,25 +34,36 @@ class Subject:
     prompts: str  # hash of the token ids
     space: Space
     simulated: str | None = None
+    context: int | None = None  # bucket: the most cached tokens that its rule serves; None: any
     schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        require(
+            self.schema_version == SCHEMA_VERSION,
+            f"schema_version must be {SCHEMA_VERSION}, but is {self.schema_version}: tune again, into another place",
+        )
+        require(self.context is None or self.context >= 1, f"context >= 1 must hold, but got {self.context}")
 
     @property
     def name(self) -> str:
         """The study's name in its storage."""
-        return f"{self.model} batch={self.workload.batch}"
+        context = "" if self.context is None else f" context={self.context}"
+        return f"{self.model} batch={self.workload.batch}{context}"
 
     def mismatch(self, other: Subject) -> str | None:
         """What differs from another subject, in words; None when trials of both may stand side by side."""
-        if self.schema_version != other.schema_version:
-            return f"schema version {self.schema_version}, not {other.schema_version}"
         if fingerprint_key(self.device) != fingerprint_key(other.device):
             names = sorted({*self.device, *other.device} - set(_UNTIMED))
             different = [n for n in names if self.device.get(n) != other.device.get(n)]
-            return " and ".join(f"{n} {self.device.get(n)}, not {other.device.get(n)}" for n in different)
+            facts = " and ".join(f"{n} {self.device.get(n)}, not {other.device.get(n)}" for n in different)
+            # Devices are named though they are alike: whoever tunes with many machines looks for the one to blame.
+            return facts if "device" in different else f"{facts} (both are {self.device.get('device')})"
         for name, what in (("model", "model"), ("model_hash", "model weights"), ("workload", "workload")):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{what} {mine}, not {theirs}"
+        if self.context != other.context:
+            return f"context {self.context}, not {other.context}"
         if self.prompts != other.prompts:
             return f"prompts {self.prompts}, not {other.prompts}"
         if self.space != other.space:
@@ -71,6 +83,10 @@ class TrialRecord:
     source: str = "search"  # default, pilot, seed, search
     same_as: int | None = None
     predicted_tokens_per_second: float | None = None
+    predicted_step_seconds: float | None = None
+    predicted_tokens_per_step: float | None = None
+    logit_error: float | None = None  # worst relative error of its forwards beside the eager reference
+    step_seconds: float | None = None  # of one decoding step at the middle context
     tokens_per_second: float | None = None
     seconds: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
@@ -79,6 +95,9 @@ class TrialRecord:
     experts_per_layer: float | None = None
     divergence: float | None = None
     exact_match: float | None = None
+    worker: str = ""  # host:pid
+    begun: str = ""  # UTC
+    spent_seconds: float | None = None  # on this trial, all stages together
 
     @property
     def lossless(self) -> bool:
@@ -110,6 +129,13 @@ class Decision:
     def kept_default(self) -> bool:
         """Whether the default stays."""
         return self.trial == self.default_trial
+
+
+def comparison_of(pairs: Sequence[Sequence[float]]) -> Comparison:
+    """What alternating rounds say; a pair is the tokens per second of (default, challenger)."""
+    default, challenger = zip(*pairs, strict=True)
+    medians = statistics.median(challenger), statistics.median(default)
+    return Comparison(*medians, *paired_ratio(challenger, default), len(pairs))
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from autotune.objective import Comparison, Outputs
+from autotune.objective import Outputs
 from autotune.space import Candidate
 from hardware.fingerprint import memory_bytes
-from runtime.bench import Identity, interleave, paired_ratio
+from runtime.bench import Identity
 from runtime.bench_generation import GenerationSample, generation_record, sample_generation
 from runtime.config import DTYPE_BYTES, KernelConfig, require
 from runtime.conversion.tasks import Problem
@@ -46,6 +45,7 @@ class LocalRunner:
         self._model, self._identity, self._prompts = model, identity, [list(p) for p in prompts]
         self._batch, self._new_tokens, self._repeats = batch, max_new_tokens, repeats
         self._problems, self._tokenizer = list(problems), tokenizer
+        self._warm: tuple[Candidate, Candidate] | None = None  # the settings that `pair` has warmed up
 
     def infeasible(self, candidate: Candidate) -> str | None:
         """Masks to draft with, positions, and memory for what a mode of running the experts copies."""
@@ -64,9 +64,14 @@ class LocalRunner:
             return f"the experts' copied weights need {size / 1e9:.1f} GB, more than half of the memory"
         return None
 
-    def warm_up(self, candidate: Candidate) -> float:
-        """The first batch of prompts."""
-        return self._sample(candidate, self._prompts[: self._batch]).tokens_per_second
+    def numerics(self, candidate: Candidate) -> dict[str, float]:
+        """Nothing yet: what kernels give wrong is seen by `quality`."""
+        return {}
+
+    def micro_benchmark(self, candidate: Candidate) -> float:
+        """Mean step of the first batch of prompts."""
+        found = self._sample(candidate, self._prompts[: self._batch])
+        return found.seconds * candidate.decoding.forwards_per_step / found.forwards
 
     def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
         """`repeats` passes."""
@@ -92,24 +97,17 @@ class LocalRunner:
             found["exact_match"] = exact_match(self._problems, texts).value
         return found
 
-    def compare(
-        self, default: Candidate, candidate: Candidate, rounds: int, progress: Callable[[float], None]
-    ) -> Comparison:
-        """Alternate whole passes, after one unrecorded pass of each."""
-        samples = interleave(
-            {
-                "default": lambda: self._sample(default, self._prompts),
-                "tuned": lambda: self._sample(candidate, self._prompts),
-            },
-            rounds,
-            warmup=1,
-            progress=lambda done: progress(done / (2 * (rounds + 1))),
-        )
-        speeds = {name: [s.tokens_per_second for s in found] for name, found in samples.items()}
-        ratio, low, high = paired_ratio(speeds["tuned"], speeds["default"])
-        return Comparison(
-            statistics.median(speeds["tuned"]), statistics.median(speeds["default"]), ratio, low, high, rounds
-        )
+    def pair(self, default: Candidate, candidate: Candidate) -> tuple[float, float]:
+        """A pass of each; before the first round of two settings, an unrecorded batch of each."""
+        if self._warm != (default, candidate):
+            self._warm = default, candidate
+            for setting in self._warm:
+                self._sample(setting, self._prompts[: self._batch])
+        first, second = (self._sample(setting, self._prompts).tokens_per_second for setting in (default, candidate))
+        return first, second
+
+    def close(self) -> None:
+        """Nothing is held that outlives it."""
 
     def _sample(self, candidate: Candidate, prompts: list[list[int]]) -> GenerationSample:
         return sample_generation(

@@ -11,8 +11,8 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from autotune.objective import Runner, evaluate
-from autotune.results import Decision, StudyResult, Subject, TrialRecord
+from autotune.objective import Runner, decoding_stages, most_tokens_of, run_stages
+from autotune.results import Decision, StudyResult, Subject, TrialRecord, comparison_of
 from autotune.seeding import Predict, pilots, seeds
 from autotune.space import Candidate
 from autotune.storage import database_errors, open_storage, read_study, read_trial, shown, single_worker, sole_worker
@@ -147,9 +147,14 @@ def _objective(trial: optuna.Trial, result: StudyResult, runner: Runner, predict
         found: dict[str, Any] = {name: getattr(twin, name) for name in _COPIED}
         trial.set_user_attr("twin", {"same_as": twin.number, **found})
     else:
-        trial.set_user_attr("prediction", {"predicted_tokens_per_second": predict(candidate, result.acceptance())})
-        best = max((t.tokens_per_second or 0.0 for t in result.correct), default=0.0)
-        found = evaluate(candidate, runner, trial.set_user_attr, best)
+        predicted = predict(candidate, result.acceptance())
+        if predicted is not None:
+            trial.set_user_attr("prediction", {f"predicted_{k}": v for k, v in predicted._asdict().items()})
+        best = max((t.tokens_per_second or 0.0 for t in result.correct if t.lossless), default=0.0)
+        if trial.user_attrs.get("queued", {}).get("source") in ("default", "pilot"):
+            best = 0.0  # what everything else is compared with, or predicted from
+        stages = decoding_stages(candidate, runner, best, space.batch * most_tokens_of(candidate.decoding))
+        found = run_stages(stages, trial.set_user_attr)
     trial.set_constraint("runs", 0.0 if found["outcome"] == "correct" else 1.0)  # feasible: <= 0
     if found["outcome"] != "correct":
         raise optuna.TrialPruned
@@ -176,7 +181,15 @@ def _decide(
     enough = old is not None and (old.comparison is None or old.comparison.rounds >= rounds)
     if old and enough and (old.challenger, old.measured, old.max_divergence) == basis:
         return result
-    comparison = None if best == base else runner.compare(default, result.candidate(best), rounds, progress)
+    comparison = None
+    if best != base:
+        name = f"pairs:{best.number}:{base.number}"
+        pairs = list(study.user_attrs.get(name, []))
+        while len(pairs) < rounds:
+            pairs.append(runner.pair(default, result.candidate(best)))
+            study.set_user_attr(name, pairs)
+            progress(len(pairs) / rounds)
+        comparison = comparison_of(pairs)
     if comparison is None:
         reason = "no allowed setting measured faster than the default"
     elif comparison.low > 1:

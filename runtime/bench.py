@@ -6,7 +6,6 @@ rounds (`paired_ratio`), never by two runs one after the other.
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 import time
@@ -19,7 +18,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from hardware.files import UserError, known
+from hardware.files import known
 from hardware.fingerprint import fingerprint, git_commit
 from runtime.batching import PREFILL_TOKENS
 from runtime.cache import Cache
@@ -32,6 +31,7 @@ from runtime.layout import Layout, causal, draft, single_forward
 from runtime.measurement import ForwardKind, Kind, Measurement
 from runtime.model.zaya import Zaya
 from runtime.policy import using
+from runtime.statistics import paired_ratio as paired_ratio  # here for those who interleave
 from runtime.tokenizer import BOS, EOS, VOCABULARY
 
 T = TypeVar("T")
@@ -272,22 +272,6 @@ def interleave(
             if progress:
                 progress(done)
     return results
-
-
-def paired_ratio(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Median of the rounds' ratios a / b, and the interval of that median by order statistics.
-
-    The median lies between the k-th smallest and k-th largest of n ratios with probability
-    1 - 2 * sum(C(n, i), i < k) / 2^n whatever their distribution; k is the largest that keeps the confidence. With
-    fewer than `measurement.INTERVAL_ROUNDS` even the whole range covers less than 95%: low and high are that range.
-    """
-    if len(a) != len(b) or not a:
-        raise UserError(f"pairs must be complete and at least one, but got {len(a)} and {len(b)}")
-    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
-    n, k = len(ratios), 1
-    while 1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n >= confidence:
-        k += 1
-    return statistics.median(ratios), ratios[k - 1], ratios[n - k]
 
 
 def wait(device: torch.device) -> None:

@@ -7,10 +7,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import NormalDist
+from statistics import NormalDist, median
 
 import numpy as np
 
+from hardware.files import UserError
 from runtime.config import require
 
 DRAWS = 1000  # of a bootstrap
@@ -28,6 +29,22 @@ class Estimate:
     def holds(self, value: float) -> bool:
         """Whether a value lies in the interval."""
         return self.low <= value <= self.high
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Median of the rounds' ratios a / b, and the interval of that median by order statistics.
+
+    The median lies between the k-th smallest and k-th largest of n ratios with probability
+    1 - 2 * sum(C(n, i), i < k) / 2^n whatever their distribution; k is the largest that keeps the confidence. With
+    fewer than `measurement.INTERVAL_ROUNDS` even the whole range covers less than 95%: low and high are that range.
+    """
+    if len(a) != len(b) or not a:
+        raise UserError(f"pairs must be complete and at least one, but got {len(a)} and {len(b)}")
+    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+    n, k = len(ratios), 1
+    while 1 - 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n >= confidence:
+        k += 1
+    return median(ratios), ratios[k - 1], ratios[n - k]
 
 
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Estimate:

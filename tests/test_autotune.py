@@ -3,142 +3,31 @@
 from __future__ import annotations
 
 import json
-import random
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autotune.objective import Comparison, Outputs
-from autotune.results import StudyResult, Subject, spearman, summary
-from autotune.seeding import Acceptance, Predictor, coverage, pilots, seeds
+from autotune.objective import Outputs
+from autotune.results import spearman, summary
+from autotune.seeding import Acceptance, Prediction, Predictor, coverage, pilots, seeds
 from autotune.space import MAX_DRAFT_TOKENS, Candidate, Parameter, Space, Value, decoding_space, default_candidate
 from autotune.storage import read_studies, shown, sole_worker, storage_url
 from autotune.study import tune
 from hardware.files import UserError, build, plain
-from perfmodel.acceptance import histogram_from_rates, judged, tokens_per_step
+from perfmodel.acceptance import histogram_from_rates, judged
 from perfmodel.decoding import setting, time_step
 from perfmodel.model_spec import spec_from_config
 from perfmodel.steps import step_of
 from runtime.config import SAMPLER_NAMES, DecodingConfig, KernelConfig, Sampler, Workload
 from runtime.levels import optimal
 from runtime.measurement import Measurement
+from tests.made_up import DEVICE, MadeUp, blind, oracle, run, speed, subject
 from tests.models import TINY
 from tests.perfmodel_cpu import made_up_cpu
-
-DEVICE = {"device": "abacus", "cpu": "abacus", "cores": 2, "python": "3.11", "torch": "2.13", "system": "Linux 6"}
-MODE_SECONDS = {"loop": 1.0, "grouped": 0.8, "gather": 1.3, "dense": 2.0}
-
-
-@cache
-def acceptance_length(decoding: DecodingConfig) -> float:
-    """A draft is right with probability 0.8, more often the less the verifier counts."""
-    rate = 0.8 + 0.15 * (1 - decoding.mixing_weight)
-    return tokens_per_step(decoding, rates=[rate] if judged(decoding) else None)
-
-
-def speed(candidate: Candidate, batch: int = 1) -> float:
-    """Tokens per second on the made-up machine: overhead, then time by slots, experts and threads."""
-    decoding, kernels = candidate
-    mode = MODE_SECONDS[kernels.expert_mode(batch * decoding.slots)]
-    forward = 1.0 + mode * (0.1 * decoding.slots * batch) / (kernels.threads or 1) ** 0.5
-    return batch * 100 * acceptance_length(decoding) / (decoding.forwards_per_step * forward)
-
-
-class MadeUp:
-    """A runner that looks speeds up instead of measuring them, with noise; `faults` break some settings."""
-
-    def __init__(
-        self,
-        *,
-        batch: int = 1,
-        noise: float = 0.01,
-        fault: Callable[[Candidate], None] = lambda candidate: None,
-        infeasible: Callable[[Candidate], str | None] = lambda candidate: None,
-        gain: Callable[[Candidate, int], float] = speed,
-    ) -> None:
-        self.batch, self.noise, self.fault, self.infeasible, self.gain = batch, noise, fault, infeasible, gain
-        self.measured: list[Candidate] = []
-        self.compared: list[Candidate] = []
-        self.rng = random.Random(0)
-
-    def sample(self, candidate: Candidate) -> float:
-        return self.gain(candidate, self.batch) * self.rng.lognormvariate(0, self.noise)
-
-    def warm_up(self, candidate: Candidate) -> float:
-        self.fault(candidate)
-        return self.sample(candidate)
-
-    def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
-        self.measured.append(candidate)
-        decoding, kernels = candidate
-        steps = 1000
-        histogram: list[int] = []
-        if judged(decoding):
-            rate = 0.8 + 0.15 * (1 - decoding.mixing_weight)
-            histogram = [round(steps * s) for s in histogram_from_rates([rate], decoding.draft_tokens)]
-        elif decoding.drafts:
-            histogram = [0] * (decoding.draft_tokens - 1) + [steps]
-        record = Measurement(
-            kind="generation",
-            model="made-up",
-            model_hash="0",
-            device=DEVICE,
-            command="",
-            commit="",
-            date="",
-            workload=Workload(self.batch),
-            decoding=decoding,
-            kernels=kernels,
-            slots=decoding.slots,
-            context=10,
-            seconds=(1000 / self.sample(candidate),),
-            tokens=(1000,),
-            acceptance_histogram=tuple(histogram),
-            experts_per_layer=min(8.0, self.batch * decoding.slots),
-        )
-        lost = 0.0 if decoding.lossless else 0.3 if not judged(decoding) else (1 - decoding.mixing_weight) / 10
-        return record, [[round(1e6 * lost)]]
-
-    def quality(self, outputs: Outputs) -> dict[str, float]:
-        return {"divergence": outputs[0][0] / 1e6, "exact_match": 0.5}
-
-    def compare(
-        self, default: Candidate, candidate: Candidate, rounds: int, progress: Callable[[float], None]
-    ) -> Comparison:
-        from runtime.bench import paired_ratio
-
-        self.compared.append(candidate)
-        pairs = [(self.sample(candidate), self.sample(default)) for _ in range(rounds)]
-        progress(1.0)
-        tuned, base = zip(*pairs, strict=True)
-        return Comparison(sum(tuned) / rounds, sum(base) / rounds, *paired_ratio(tuned, base), rounds)
-
-
-def oracle(candidate: Candidate, acceptance: Acceptance | None) -> float | None:
-    """Predictions that know the machine but for a factor that grows with K."""
-    if judged(candidate.decoding) and acceptance is None:
-        return None
-    return speed(candidate) * (1 + 0.01 * candidate.decoding.draft_tokens)
-
-
-def blind(candidate: Candidate, acceptance: Acceptance | None) -> float | None:
-    return None
-
-
-def subject(*, batch: int = 1, **changes: Any) -> Subject:
-    base = Subject("made-up", "0", DEVICE, Workload(batch), "prompts", decoding_space(batch=batch, cores=2))
-    return replace(base, **changes)
-
-
-def run(folder: Path, runner: MadeUp, about: Subject | None = None, **options: Any) -> StudyResult:
-    about = about or subject()
-    default = default_candidate(about.space, 2)
-    return tune(storage_url(folder), about, runner, **{"default": default, "predict": oracle, "trials": 12, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -323,7 +212,7 @@ def test_an_engine_of_its_own_is_a_choice_beside_the_eager_modes() -> None:
     predict = Predictor(spec, made_up_cpu(), Workload(batch=2, prompt_tokens=20, generated_tokens=64))
     eager = default_candidate(decoding_space(batch=2, cores=1), 1)
     found = [predict(candidate, None) for candidate in (default, eager)]
-    assert found[0] is not None and found[1] is not None and found[0] > found[1]
+    assert found[0] and found[1] and found[0].tokens_per_second > found[1].tokens_per_second
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
@@ -350,7 +239,7 @@ def test_every_sampler_is_predicted(sampler: Sampler) -> None:
         steps = 64 / acceptance.length(decoding)
         if sampler == "single_forward":  # the first step of a request commits one of its 64 tokens
             steps = 1 + 63 / acceptance.length(decoding)
-        assert found == pytest.approx(2 * 64 / (steps * seconds), rel=0.02)
+        assert found and found.tokens_per_second == pytest.approx(2 * 64 / (steps * seconds), rel=0.02)
         assert (predictor(candidate, None) is None) == judged(decoding)
 
 
@@ -369,13 +258,13 @@ def test_no_draft_accepted_is_one_token_a_step() -> None:
 def test_seeds_are_the_best_predicted_and_differ() -> None:
     space = decoding_space(batch=1, cores=2)
     acceptance = Acceptance({1.0: (1, 1), 0.5: (1, 2)})
-    found = seeds(space, lambda c, _: speed(c), acceptance, 8)
+    found = seeds(space, lambda c, _: Prediction(speed(c), 1.0, 1.0), acceptance, 8)
     assert len({space.key(c) for c in found}) == 8
     kinds = {(c.decoding.mixing_weight, c.kernels.threads) for c in found}
     assert kinds == {(1.0, 1), (1.0, 2), (0.5, 1), (0.5, 2)}
     kept = [not c.decoding.lossless and c.decoding.mixing_weight == 1 for c in found]
     assert 0 < sum(kept) < len(kept)  # the fastest keep their drafts unseen, which says nothing of the others
-    params = [space.encode(c) for c in seeds(space, lambda c, _: speed(c), acceptance, 40)]
+    params = [space.encode(c) for c in seeds(space, lambda c, _: Prediction(speed(c), 1.0, 1.0), acceptance, 40)]
     pairs = [
         (p, q) for p in params for q in params if p is not q and p | {"draft_tokens": 0} == q | {"draft_tokens": 0}
     ]
@@ -412,7 +301,7 @@ def test_it_finds_the_best_and_keeps_every_finding(tmp_path: Path) -> None:
     comparison = result.decision.comparison
     assert comparison and comparison.low > 1
     assert comparison.low <= comparison.ratio <= comparison.high
-    assert len(result.measured) == 12 == len(result.correct)
+    assert len(result.measured) == 12 and {t.outcome for t in result.measured} == {"correct", "slower"}
     assert [t.source for t in result.trials[:2]] == ["default", "pilot"]
     assert result.trials[0].params == space.encode(default_candidate(space, 2))
     for trial in result.correct:
@@ -423,7 +312,7 @@ def test_it_finds_the_best_and_keeps_every_finding(tmp_path: Path) -> None:
     rank = result.rank_correlation()
     assert rank is not None and rank > 0.8
     assert read_studies(tmp_path) == [result]
-    assert summary(result)["predictions"]["count"] == 11
+    assert summary(result)["predictions"]["count"] == len(result.correct) - 1
 
 
 def test_predictions_find_it_sooner(tmp_path: Path) -> None:
@@ -515,7 +404,7 @@ def test_what_cannot_run_ends_one_trial(tmp_path: Path) -> None:
         return "too many drafts" if candidate.decoding.draft_tokens > 20 and candidate.decoding.slots > 1 else None
 
     runner = MadeUp(fault=fault, infeasible=infeasible)
-    result = run(tmp_path, runner, trials=14, predict=lambda c, a: speed(c))
+    result = run(tmp_path, runner, trials=14, predict=lambda c, a: Prediction(speed(c), 1.0, 1.0))
     by_outcome = {t.outcome: t for t in result.measured}
     assert set(by_outcome) == {"correct", "infeasible", "runtime"}
     assert by_outcome["runtime"].reason == "RuntimeError: kernel died badly"
@@ -563,7 +452,7 @@ def test_a_hopeless_setting_costs_one_batch(tmp_path: Path) -> None:
     runner = MadeUp(gain=gain)
     result = run(tmp_path, runner, about, default=default_candidate(about.space, 1), trials=8)
     slower = [t for t in result.measured if t.params["threads"] == 2]
-    assert slower and all(t.outcome == "slower" and t.stage == "warm_up" for t in slower)
+    assert slower and all(t.outcome == "slower" and t.stage == "micro_benchmark" for t in slower), slower
     assert all(c.kernels.threads == 1 for c in runner.measured) and len(runner.measured) == 8 - len(slower)
 
 

@@ -15,7 +15,7 @@ import ridgepoint
 from autotune.export import native
 from autotune.export.targets import TARGETS, export
 from autotune.local import Plan, load, mixed_problems, tune_local
-from autotune.objective import Comparison, Outputs, evaluate
+from autotune.objective import Comparison, Outputs, decoding_stages, run_stages
 from autotune.results import Decision, StudyResult
 from autotune.runner import LocalRunner
 from autotune.space import Candidate, Value, decoding_space
@@ -27,9 +27,9 @@ from runtime.bench import identify
 from runtime.checkpoint import model_hash, save_model
 from runtime.config import ENGINES, SAMPLER_NAMES, DecodingConfig, KernelConfig, ModelConfig, Sampler
 from runtime.deployment import Rule, load_deployment, save_deployment
+from tests.made_up import MadeUp, run, subject
 from tests.models import TINY, noisy_model
 from tests.perfmodel_cpu import made_up_cpu
-from tests.test_autotune import MadeUp, run, subject
 
 CONFIG: ModelConfig = replace(
     TINY, vocab_size=264, pad_token_id=256, bos_token_id=257, eos_token_id=258, mask_token_id=259
@@ -149,7 +149,7 @@ def test_a_tuned_model_runs_as_exported(checkpoint: Path, tmp_path: Path) -> Non
     url = storage_url(tmp_path)
     tune_local(tuned, url, 2, made_up_cpu(), replace(PLAN, trials=2), command="first")
     result = tune_local(tuned, url, 2, made_up_cpu(), PLAN, command="second", simulated=None)
-    assert [t.outcome for t in result.measured] == ["correct"] * 4
+    assert len(result.measured) == 4 and {t.outcome for t in result.measured} <= {"correct", "slower"}
     assert [t.source for t in result.measured] == ["default", "pilot", "seed", "seed"]
     assert all(t.predicted_tokens_per_second for t in result.measured if t.source != "pilot")
     assert all(t.divergence == 0 and t.tokens_per_second and sum(t.tokens) == 12 for t in result.measured)
@@ -185,9 +185,7 @@ def test_the_runner_leaves_the_model_as_it_was(checkpoint: Path) -> None:
     assert runner.quality([[9] * 5] * 2)["divergence"] > 0.5
     assert len(record.seconds) == 2 and record.tokens == (10, 10) and record.workload.batch == 1
     assert record.decoding == candidate.decoding and record.kernels == candidate.kernels
-    shares: list[float] = []
-    compared = runner.compare(candidate, candidate, 2, shares.append)
-    assert compared.low <= compared.ratio <= compared.high and shares[-1] == 1.0
+    assert min(runner.pair(candidate, candidate)) > 0
     assert (model.kernels.experts, torch.get_num_threads()) == before
     long = LocalRunner(model, identify(model, "tiny", ""), prompts, batch=1, max_new_tokens=1000)
     assert "positions" in (long.infeasible(candidate) or "")
@@ -218,9 +216,9 @@ def test_every_sampler_goes_through_a_trial(sampler: Sampler, checkpoint: Path) 
         if candidate.decoding.sampler != sampler:
             continue
         kept: dict[str, dict[str, object]] = {}
-        found = evaluate(candidate, runner, kept.__setitem__)
+        found = run_stages(decoding_stages(candidate, runner, 0.0, 0.0), kept.__setitem__)
         assert found["outcome"] == "correct", found
-        assert set(kept) == {"decode", "quality", "result"} and found["tokens_per_second"] > 0
+        assert {"decode", "quality", "result"} <= set(kept) and found["tokens_per_second"] > 0
         assert (found["divergence"] == 0) == candidate.decoding.lossless  # a random model's drafts are never right
 
         class Wrong(LocalRunner):
@@ -228,7 +226,7 @@ def test_every_sampler_goes_through_a_trial(sampler: Sampler, checkpoint: Path) 
                 return {"divergence": 0.5}
 
         wrong = Wrong(model, identify(model, "tiny", ""), prompts, batch=2, max_new_tokens=9, repeats=1)
-        outcome = evaluate(candidate, wrong, lambda *_: None)["outcome"]
+        outcome = run_stages(decoding_stages(candidate, wrong, 0.0, 0.0), lambda *_: None)["outcome"]
         assert outcome == ("incorrect" if candidate.decoding.lossless else "correct")
 
 
