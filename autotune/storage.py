@@ -1,23 +1,46 @@
-"""Where studies are kept: an Optuna storage by URL, read into plain data, its failures turned into one line."""
+"""Where studies are kept: a SQLite file for one worker, a PostgreSQL database for many."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+import fcntl
+import functools
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
+from optuna.trial import TrialState
+from sqlalchemy import Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from autotune.patience import Patience
 from autotune.results import Decision, StudyResult, Subject, TrialRecord
 from hardware.files import UserError, build
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # its log is neither our result nor our progress
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # tracebacks of connections that a restart has cut
 STUDY_FILE = "study.db"
+HEARTBEAT = "RIDGEPOINT_HEARTBEAT_SECONDS"
+HEARTBEAT_SECONDS = 10
+GRACE_HEARTBEATS = 4  # a trial that was not heard of for so many is lost
+_DRIVER = "postgresql+psycopg"
+_CREATING = 7_120_706  # any number, the same for all: PostgreSQL's lock under which tables are made
+# A server that vanished without a word is noticed within half a minute, not after hours.
+_ALIVE = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+
+
+# --- URLs, and what may be printed of them
 
 
 def storage_url(text: str | Path) -> str:
@@ -33,7 +56,38 @@ def storage_url(text: str | Path) -> str:
 def shown(url: str) -> str:
     """The URL without its password, fit to be printed or recorded."""
     with database_errors(url):
-        return make_url(url).render_as_string(hide_password=True)
+        return hide_passwords(_parsed(url).render_as_string(hide_password=True))
+
+
+def hide_passwords(words: str) -> str:
+    """A text, such as a command line, without the passwords of the URLs in it."""
+    words = re.sub(r"(://[^:/?#\s]*):[^\s/]*@", r"\1:***@", words)
+    return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", words)
+
+
+def single_worker(url: str) -> bool:
+    """Whether the storage is SQLite, which serves one worker: trials that run while none does were lost."""
+    with database_errors(url):
+        return _parsed(url).get_backend_name() == "sqlite"
+
+
+def _parsed(url: str) -> URL:
+    """The parts of a URL. An @ that is not %40 would put half the password into the host's name."""
+    try:
+        parsed = make_url(url)
+    except ValueError as error:  # a port that is no number
+        raise ArgumentError("no URL") from error
+    if parsed.get_backend_name() not in ("sqlite", "postgresql", "postgres"):
+        raise UserError(f"a storage must be SQLite or PostgreSQL, but its URL begins with {parsed.drivername!r}")
+    if parsed.host and "@" in parsed.host:
+        raise UserError("an @ in a storage URL's password must be written %40")
+    return parsed
+
+
+def _driven(url: str) -> URL:
+    """The same with the driver for PostgreSQL that the extra installs, where none is named."""
+    parsed = _parsed(url)
+    return parsed.set(drivername=_DRIVER) if parsed.drivername in ("postgresql", "postgres") else parsed
 
 
 @contextmanager
@@ -46,28 +100,27 @@ def database_errors(url: str) -> Iterator[None]:
             "a storage must be a URL such as sqlite:///FILE or postgresql://HOST/DATABASE, but could not be read as one"
         ) from error
     except ImportError as error:
-        raise UserError(f"the database driver of {make_url(url).drivername} is not installed: {error}") from error
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-        reason = getattr(cause, "orig", None) or cause or error
+        name = _driven(url).drivername
+        remedy = "pip install 'ridgepoint[postgres]'" if name == _DRIVER else str(error)
+        raise UserError(f"the database driver of {name} is not installed: {remedy}") from error
+    except (SQLAlchemyError, StorageInternalError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        reason = " ".join(str(getattr(cause, "orig", None) or cause or error).split())
+        if "disk is full" in reason or "No space left" in reason:
+            reason += "; free some space, then the same command continues"
         raise UserError(f"cannot use the study storage {shown(url)}: {reason}") from error
 
 
-def single_worker(url: str) -> bool:
-    """Whether the storage is SQLite, which serves one worker: trials that run while none does were lost."""
-    with database_errors(url):
-        return make_url(url).get_backend_name() == "sqlite"
+# --- connections
 
 
 @contextmanager
 def sole_worker(url: str) -> Iterator[None]:
     """Refuse a second process that tunes into the same SQLite file: it would also spoil the times of the first."""
-    database = make_url(url).database if single_worker(url) else None
+    database = _parsed(url).database if single_worker(url) else None
     if not database or database == ":memory:":
         yield
         return
-    import fcntl
-
     lock = Path(f"{database}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -82,20 +135,205 @@ def sole_worker(url: str) -> Iterator[None]:
         yield
 
 
-def open_storage(url: str, *, create: bool) -> RDBStorage:
-    """Connect. UserError where nothing is there and `create` is off, and for what is no study storage."""
-    with database_errors(url):
-        parsed = make_url(url)
-        if single_worker(url) and parsed.database and not create:
-            path = Path(parsed.database)
-            if not path.is_file() or not path.stat().st_size:
-                raise UserError(f"there is no study at {path}; `ridgepoint tune` makes one")
+def connect(url: str) -> Engine:
+    """The database of a storage."""
+    parsed = _driven(url)
+    return create_engine(parsed, **_engine_options(parsed))
+
+
+def _engine_options(parsed: URL) -> dict[str, Any]:
+    if parsed.drivername != _DRIVER:
+        return {}
+    arguments = {k: v for k, v in _ALIVE.items() if k not in parsed.query}
+    return {"pool_pre_ping": True, "connect_args": arguments}
+
+
+@contextmanager
+def creating(engine: Engine) -> Iterator[None]:
+    """Make tables, one worker after the other: two at once would both find none and both make them."""
+    if engine.dialect.name != "postgresql":
+        yield
+        return
+    with engine.connect() as connection:
+        connection.execute(text(f"SELECT pg_advisory_lock({_CREATING})"))
         try:
-            return RDBStorage(url)
-        except RuntimeError as error:  # another version's tables
-            raise UserError(f"cannot use the study storage {shown(url)}: {error}") from error
+            yield
+        finally:
+            connection.execute(text(f"SELECT pg_advisory_unlock({_CREATING})"))
 
 
+class SharedStorage(RDBStorage):
+    """A database that many workers share: patient, and sure about who is lost.
+
+    Every call waits for a database that is away (`Patience`). All of them bear being run twice: what they set is the
+    same again, and a trial that was created twice has no heartbeat, so that it is given up like a lost one.
+    """
+
+    def __init__(self, url: str, heartbeat_seconds: int, patience: Patience, *, create: bool) -> None:
+        self.patience = patience
+        parsed = _driven(url)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            super().__init__(
+                _template(parsed),
+                _engine_options(parsed),
+                heartbeat_interval=heartbeat_seconds,
+                grace_period=GRACE_HEARTBEATS * heartbeat_seconds,
+                heartbeat_stale_trial_callback=retry,
+                skip_table_creation=not create,
+            )
+        # Heartbeats are local times: without this they jump when summer time begins, and every trial seems lost.
+        event.listen(self.engine, "connect", _speak_utc)
+        self.engine.dispose()
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """One heartbeat. A lost one is no failure: the next follows, and the trial itself waits for the database."""
+        with suppress(SQLAlchemyError, StorageInternalError):
+            super().record_heartbeat(trial_id)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        """Trials whose worker was not heard of for the grace period.
+
+        A worker that has only just reached the database, for the first time or again, cannot tell: the others may
+        have been cut off as it was, and get the same period to be heard again. A trial whose worker was killed before
+        its first heartbeat gets that from whoever sees it.
+        """
+        first: Callable[[], None] = functools.partial(self._first_heartbeats, study_id)
+        self.patience.run(first)
+        if self.grace_period is not None and time.monotonic() - self.patience.reached < self.grace_period:
+            return []
+        return self.patience.run(lambda: super(SharedStorage, self)._get_stale_trial_ids(study_id))
+
+    def _first_heartbeats(self, study_id: int) -> None:
+        with self.engine.begin() as connection:
+            connection.execute(
+                text(
+                    "INSERT INTO trial_heartbeats (trial_id, heartbeat) SELECT trial_id, CURRENT_TIMESTAMP FROM trials"
+                    " WHERE study_id = :study AND state = 'RUNNING'"
+                    " AND trial_id NOT IN (SELECT trial_id FROM trial_heartbeats) ON CONFLICT DO NOTHING"
+                ),
+                {"study": study_id},
+            )
+
+
+# What Optuna calls of a storage (through its cache), but for heartbeats, which must not wait.
+PATIENT = (
+    "_create_new_trial _get_best_trial_id _get_trials _set_trial_param create_new_study delete_study get_all_studies"
+    " get_study_directions get_study_id_from_name get_study_name_from_id get_study_system_attrs get_study_user_attrs"
+    " get_trial get_trial_id_from_study_id_trial_number set_study_system_attr set_study_user_attr"
+    " set_trial_intermediate_value set_trial_state_values set_trial_system_attr set_trial_user_attr"
+).split()
+
+
+def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: SharedStorage, *args: Any, **options: Any) -> Any:
+        return self.patience.run(lambda: method(self, *args, **options))
+
+    return call
+
+
+for _name in PATIENT:
+    setattr(SharedStorage, _name, _patient(getattr(RDBStorage, _name)))
+
+
+def _speak_utc(connection: Any, _: object) -> None:
+    connection.execute("SET TIME ZONE 'UTC'")
+    connection.commit()
+
+
+def _template(parsed: URL) -> str:
+    """The URL as Optuna wants it, which fills braces in."""
+    return parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+
+
+def heartbeat_seconds() -> int:
+    """Seconds between the heartbeats of a trial: 10, or RIDGEPOINT_HEARTBEAT_SECONDS (the same for all workers)."""
+    found = os.environ.get(HEARTBEAT, str(HEARTBEAT_SECONDS))
+    if not found.isdecimal() or int(found) < 1:
+        raise UserError(f"{HEARTBEAT} must be whole seconds >= 1, but is {found!r}")
+    return int(found)
+
+
+def open_storage(url: str, *, create: bool) -> RDBStorage:
+    """Connect. UserError where nothing is there and `create` is off, and for what is no study storage.
+
+    Nothing is written into a damaged file, or into the database of another program. With `create` (a worker) a database
+    that is away is waited for.
+    """
+    with database_errors(url):
+        patience = Patience(shown(url), *() if create else (0.0,))
+        return patience.run(lambda: _open(url, patience, create=create))
+
+
+def _open(url: str, patience: Patience, *, create: bool) -> RDBStorage:
+    parsed = _parsed(url)
+    path = Path(parsed.database) if single_worker(url) and parsed.database else None
+    if path and not create and (not path.is_file() or not path.stat().st_size):
+        raise UserError(f"there is no study at {path}; `ridgepoint tune` makes one")
+    engine = connect(url)
+    try:
+        with creating(engine):
+            complete = _has_studies(engine, url)
+            if not complete and not create:
+                raise UserError(f"{shown(url)} holds no study of `ridgepoint tune`")
+            if path:
+                return RDBStorage(_template(parsed), skip_table_creation=complete)
+            return SharedStorage(url, heartbeat_seconds(), patience, create=not complete)
+    except RuntimeError as error:  # another version's tables
+        raise UserError(f"cannot use the study storage {shown(url)}: {error}") from error
+    finally:
+        engine.dispose()
+
+
+def _has_studies(engine: Engine, url: str) -> bool:
+    """Whether a whole study storage is there; False for none, or a part of one. UserError for anything else."""
+    with engine.connect() as connection:
+        tables = set(inspect(connection).get_table_names())
+        if engine.dialect.name == "sqlite" and tables:
+            found = " ".join(str(connection.execute(text("PRAGMA quick_check(1)")).scalar()).split())
+            if found != "ok":
+                raise UserError(f"cannot use the study storage {shown(url)}: it is damaged: {found}")
+    complete = {"studies", "trials", "version_info", "alembic_version"} <= tables
+    foreign = sorted(tables - {*BaseModel.metadata.tables, "alembic_version"})
+    if foreign and not complete:
+        raise UserError(
+            f"a storage must be an empty database or hold studies, but {shown(url)} holds another program's tables "
+            f"({', '.join(foreign[:3])})"
+        )
+    return complete
+
+
+# --- lost trials
+
+
+def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Queue a failed trial again: once when its worker was lost (what fails twice is not bad luck), always when it
+    was interrupted. The new trial's "queued" names it as `retry_of`.
+
+    Two workers may both do so: of the two trials only one can take over the lost one's claim.
+    """
+    how = trial.user_attrs.get("queued", {})
+    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    losses = how.get("losses", 0) + ("interrupted" not in trial.user_attrs)
+    if params and losses <= 1 and "taken_by" not in trial.user_attrs:
+        study.enqueue_trial(params, {"queued": {**how, "retry_of": trial.number, "losses": losses}})
+
+
+def retry_lost(study: optuna.Study, *, running: bool) -> None:
+    """Queue again what failed and was not queued since. running: also what runs, where no other worker can be."""
+    trials = study.get_trials(deepcopy=False)
+    retried = {t.user_attrs.get("queued", {}).get("retry_of") for t in trials}
+    for trial in trials:
+        if running and trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        elif trial.state != TrialState.FAIL:
+            continue
+        if trial.number not in retried:
+            retry(study, trial)
+
+
+# --- studies as plain data
 def read_study(study: optuna.Study, known: dict[int, TrialRecord] | None = None) -> StudyResult:
     """A study as plain data. UserError for one that this program did not make, and for a damaged record.
 
