@@ -29,6 +29,9 @@ for tokens, rows, swap, dtype in ((17, 16, 1, "float32"), (300, 32, 0, "float16"
     tiling = sizes | dict(BLOCK_M=rows, SWAP=swap)
     result = check(kernel("experts"), Problem(ODD, tokens, 1), dtype, "cpu", tiling)
     assert result.passed, str(result)
+tile = dict(BLOCK_SIZE_M=64, BLOCK_SIZE_N=64, BLOCK_SIZE_K=64, GROUP_SIZE_M=3, num_warps=4, num_stages=2)
+result = check(kernel("grouped_experts"), Problem(ODD, 600, 1), "float32", "cpu", tile)
+assert result.passed, str(result)
 """
 
 

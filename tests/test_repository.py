@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "autotune": ("hardware", "runtime", "perfmodel"),
     "dashboards": ("hardware", "runtime", "perfmodel", "autotune"),
 }
-KERNEL_PARTS = "acceptance attention cca experts native residual_norm router".split()
+KERNEL_PARTS = "acceptance attention cca experts grouped_experts native residual_norm router".split()
 # Modules whose import may load a slow library. Everything else imports it inside the functions that need it.
 TORCH_FREE_RUNTIME = {
     "runtime",

@@ -84,6 +84,11 @@ KERNELS: dict[str, Kernel] = {
         Kernel("router", "router", "down-projection, state, norm, MLP, softmax and the choice of an expert"),
         Kernel("experts", "experts", "gate, up, SiLU and down of the experts that are hit"),
         Kernel(
+            "grouped_experts",
+            "experts",
+            "the same as vLLM and SGLang tile it, to write their tile files; not in our engine",
+        ),
+        Kernel(
             "draw", "sampler", "a token from each row of logits, without probabilities in memory", folder="acceptance"
         ),
         Kernel("verify", "sampler", "accept or reject drafts, and draw where one is rejected", folder="acceptance"),
