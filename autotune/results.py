@@ -16,6 +16,7 @@ from autotune.seeding import Acceptance
 from autotune.space import Candidate, Space, Value
 from hardware.files import plain
 from hardware.fingerprint import fingerprint_key
+from perfmodel.acceptance import judged
 from runtime.config import Workload, require
 from runtime.statistics import paired_ratio
 
@@ -80,7 +81,7 @@ class TrialRecord:
     outcome: Outcome | None = None  # None: not finished
     stage: str = ""  # the last one entered
     reason: str = ""
-    source: str = "search"  # default, pilot, seed, search
+    source: str = "search"  # default, pilot, seed, guided, search
     same_as: int | None = None
     predicted_tokens_per_second: float | None = None
     predicted_step_seconds: float | None = None
@@ -195,16 +196,16 @@ class StudyResult:
 
     def acceptance(self) -> Acceptance | None:
         """What the pilots counted; None before one has run."""
-        drafting = [t for t in self.correct if t.source == "pilot" and any(t.acceptance_histogram)]
+        pilots = [(t, self.candidate(t).decoding) for t in self.correct if t.source in ("default", "pilot")]
+        drafting = [(t, d) for t, d in pilots if judged(d) and any(t.acceptance_histogram)]
         if not drafting:
             return None
         experts = {}
-        for trial in self.correct:
-            decoding = self.candidate(trial).decoding
-            if trial.source in ("default", "pilot") and decoding.mixing_weight == 1 and trial.experts_per_layer:
+        for trial, decoding in pilots:
+            if decoding.lossless and trial.experts_per_layer:
                 experts[float(self.subject.workload.batch * decoding.slots)] = trial.experts_per_layer
         return Acceptance(
-            {self.candidate(t).decoding.mixing_weight: t.acceptance_histogram for t in drafting},
+            {decoding.mixing_weight: t.acceptance_histogram for t, decoding in drafting},
             tuple(sorted(experts.items())),
         )
 
