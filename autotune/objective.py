@@ -17,6 +17,7 @@ from runtime.measurement import Measurement
 
 Outcome = Literal["correct", "infeasible", "compile", "timeout", "runtime", "incorrect", "slower"]
 Outputs = Sequence[Sequence[int]]
+DECODING_STAGES = ("feasibility", "numerics", "micro_benchmark", "decode", "quality")
 # Share of a lossless setting's tokens that may differ from the autoregressive ones: a batched forward sums in another
 # order, so that near ties fall the other way. More than that is a broken kernel or sampler, however fast.
 ROUNDING_DIVERGENCE = 0.01
@@ -113,7 +114,8 @@ def run_stages(
         except (RuntimeError, MemoryError, OSError) as error:
             result |= {"outcome": "runtime", "reason": f"{type(error).__name__}: {error}"}
         else:
-            store(name, found)
+            if found:
+                store(name, found)
             findings |= found
             continue
         result["reason"] = " ".join(result["reason"].split())[:500]
@@ -134,7 +136,7 @@ def most_tokens_of(decoding: DecodingConfig) -> float:
 def decoding_stages(
     candidate: Candidate, runner: Runner, best: float, most_tokens: float, outputs: Outputs | None = None
 ) -> dict[str, Stage]:
-    """The stages of a decoding trial: feasibility, numerics, micro_benchmark, decode, quality.
+    """The stages of a decoding trial, by the names of DECODING_STAGES.
 
     best: tokens/s of the fastest known lossless setting (0: none is known, or this one is measured in any case).
     most_tokens: of all sequences in one step. A setting that would be slower than `best` even if each step committed
@@ -182,10 +184,5 @@ def decoding_stages(
             )
         return dict(found)
 
-    return {
-        "feasibility": feasibility,
-        "numerics": numerics,
-        "micro_benchmark": micro_benchmark,
-        "decode": decode,
-        "quality": quality,
-    }
+    stages = (feasibility, numerics, micro_benchmark, decode, quality)
+    return dict(zip(DECODING_STAGES, stages, strict=True))

@@ -132,6 +132,23 @@ class Decision:
         return self.trial == self.default_trial
 
 
+def decision_words(result: StudyResult, base: TrialRecord, best: TrialRecord, found: Comparison | None) -> str:
+    """Why the fastest allowed trial is chosen, or the default is kept; and whether anything that drafts pays."""
+    if found is None:
+        words = "no allowed setting measured faster than the default"
+    elif found.low > 1:
+        words = "faster than the default in alternating rounds"
+    else:
+        words = "the gain over the default is inside the noise"
+    chosen = best if found is not None and found.low > 1 else base
+    if chosen.params["sampler"] != "autoregressive":
+        return words
+    drafting = any(t.params["sampler"] != "autoregressive" for t in result.measured)
+    return f"{words}; autoregressive decoding is best here" + (
+        "" if drafting else ", of what was tried: nothing drafts"
+    )
+
+
 def comparison_of(pairs: Sequence[Sequence[float]]) -> Comparison:
     """What alternating rounds say; a pair is the tokens per second of (default, challenger)."""
     default, challenger = zip(*pairs, strict=True)

@@ -1,30 +1,48 @@
-"""The search: seeded by predictions, every finding stored as it comes, and a decision that noise cannot make."""
+"""The search: every finding stored as it comes, shared by any number of workers, and a decision noise cannot make."""
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
-from optuna.trial import TrialState
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
 
-from autotune.objective import Runner, decoding_stages, most_tokens_of, run_stages
-from autotune.results import Decision, StudyResult, Subject, TrialRecord, comparison_of
-from autotune.seeding import Predict, pilots, seeds
+from autotune.claims import Claims
+from autotune.objective import DECODING_STAGES, Comparison, Runner, decoding_stages, most_tokens_of, run_stages
+from autotune.results import Decision, StudyResult, Subject, TrialRecord, comparison_of, decision_words
+from autotune.seeding import Predict
 from autotune.space import Candidate
-from autotune.storage import database_errors, open_storage, read_study, read_trial, shown, single_worker, sole_worker
+from autotune.storage import (
+    database_errors,
+    open_storage,
+    read_study,
+    read_trial,
+    retry_lost,
+    shown,
+    single_worker,
+    sole_worker,
+)
+from autotune.strategies import Sampler, strategy
 from hardware.files import UserError, plain
 from runtime.config import require
 from runtime.measurement import INTERVAL_ROUNDS
 
-SEEDS = 8
-SEEDED = "seeded"
-_REPEATS = 25  # known settings proposed in a row: the search has nothing new to ask
+POLL_SECONDS = 1.0  # between looks at what other workers do
+_REPEATS = 25  # settings in a row that are known or taken: the search has nothing new to ask
 _COPIED = (
     "predicted_tokens_per_second",
+    "predicted_step_seconds",
+    "predicted_tokens_per_step",
+    "logit_error",
+    "step_seconds",
     "tokens_per_second",
     "divergence",
     "exact_match",
@@ -33,6 +51,7 @@ _COPIED = (
     "outcome",
 )
 
+T = TypeVar("T")
 OnTrial = Callable[[TrialRecord, int], None]
 
 
@@ -49,12 +68,17 @@ def tune(
     rounds: int = 8,
     seed: int = 0,
     command: str = "",
+    worker: str = "",
     on_trial: OnTrial | None = None,
     on_compare: Callable[[float], None] = lambda share: None,
+    sampler: Sampler = "seeded",
 ) -> StudyResult:
     """Search until the study holds `trials` distinct settings, or for `seconds`, and the default in any case; decide.
 
-    The same call goes on where an earlier one was stopped. Trials that were lost with it are run again, once.
+    The same call goes on where an earlier one was stopped; trials that were lost with it go on after the last stage
+    that they had stored. Off SQLite any number of workers may make the same call: a setting is measured by one of them,
+    each waits for what the others still measure, and one decides.
+    worker: this one's name in the records (default: host and process).
     on_trial: called with each finished trial and the number of distinct settings so far; on_compare: with the share of
     the final comparison that is done. UserError: a study of another
     device, model or workload; a storage that cannot be used; a second worker on SQLite.
@@ -64,148 +88,275 @@ def tune(
     require(rounds >= least, f"rounds >= {least} must hold, but got {rounds}: fewer pairs have no interval of 95%")
     require(max_divergence >= 0, f"max_divergence >= 0 must hold, but got {max_divergence}")
     end = None if seconds is None else time.monotonic() + seconds
+    worker = worker or f"{socket.gethostname()}:{os.getpid()}"
     with sole_worker(url), database_errors(url):
-        study = _open(url, subject, seed)
-        if single_worker(url):
-            _retry_lost(study)
-        for candidate in pilots(subject.space, default):
-            source = "default" if candidate == default else "pilot"
-            study.enqueue_trial(subject.space.encode(candidate), {"queued": {"source": source}}, skip_if_exists=True)
-        repeats, known = 0, dict[int, TrialRecord]()
-        while repeats < _REPEATS:
-            result = read_study(study, known)
-            spent = len(result.measured) >= trials or (end is not None and time.monotonic() >= end)
-            if spent and result.find(default):  # without the default nothing can be decided
-                break
-            if SEEDED not in study.user_attrs and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                _enqueue_seeds(study, result, predict)
-            record = _run_one(study, result, runner, predict)
-            repeats = 0 if record.same_as is None else repeats + 1
-            if on_trial:
-                on_trial(record, len(result.measured) + (record.same_as is None))
-        return _decide(study, runner, default, max_divergence, rounds, command, on_compare)
+        claims = Claims(url)
+        try:
+            found = _Worker(url, subject, runner, claims, default=default, predict=predict, seed=seed, name=worker)
+            found.search(sampler, seed, trials, end, max_divergence, on_trial)
+            return found.decide(max_divergence, rounds, command, on_compare)
+        finally:
+            claims.close()
 
 
-def _open(url: str, subject: Subject, seed: int) -> optuna.Study:
-    storage = open_storage(url, create=True)
-    study = optuna.create_study(
-        storage=storage, study_name=subject.name, directions=["maximize", "minimize"], load_if_exists=True
-    )
-    if "subject" not in study.user_attrs and not study.get_trials(deepcopy=False):
-        study.set_user_attr("subject", plain(subject))
-    stored = read_study(study)
-    reason = stored.subject.mismatch(subject)
-    if reason is not None:
-        raise UserError(f"study {subject.name!r} in {shown(url)} was made with {reason}: tune into another place")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group`: conditions make groups
-        # A fresh stream for each continuation: the same one again would propose what is known.
-        study.sampler = optuna.samplers.TPESampler(seed=seed + len(stored.trials), multivariate=True, group=True)
-    return study
+class _Dropped(Exception):
+    """The trial ends here: another worker has taken what it is about."""
 
 
-def _retry_lost(study: optuna.Study) -> None:
-    """Queue again what was running when an earlier process ended. Not twice: what fails again is not bad luck."""
-    trials = study.get_trials(deepcopy=False)
-    queued = {t.number: t.user_attrs.get("queued", {}) for t in trials}
-    retried = {q.get("retry_of") for q in queued.values()}
-    for trial in trials:
-        if trial.state == TrialState.RUNNING:
-            study.tell(trial.number, state=TrialState.FAIL)
-        elif trial.state != TrialState.FAIL:
-            continue
-        params = trial.params or trial.system_attrs.get("fixed_params")
-        how = queued[trial.number]
-        if params and trial.number not in retried and "retry_of" not in how:
-            study.enqueue_trial(params, {"queued": {**how, "retry_of": trial.number}})
+class _Worker:
+    """One process that tunes: its runner, and the study that it may share."""
 
+    def __init__(
+        self,
+        url: str,
+        subject: Subject,
+        runner: Runner,
+        claims: Claims,
+        *,
+        default: Candidate,
+        predict: Predict,
+        seed: int,
+        name: str,
+    ) -> None:
+        self.runner, self.claims, self.default, self.predict, self.name = runner, claims, default, predict, name
+        self.space, self.alone = subject.space, single_worker(url)
+        self.storage = open_storage(url, create=True)
+        self.study = self._open(subject.name)
+        if "subject" not in self.study.user_attrs and not self.study.get_trials(deepcopy=False):
+            self.study.set_user_attr("subject", plain(subject))
+        self.known: dict[int, TrialRecord] = {}
+        stored = self.result()
+        reason = stored.subject.mismatch(subject)
+        if reason is not None:
+            raise UserError(f"study {subject.name!r} in {shown(url)} was made with {reason}: tune into another place")
+        # A fresh stream for each continuation, and for each of many workers: the same one again would propose the same.
+        stream = seed + len(stored.trials) + (0 if self.alone else zlib.crc32(name.encode()) % 2**31)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group`: conditions make groups
+            self.study.sampler = optuna.samplers.TPESampler(
+                seed=stream % 2**32, multivariate=True, group=True, constant_liar=not self.alone
+            )
 
-def _enqueue_seeds(study: optuna.Study, result: StudyResult, predict: Predict) -> None:
-    space = result.subject.space
-    for candidate in seeds(space, predict, result.acceptance(), SEEDS):
-        study.enqueue_trial(space.encode(candidate), {"queued": {"source": "seed"}}, skip_if_exists=True)
-    study.set_user_attr(SEEDED, True)
+    def _open(self, name: str) -> optuna.Study:
+        study = optuna.create_study(
+            storage=self.storage, study_name=name, directions=["maximize", "minimize"], load_if_exists=True
+        )
+        retry_lost(study, running=self.alone)
+        return study
 
+    def result(self) -> StudyResult:
+        """The study as it stands now."""
+        return read_study(self.study, self.known)
 
-def _run_one(study: optuna.Study, result: StudyResult, runner: Runner, predict: Predict) -> TrialRecord:
-    """Run the next queued or proposed setting."""
-    ran: list[optuna.trial.FrozenTrial] = []
-    study.optimize(
-        lambda trial: _objective(trial, result, runner, predict),
-        n_trials=1,
-        callbacks=[lambda _, trial: ran.append(trial)],
-    )
-    return read_trial(ran[0], study.study_name)
+    # --- the search
 
+    def search(
+        self,
+        sampler: Sampler,
+        seed: int,
+        trials: int,
+        end: float | None,
+        max_divergence: float,
+        on_trial: OnTrial | None,
+    ) -> None:
+        """Until there are enough settings, the time is over or nothing new is left, and no other worker measures."""
+        plan = strategy(sampler, self.space, self.default, self.predict, seed)
+        for candidate, source in plan.first():
+            self._queue(candidate, source)
+        repeats = 0
+        while True:
+            retry_lost(self.study, running=False)
+            result = self.result()
+            running, waiting = self._count(TrialState.RUNNING), self._count(TrialState.WAITING)
+            wanted = len(result.measured) + running < trials and (end is None or time.monotonic() < end)
+            missing = not running and not result.find(self.default)  # without the default nothing can be decided
+            if missing and not waiting:
+                raise UserError("the default setting was lost twice with its process, so nothing can be compared")
+            if wanted and not waiting and repeats < _REPEATS:
+                for candidate, source in plan.next(result):
+                    self._queue(candidate, source)
+            if missing or (wanted and (waiting or repeats < _REPEATS)):
+                record = self._run_one(result)
+                repeats = 0 if record is not None and record.same_as is None else repeats + 1
+                if on_trial and record is not None:
+                    on_trial(record, len(result.measured) + (record.same_as is None))
+            elif running:
+                self._wait(self.study)
+            else:
+                return
 
-def _objective(trial: optuna.Trial, result: StudyResult, runner: Runner, predict: Predict) -> tuple[float, float]:
-    """Run one setting, or repeat what is known of it. What did not end "correct" is pruned and marked infeasible."""
-    space = result.subject.space
-    candidate = space.suggest(trial)
-    twin = result.find(candidate)
-    if twin is not None:
-        found: dict[str, Any] = {name: getattr(twin, name) for name in _COPIED}
-        trial.set_user_attr("twin", {"same_as": twin.number, **found})
-    else:
-        predicted = predict(candidate, result.acceptance())
+    def _queue(self, candidate: Candidate, source: str) -> None:
+        self.study.enqueue_trial(self.space.encode(candidate), {"queued": {"source": source}}, skip_if_exists=True)
+
+    def _count(self, state: TrialState) -> int:
+        return len(self.study.get_trials(deepcopy=False, states=(state,)))
+
+    def _wait(self, study: optuna.Study) -> None:
+        """For other workers. What those that are gone have left behind fails, and is queued again."""
+        time.sleep(POLL_SECONDS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)
+
+    def _run_one(self, result: StudyResult) -> TrialRecord | None:
+        """Run the next queued or proposed setting. None when it is another worker's."""
+        ran: list[FrozenTrial] = []
+        try:
+            self.study.optimize(
+                lambda trial: self._objective(trial, result),
+                n_trials=1,
+                catch=(_Dropped,),
+                callbacks=[lambda _, trial: ran.append(trial)],
+            )
+        except (UpdateFinishedTrialError, ValueError) as error:
+            # Others heard nothing of this worker for so long that they gave its trial up: it is theirs now.
+            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
+                raise
+            return None
+        record = read_trial(ran[0], self.study.study_name)
+        return record if record.outcome else None
+
+    def _objective(self, trial: optuna.Trial, result: StudyResult) -> tuple[float, float]:
+        """Run one setting, or repeat what is known of it. What does not end "correct" is pruned, marked infeasible."""
+        try:
+            found = self._evaluate(trial, result)
+        except KeyboardInterrupt:
+            trial.set_user_attr("interrupted", True)  # no bad luck: it is queued again however often
+            raise
+        trial.set_constraint("runs", 0.0 if found["outcome"] == "correct" else 1.0)  # feasible: <= 0
+        if found["outcome"] != "correct":
+            raise optuna.TrialPruned
+        return found["tokens_per_second"], found["divergence"]
+
+    def _evaluate(self, trial: optuna.Trial, result: StudyResult) -> dict[str, Any]:
+        began = time.monotonic()
+        candidate = self.space.suggest(trial)
+        key = self.space.key(candidate)
+        trial.set_user_attr("begun", {"worker": self.name, "begun": _now()})
+        twin, known = self._claim(trial, key)
+        if twin is not None:
+            found: dict[str, Any] = {name: getattr(twin, name) for name in _COPIED}
+            trial.set_user_attr("twin", {"same_as": twin.number, **found})
+            return found
+        predicted = self.predict(candidate, result.acceptance())
         if predicted is not None:
             trial.set_user_attr("prediction", {f"predicted_{k}": v for k, v in predicted._asdict().items()})
         best = max((t.tokens_per_second or 0.0 for t in result.correct if t.lossless), default=0.0)
-        if trial.user_attrs.get("queued", {}).get("source") in ("default", "pilot"):
-            best = 0.0  # what everything else is compared with, or predicted from
-        stages = decoding_stages(candidate, runner, best, space.batch * most_tokens_of(candidate.decoding))
-        found = run_stages(stages, trial.set_user_attr)
-    trial.set_constraint("runs", 0.0 if found["outcome"] == "correct" else 1.0)  # feasible: <= 0
-    if found["outcome"] != "correct":
-        raise optuna.TrialPruned
-    return found["tokens_per_second"], found["divergence"]
+        if key == self.space.key(self.default) or trial.user_attrs.get("queued", {}).get("source") == "pilot":
+            best = 0.0  # others are compared with it, or predicted from it
+        most = self.space.batch * most_tokens_of(candidate.decoding)
+        outputs = known.get("decode", {}).get("outputs")
 
+        def store(name: str, findings: dict[str, Any]) -> None:
+            spent = {"spent_seconds": time.monotonic() - began} if name == "result" else {}
+            trial.set_user_attr(name, findings | spent)
 
-def _decide(
-    study: optuna.Study,
-    runner: Runner,
-    default: Candidate,
-    max_divergence: float,
-    rounds: int,
-    command: str,
-    progress: Callable[[float], None],
-) -> StudyResult:
-    """Compare the fastest allowed setting with the default, unless that was done after the last trial already."""
-    result = read_study(study)
-    base = result.find(default)
-    assert base is not None  # `tune` does not stop before
-    if base.outcome != "correct":
-        raise UserError(f"the default setting does not run ({base.outcome}: {base.reason}), so nothing can be compared")
-    best = result.allowed(max_divergence)[0]
-    old, basis = result.decision, (best.number, len(result.measured), max_divergence)
-    enough = old is not None and (old.comparison is None or old.comparison.rounds >= rounds)
-    if old and enough and (old.challenger, old.measured, old.max_divergence) == basis:
-        return result
-    comparison = None
-    if best != base:
+        return run_stages(decoding_stages(candidate, self.runner, best, most, outputs), store, known)
+
+    def _claim(self, trial: optuna.Trial, key: str) -> tuple[TrialRecord | None, dict[str, dict[str, Any]]]:
+        """Claim a setting. The trial that has measured it, if one has; the stages that a lost one had stored."""
+        study = self.study.study_name
+        holder = self.claims.take(study, key, trial.number)
+        if holder == trial.number:
+            return None, {}
+        other = self.study.get_trials(deepcopy=False)[holder]
+        if "result" in other.user_attrs:
+            return read_trial(other, study), {}
+        if other.state == TrialState.FAIL:
+            known = {name: other.user_attrs[name] for name in DECODING_STAGES if name in other.user_attrs}
+            for name, findings in known.items():  # before the claim: nothing is lost if this worker is lost too
+                trial.set_user_attr(name, findings)
+            if self.claims.take_over(study, key, holder, trial.number):
+                return None, known
+        trial.set_user_attr("taken_by", holder)
+        raise _Dropped
+
+    # --- the decision
+
+    def decide(
+        self, max_divergence: float, rounds: int, command: str, progress: Callable[[float], None]
+    ) -> StudyResult:
+        """Compare the fastest allowed setting with the default, unless that was done for these trials already."""
+        result = self.result()
+        base = result.find(self.default)
+        assert base is not None  # `search` does not end before
+        if base.outcome != "correct":
+            words = f"{base.outcome}: {base.reason}"
+            raise UserError(f"the default setting does not run ({words}), so nothing can be compared")
+        best = result.allowed(max_divergence)[0]
+        basis = best.number, len(result.measured), max_divergence
+
+        def decided() -> StudyResult | None:
+            found = self.result()
+            old = found.decision
+            enough = old is not None and (old.comparison is None or old.comparison.rounds >= rounds)
+            return found if old and enough and (old.challenger, old.measured, old.max_divergence) == basis else None
+
+        def act() -> None:
+            comparison = self._compare(result, base, best, rounds, progress) if best != base else None
+            decision = Decision(
+                trial=best.number if comparison and comparison.low > 1 else base.number,
+                default_trial=base.number,
+                challenger=best.number,
+                reason=decision_words(result, base, best, comparison),
+                comparison=comparison,
+                max_divergence=max_divergence,
+                measured=len(result.measured),
+                command=command,
+                date=_now(),
+            )
+            self.study.set_user_attr("decision", plain(decision))
+
+        key = "decision " + " ".join(map(str, (*basis, rounds)))
+        return self._take_turns(key, decided, act)
+
+    def _compare(
+        self,
+        result: StudyResult,
+        base: TrialRecord,
+        best: TrialRecord,
+        rounds: int,
+        progress: Callable[[float], None],
+    ) -> Comparison:
+        """Alternating rounds, each stored when it is done; those of an earlier comparison of the two count."""
         name = f"pairs:{best.number}:{base.number}"
-        pairs = list(study.user_attrs.get(name, []))
+        pairs = list(self.study.user_attrs.get(name, []))
+        challenger = result.candidate(best)
         while len(pairs) < rounds:
-            pairs.append(runner.pair(default, result.candidate(best)))
-            study.set_user_attr(name, pairs)
             progress(len(pairs) / rounds)
-        comparison = comparison_of(pairs)
-    if comparison is None:
-        reason = "no allowed setting measured faster than the default"
-    elif comparison.low > 1:
-        reason = "faster than the default in alternating rounds"
-    else:
-        reason = "the gain over the default is inside the noise"
-    decision = Decision(
-        trial=best.number if comparison and comparison.low > 1 else base.number,
-        default_trial=base.number,
-        challenger=best.number,
-        reason=reason,
-        comparison=comparison,
-        max_divergence=max_divergence,
-        measured=len(result.measured),
-        command=command,
-        date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-    )
-    study.set_user_attr("decision", plain(decision))
-    return read_study(study)
+            pairs.append(self.runner.pair(self.default, challenger))
+            self.study.set_user_attr(name, pairs)
+        progress(1.0)
+        return comparison_of(pairs)
+
+    def _take_turns(self, key: str, done: Callable[[], T | None], act: Callable[[], None]) -> T:
+        """What is done once for all workers: one acts, the others wait for it, or take over if that one is lost.
+
+        The turns are trials of a study beside this one, so that the storage knows by their heartbeat who is lost.
+        """
+        name = f"{self.study.study_name} turns"
+        found = done()
+        turns = None if found is not None else self._open(name)
+        while found is None:
+            assert turns is not None
+
+            def turn(trial: optuna.Trial) -> tuple[float, float]:
+                holder = self.claims.take(name, key, trial.number)
+                if holder != trial.number:
+                    gone = turns.get_trials(deepcopy=False)[holder].state != TrialState.RUNNING
+                    if not gone or not self.claims.take_over(name, key, holder, trial.number):
+                        raise _Dropped
+                if done() is None:
+                    act()
+                return 0.0, 0.0
+
+            turns.optimize(turn, n_trials=1, catch=(_Dropped,))
+            found = done()
+            while found is None and turns.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                self._wait(turns)
+                found = done()
+        return found
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
