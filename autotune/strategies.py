@@ -6,8 +6,9 @@ import random
 from collections.abc import Iterator
 from typing import Literal, Protocol, get_args
 
+from autotune.guide import Guide
 from autotune.results import StudyResult
-from autotune.seeding import Predict, pilots, seeds
+from autotune.seeding import Predict, pilots
 from autotune.space import Candidate, Space
 from hardware.files import known
 
@@ -16,7 +17,7 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 SEEDS = 8
 
 Proposal = tuple[Candidate, str]
-"""A setting to queue, and its source: default, pilot, seed or search."""
+"""A setting to queue, and its source: default, pilot, seed, guided or search."""
 
 
 class Strategy(Protocol):
@@ -30,11 +31,15 @@ class Strategy(Protocol):
 
 
 class Seeded:
-    """The default and the pilots, then the best predicted settings, then the search library's."""
+    """The default and the pilots, then the best predicted settings, then the guide's and the search library's in turn.
 
-    def __init__(self, space: Space, default: Candidate, predict: Predict) -> None:
-        self._space, self._default, self._predict = space, default, predict
-        self._seeded = False
+    The guide knows the model and what was measured nearby; the library knows nothing of the model, and finds what the
+    model is wrong about.
+    """
+
+    def __init__(self, space: Space, default: Candidate, predict: Predict, max_divergence: float) -> None:
+        self._space, self._default, self._max_divergence = space, default, max_divergence
+        self._guide = Guide(space, predict)
 
     def first(self) -> list[Proposal]:
         """The default and the pilots."""
@@ -42,11 +47,16 @@ class Seeded:
         return [(c, "default" if c == self._default else "pilot") for c in settings]
 
     def next(self, result: StudyResult) -> list[Proposal]:
-        """The seeds, once in a study."""
-        if self._seeded or any(t.source == "seed" for t in result.trials):
+        """The seeds, once in a study; then, every second time, what is expected to be the fastest."""
+        trials, acceptance = result.trials, result.acceptance()
+        if not any(t.source == "seed" for t in trials):
+            found = self._guide.seeds(trials, acceptance, SEEDS)
+            if found:
+                return [(c, "seed") for c in found]
+        if len(trials) % 2:
             return []
-        self._seeded = True
-        return [(c, "seed") for c in seeds(self._space, self._predict, result.acceptance(), SEEDS)]
+        guided = self._guide.next(trials, acceptance, self._max_divergence)
+        return [] if guided is None else [(guided, "guided")]
 
 
 class Unseeded:
@@ -84,10 +94,12 @@ class Listed(Unseeded):
         return [(c, "search") for c in (next(left, None),) if c is not None]
 
 
-def strategy(name: Sampler, space: Space, default: Candidate, predict: Predict, seed: int) -> Strategy:
+def strategy(
+    name: Sampler, space: Space, default: Candidate, predict: Predict, max_divergence: float, seed: int
+) -> Strategy:
     """The strategy of that name. UserError for an unknown one."""
     if name not in SAMPLERS:
         raise known("search strategy", name, SAMPLERS)
     if name == "seeded":
-        return Seeded(space, default, predict)
+        return Seeded(space, default, predict, max_divergence)
     return Unseeded(default) if name == "tpe" else Listed(space, default, seed, shuffled=name == "random")

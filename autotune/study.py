@@ -160,7 +160,7 @@ class _Worker:
         on_trial: OnTrial | None,
     ) -> None:
         """Until there are enough settings, the time is over or nothing new is left, and no other worker measures."""
-        plan = strategy(sampler, self.space, self.default, self.predict, seed)
+        plan = strategy(sampler, self.space, self.default, self.predict, max_divergence, seed)
         for candidate, source in plan.first():
             self._queue(candidate, source)
         repeats = 0
