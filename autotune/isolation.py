@@ -122,7 +122,7 @@ class Child:
             self.close()
         if kind == "user":
             raise UserError(found[0])
-        raise StageFailure(cast(Outcome, found[0]), found[1])
+        raise StageFailure(cast(Outcome, found[0]), *found[1:])
 
     def _death(self) -> str:
         """How the process ended, and its last words."""
@@ -186,12 +186,12 @@ def _answer(connection: Connection[Any, Any], run: Callable[[], Any], *, keep: b
         connection.send(("returned", None if keep else found))
         return found
     except StageFailure as failure:
-        answer = "failed", str(failure.outcome), failure.reason
+        answer = "failed", str(failure.outcome), failure.reason, failure.findings
     except UserError as error:
-        answer = ("user", str(error), "")
+        answer = "user", str(error), "", {}
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        answer = ("broken" if any(sign in said for sign in _STICKY) else "failed", "runtime", said)
+        answer = "broken" if any(sign in said for sign in _STICKY) else "failed", "runtime", said, {}
     connection.send(answer)
     return None
 

@@ -87,6 +87,19 @@ def disagreement(model: Zaya, prompts: Sequence[Sequence[int]], outputs: Sequenc
     return wrong / sum(map(len, outputs))
 
 
+def shortfalls(model: Zaya, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> list[list[float]]:
+    """How far each output token's causal logit is below the best one, relative to the largest magnitude of them.
+
+    0 for the argmax. A little above 0 a token lost a near tie, as rounding decides it; so `disagreement` can be told
+    from that of a narrow type.
+    """
+    found: list[list[float]] = [[] for _ in outputs]
+    for i, logits, tokens in _teacher_forced(model, prompts, outputs):
+        short = logits.amax(-1) - logits.gather(-1, tokens[:, None]).squeeze(-1)
+        found[i] = (short / logits.abs().amax(-1)).tolist()
+    return found
+
+
 def negative_log_likelihood(model: Zaya, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> float:
     """Mean over all output tokens of -log p(token | prefix) in nats, under the model's causal logits."""
     judged = _teacher_forced(model, prompts, outputs)
