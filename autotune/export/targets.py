@@ -8,20 +8,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from autotune.export import native
+from autotune.export import (
+    diffusion_gemma,
+    lmdeploy_diffusion,
+    native,
+    sglang_diffusion,
+    sglang_moe,
+    step_times,
+    tidar_vllm,
+    vllm_moe,
+    vllm_schedule,
+)
 from autotune.export.policy import Policy, Target
 from autotune.results import StudyResult
-from hardware.files import UserError, known
+from hardware.files import known
 
-TARGETS: dict[str, Target] = {target.name: target for target in (native.TARGET,)}
+TARGETS: dict[str, Target] = {
+    module.TARGET.name: module.TARGET
+    for module in (
+        native,
+        vllm_moe,
+        sglang_moe,
+        tidar_vllm,
+        vllm_schedule,
+        sglang_diffusion,
+        lmdeploy_diffusion,
+        diffusion_gemma,
+        step_times,
+    )
+}
 
 
 def write(target: str, policy: Policy, out: Path) -> list[Path]:
     """Write what was decided in a target's format: the files written. UserError lists the known targets."""
     if target not in TARGETS:
         raise known("export format", target, TARGETS)
-    if not policy.studies and not policy.tilings:
-        raise UserError("an export needs at least one study or tiling, but the place holds none")
+    policy.check()
     return TARGETS[target].write(policy, out)
 
 

@@ -1,0 +1,121 @@
+"""Tile files of the fused-MoE kernel that vLLM and SGLang share: what both formats have in common.
+
+A file is named by the experts E, the experts' width N behind the gate, the device, and fp32 (bf16 and fp16 are not
+named). It maps token counts M, as text, to the launch parameters; the engines take the nearest M for any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from autotune.export.policy import Policy
+from autotune.tiling_results import TilingResult
+from hardware.files import UserError, plain
+from runtime.config import ModelConfig, model_config_from_json
+
+KERNEL = "grouped_experts"  # the one that is structured as theirs
+REQUIRED = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
+OPTIONAL = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")  # on ROCm
+
+
+def tiles(target: str, policy: Policy) -> list[TilingResult]:
+    """The decided tilings of the shared kernel, by token count. UserError where there are none, or not of one dtype."""
+    found = [t for t in policy.tilings if t.subject.kernel == KERNEL]
+    if not found:
+        there = ", ".join(policy.names)
+        raise UserError(
+            f"{target} needs tilings of the kernel {KERNEL}, which has these engines' parameters; got: {there}"
+        )
+    by_tokens: dict[int, TilingResult] = {}
+    for tile in found:
+        if tile.decision is None:
+            raise UserError(f"{tile.name!r} has no decision yet: run its `ridgepoint tune` again, which continues")
+        other = by_tokens.setdefault(tile.subject.tokens, tile)
+        if tile.subject.dtype != found[0].subject.dtype:
+            raise UserError(f"{target} takes a file per dtype, but {found[0].name!r} and {tile.name!r} differ")
+        if other.decision and other.decision.tiling != tile.decision.tiling:
+            raise UserError(f"{target} takes one tiling per token count, but {other.name!r} and {tile.name!r} differ")
+        _check(target, tile.name, tile.decision.tiling)
+    return [by_tokens[tokens] for tokens in sorted(by_tokens)]
+
+
+def table(found: list[TilingResult]) -> dict[str, dict[str, int]]:
+    """Token count, as text -> launch parameters in the engines' order."""
+    decided = {str(t.subject.tokens): t.decision.tiling for t in found if t.decision}
+    return {m: {name: t[name] for name in (*REQUIRED, *OPTIONAL) if name in t} for m, t in decided.items()}
+
+
+def left_out(policy: Policy) -> list[str]:
+    """What the files are not about, by name."""
+    others = [
+        f"tilings of {t.subject.kernel} ({t.name}): of another kernel"
+        for t in policy.tilings
+        if t.subject.kernel != KERNEL
+    ]
+    return [*others, *(f"decoding settings of {s.name}: not a tile" for s in policy.studies)]
+
+
+def sizes(found: list[TilingResult]) -> tuple[int, int]:
+    """(E, N) of the model that was tuned: by its name, proven by its hash. UserError where it is not to be found."""
+    subject = found[0].subject
+    for path in _configs(subject.model):
+        if path.is_file():
+            config = model_config_from_json(path)
+            if _hash(config) == subject.config_hash:
+                return config.num_experts, config.moe_intermediate_size
+    raise UserError(
+        f"the config.json of {subject.model!r} (hash {subject.config_hash}) is not here, and the file is named by its "
+        "experts: export where the model is"
+    )
+
+
+def device_name(found: list[TilingResult]) -> str:
+    """The device, as the engines write it: blanks as underscores. UserError for what cannot be a file's name."""
+    name = "_".join(str(found[0].subject.device.get("device", "")).split())
+    if not re.fullmatch(r"[\w.()+@-]+", name):
+        raise UserError(f"a tile file is named by its device, but {name!r} cannot be part of a file's name")
+    return name
+
+
+def dtype_part(found: list[TilingResult]) -> str:
+    """What the file's name says of the dtype: both engines name fp32, and neither bf16 or fp16."""
+    return ",dtype=float32" if found[0].subject.dtype == "float32" else ""
+
+
+def folder_name(model: str) -> str:
+    """A folder of the model's own: a file of another hidden size may have the same name."""
+    name = re.sub(r"[^\w.-]+", "_", Path(model).name or model).strip(".")
+    if not name:
+        raise UserError(f"a tile file lies in a folder named like its model, but {model!r} cannot name one")
+    return name
+
+
+def to_json(data: dict[str, object]) -> str:
+    """As the engines' tuning scripts write them."""
+    return json.dumps(data, indent=4) + "\n"
+
+
+def _check(target: str, name: str, tiling: dict[str, int]) -> None:
+    unknown = sorted(set(tiling) - {*REQUIRED, *OPTIONAL})
+    missing = [key for key in REQUIRED if key not in tiling]
+    if unknown or missing:
+        said = f"has no {', '.join(missing)}" if missing else f"sets {', '.join(unknown)}"
+        raise UserError(f"{target} cannot represent the tiling of {name!r}, which {said}; known: {', '.join(REQUIRED)}")
+
+
+def _configs(model: str) -> list[Path]:
+    here = Path(__file__).resolve().parents[2]
+    name = Path(model).name
+    return [
+        Path(model) / "config.json",
+        here / "runtime" / "checkpoints" / name / "config.json",
+        here / "perfmodel" / "models" / f"{name}.json",
+    ]
+
+
+def _hash(config: ModelConfig) -> str:
+    """As `autotune.tiling_runner.TilingWork.config_hash`, without its torch."""
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
