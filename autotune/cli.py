@@ -1,27 +1,30 @@
-"""`ridgepoint tune`, `study show` and `export`."""
+"""`ridgepoint tune`, `study show`, `study report` and `export`."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hardware.files import UserError
-from runtime.config import ENGINES
+from autotune.effort import EFFORTS, Budget, duration_seconds, effort
+from hardware.files import UserError, known
 
 if TYPE_CHECKING:
-    from autotune.results import StudyResult, TrialRecord
+    from autotune.results import StudyResult
+    from autotune.tiling_results import TilingResult
 
+INTERRUPTED = 130  # exit code
+STORAGE_VARIABLE = "RIDGEPOINT_STORAGE"
 study_app = typer.Typer(help="What tuning has measured so far.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Source = Annotated[str, typer.Argument(help="The folder, the SQLite file or the database URL of a tuning run.")]
+_PRESETS = "; ".join(f"{name}: {e.trials} settings or {e.seconds:g} s a bucket" for name, e in EFFORTS.items())
 
 
 def register(app: typer.Typer) -> None:
@@ -32,13 +35,37 @@ def register(app: typer.Typer) -> None:
 
 
 def tune(
-    model: Annotated[str, typer.Option(help="A model that ships, or a checkpoint's folder.")] = "zaya-nano",
-    batch: Annotated[str, typer.Option(help="Sequences decoded at once: numbers with commas, a study each.")] = "1",
-    trials: Annotated[int, typer.Option(help="Settings to measure per batch, earlier runs included.")] = 24,
-    seconds: Annotated[float | None, typer.Option(help="Stop searching a batch after this long, then decide.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the study and the probed profile.")] = Path("runs/tune"),
-    storage: Annotated[
-        str | None, typer.Option(help="Database URL of the study (default: study.db in the folder, SQLite).")
+    model: Annotated[
+        str | None, typer.Option(help="A model that ships, or a checkpoint's folder (default: zaya-nano).")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (default), cuda or cuda:N (ROCm too).")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Sequences decoded at once: numbers with commas, a study each (default: 1).")
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(help="Cached tokens that prompts fill up to: numbers with commas, a study each (default: short)."),
+    ] = None,
+    what: Annotated[
+        str | None, typer.Option(help="decoding, tilings or both (default: both on a GPU, decoding on a CPU).")
+    ] = None,
+    effort_name: Annotated[str, typer.Option("--effort", help=f"How much to measure. {_PRESETS}.")] = "standard",
+    budget: Annotated[
+        str | None, typer.Option(help="Most time for all of it, as 90s, 15m or 2h; shared over the buckets.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Settings to measure per bucket, earlier runs included.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Most time per bucket, the decision included.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Held-out problems to decode, rounded up to batches.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate for each problem.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Recorded passes over the problems in a trial.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Alternating rounds of the best setting against the default.")
+    ] = None,
+    trial_seconds: Annotated[
+        float | None, typer.Option(help="Time limit of one step of a trial; over it, the outcome is timeout.")
+    ] = None,
+    tilings: Annotated[
+        int | None, typer.Option(help="Tilings of a kernel to measure per bucket, the best by the model.")
     ] = None,
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Search only settings that verify with weight 1.")
@@ -50,10 +77,22 @@ def tune(
         str | None,
         typer.Option("--acceptance-histogram", help="Steps that accepted 0, 1, 2... drafts: chooses proposal levels."),
     ] = None,
-    prompts: Annotated[int, typer.Option(help="Held-out problems to decode, rounded up to whole batches.")] = 10,
-    new_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each problem.")] = 144,
-    repeats: Annotated[int, typer.Option(help="Recorded passes over the problems in a trial.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Alternating rounds of the best setting against the default.")] = 8,
+    out: Annotated[Path, typer.Option(help="Folder for the study and the probed profile.")] = Path("runs/tune"),
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            envvar=STORAGE_VARIABLE, help="Database URL of the study (default: study.db in the folder, SQLite)."
+        ),
+    ] = None,
+    workers: Annotated[
+        str, typer.Option(help="Processes that tune at once; auto: one per visible GPU. More than one need PostgreSQL.")
+    ] = "1",
+    replay: Annotated[
+        Path | None, typer.Option(help="A recording to search instead of a device (docs/tuning.md).")
+    ] = None,
+    replay_pace: Annotated[
+        float, typer.Option(help="Recorded seconds are waited for this many times over; 0: not at all.")
+    ] = 0.0,
     hardware: Annotated[
         str | None, typer.Option(help="This machine's profile, for predictions (default: a quick probe, kept).")
     ] = None,
@@ -65,117 +104,213 @@ def tune(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the space, the buckets and the predictions; measure nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar on stderr.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Search the fastest decoding settings on this machine. The same command again continues where it stopped."""
-    if engine in ENGINES:
-        raise UserError(
-            "--engine of tune names a profile for the predictions, as ridgepoint-lean or a YAML file, but got "
-            f"{engine!r}, which runs models: --engine of bench and generate takes it"
-        )
-    from autotune.local import Plan, load, machine_profile, tune_local
+    """Search the fastest settings on this device. The same command again continues where it stopped."""
+    from autotune.console import note, print_study, print_tilings, progress
     from autotune.storage import shown, storage_url
-    from hardware.profile import load_profile
+    from autotune.tuning import Found, Request, run
+    from autotune.workers import plan_workers
 
-    batches = _batches(batch)
-    plan = Plan(
-        prompts=prompts,
-        new_tokens=new_tokens,
-        trials=trials,
-        seconds=seconds,
+    if replay is not None:
+        given: dict[str, object] = {"model": model, "device": device, "batch": batch, "context": context, "what": what}
+        given |= {"prompts": prompts, "new-tokens": new_tokens, "repeats": repeats}
+        given |= {"lossless": lossless or None, "acceptance-histogram": histogram}
+        _refuse([name for name, value in given.items() if value is not None])
+    asked = Request(
+        effort=effort(effort_name).with_options(
+            trials=trials,
+            seconds=seconds,
+            prompts=prompts,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            rounds=rounds,
+            trial_seconds=trial_seconds,
+            tilings=tilings,
+        ),
+        model=model or "zaya-nano",
+        device=device or "cpu",
+        batches=_numbers("batch", batch or "1"),
+        contexts=_numbers("context", context) if context else (),
+        what=what,  # type: ignore[arg-type]  # it is checked there
         lossless=lossless,
         max_divergence=max_divergence,
-        repeats=repeats,
-        rounds=rounds,
-        seed=seed,
         histogram=_counts(histogram) if histogram else (),
+        hardware=hardware,
+        engine=engine,
+        seed=seed,
+        replay=replay,
+        replay_pace=replay_pace,
     )
+    limit = Budget(duration_seconds(budget) if budget else None)
     url = storage or storage_url(out)
     place = shown(url)
-    command = _command()
-    tuned = load(model)
-    results = []
+    code = 0
     try:
-        with _progress() as show:
-            profile = (
-                load_profile(hardware)
-                if hardware
-                else machine_profile(out / "hardware.yaml", lambda label, share: show("probing", share, label))
-            )
-            for size in batches:
-
-                def on_trial(trial: TrialRecord, done: int, size: int = size) -> None:
-                    show(f"batch {size}", done / trials, f"{done} of {trials} settings; last: {_speed(trial)}")
-
-                results.append(
-                    tune_local(
-                        tuned,
-                        url,
-                        size,
-                        profile,
-                        plan,
-                        engine=engine,
-                        command=command,
-                        on_trial=on_trial,
-                        on_compare=lambda share: show("deciding", share, "best against default, alternating"),
-                    )
-                )
+        places = plan_workers(workers, url, asked.device.partition(":")[0], replay=replay is not None)
+        if len(places) > 1:
+            code = _run_workers(places, url)
+            found = Found(*_read(url))
+        else:
+            with progress(limit, quiet=quiet) as show:
+                found = run(asked, url, out, show, limit, _command())
     except KeyboardInterrupt:
-        print(f"every finished trial is kept in {place}; the same command continues", file=sys.stderr)
-        raise
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        note(f"everything measured is kept in {place}; the same command continues")
+        raise KeyboardInterrupt
     if as_json:
-        return _print_json(place, results)
-    for result in results:
-        _print_study(result)
+        return _print_json(place, found.studies, found.tilings)
+    for result in found.studies:
+        print_study(result)
+    print_tilings(found.tilings)
     source = shlex.quote(place if storage else str(out))
+    print(f"what was found, and how well it was predicted: ridgepoint study report {source}")
     print(f"export it: ridgepoint export --format native --study {source} --out deployment.yaml")
+    if code:
+        raise typer.Exit(code)
 
 
 @study_app.command()
-def show(
-    source: Annotated[str, typer.Argument(help="The folder, the SQLite file or the database URL of a tuning run.")],
+def show(source: Source, as_json: Json = False) -> None:
+    """Show the trials, the Pareto front, the decision, and how well the predictions ranked what was measured."""
+    from autotune.console import print_study, print_tilings
+    from autotune.storage import shown, storage_url
+
+    studies, tilings = _read(source)
+    if as_json:
+        return _print_json(shown(storage_url(source)), studies, tilings)
+    for result in studies:
+        print_study(result)
+    print_tilings(tilings)
+
+
+@study_app.command()
+def report(
+    source: Source,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the report to this file too: .html, .md or .txt, by its ending.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the trials, the Pareto front, the decision, and how well the predictions ranked what was measured."""
-    from autotune.storage import read_studies, shown, storage_url
+    """Say how good the predictions were by stage, where trials ended, what mattered, and what the model was worth."""
+    from autotune.render import as_text, check_format, sections, write
+    from autotune.report import info, study_report, tiling_report
+    from autotune.storage import shown, storage_url
 
-    results = read_studies(source)
+    if out is not None:
+        check_format(out)
+    studies, tilings = _read(source)
+    parts = sections([study_report(r) for r in studies], [tiling_report(t) for t in tilings])
+    if out is not None:
+        write(parts, out)
     if as_json:
-        return _print_json(shown(storage_url(source)), results)
-    for result in results:
-        _print_study(result)
+        print(json.dumps({"storage": shown(storage_url(source)), **info(studies, tilings)}, indent=2))
+    else:
+        print(as_text(parts) if out is None else f"written: {out}")
 
 
 def export(
-    study: Annotated[str, typer.Option(help="The folder, the SQLite file or the database URL of a tuning run.")],
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("deployment.yaml"),
-    target: Annotated[str, typer.Option("--format", help="native: what runtime.generate follows.")] = "native",
+    study: Annotated[
+        str | None, typer.Option(help="The folder, the SQLite file or the database URL of a tuning run.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File or folder to write (default: deployment.yaml; others by format).")
+    ] = None,
+    target: Annotated[str, typer.Option("--format", help="One of those that --list prints.")] = "native",
+    batch: Annotated[int | None, typer.Option(help="Only the buckets of this batch.")] = None,
+    context: Annotated[int | None, typer.Option(help="Only the buckets of this context.")] = None,
+    list_formats: Annotated[
+        bool, typer.Option("--list", help="Print the formats: what reads each, and whether a release does.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write what tuning decided, with its evidence, in the format of the engine that will run it."""
-    from autotune.export.targets import TARGETS
-    from autotune.export.targets import export as write
-    from autotune.storage import read_studies
-    from hardware.files import known
+    from autotune.console import print_decision, print_tilings
+    from autotune.export.policy import Policy
+    from autotune.export.targets import TARGETS, write
 
+    if list_formats:
+        return _list_formats(as_json)
     if target not in TARGETS:
         raise known("export format", target, TARGETS)
-    results = read_studies(study)
-    path = write(target, results, out, _command())
+    if study is None:
+        raise UserError("export needs --study, the folder, file or URL of a tuning run")
+    studies, tilings = _read(study)
+    policy = Policy(studies, tilings, _command()).select(batch, context)
+    paths = write(target, policy, out or Path(f"{target}.yaml" if target != "native" else "deployment.yaml"))
     if as_json:
-        return print(json.dumps({"path": str(path), "format": target, "studies": [r.name for r in results]}, indent=2))
-    for result in results:
-        _print_decision(result)
-    print(f"written: {path}")
+        found = {"path": str(paths[0]), "paths": [str(p) for p in paths], "format": target, "studies": policy.names}
+        return print(json.dumps(found, indent=2))
+    for result in policy.studies:
+        print_decision(result)
+    print_tilings(policy.tilings)
+    for path in paths:
+        print(f"written: {path}")
 
 
-def _batches(text: str) -> list[int]:
+def _list_formats(as_json: bool) -> None:
+    from autotune.export.targets import TARGETS
+
+    rows = [
+        {"name": t.name, "engine": t.engine, "loads": t.loads, "file": t.file, "does": t.does} for t in TARGETS.values()
+    ]
+    if as_json:
+        return print(json.dumps({"formats": rows}, indent=2))
+    for row in rows:
+        print(f"{row['name']} ({row['engine']}, {row['loads']}): {row['does']}; writes {row['file']}")
+
+
+def _read(source: str) -> tuple[list[StudyResult], list[TilingResult]]:
+    """Everything that is there."""
+    from autotune.storage import read_studies
+
+    return read_studies(source), []
+
+
+def _run_workers(places: Sequence[Mapping[str, str]], url: str) -> int:
+    """This command once per place, each with that environment; the worst exit code. Their results are the study's.
+
+    A command line can be read by every user of the machine, so the workers get the storage's URL by the environment.
+    """
+    from autotune.console import note
+    from autotune.workers import run_workers
+
+    words = _without(_without(sys.argv[1:], "--workers"), "--storage")
+    program = Path(__file__).parents[1] / "ridgepoint.py"  # beside this package, in a checkout or installed
+    command = [sys.executable, str(program), *words, "--workers", "1"]
+    note(f"{len(places)} workers; `ridgepoint study show` shows what they have found so far")
+    return run_workers([command] * len(places), [{**p, STORAGE_VARIABLE: url} for p in places])
+
+
+def _without(words: Sequence[str], option: str) -> list[str]:
+    """Without an option and its value, however it was written."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if not skip and word != option and not word.startswith(f"{option}="):
+            kept.append(word)
+        skip = word == option and not skip
+    return kept
+
+
+def _refuse(options: Sequence[str]) -> None:
+    """Options that say what a recording has fixed."""
+    if options:
+        raise UserError(f"--{options[0]} is not taken with --replay: the recording says what was measured, and where")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        found = [int(word) for word in text.split(",")]
+        found = tuple(int(word) for word in text.split(","))
     except ValueError as error:
-        raise UserError(f"--batch takes whole numbers with commas, but got {text!r}") from error
+        raise UserError(f"--{option} takes whole numbers with commas, but got {text!r}") from error
     if min(found) < 1 or len(set(found)) < len(found):
-        raise UserError(f"--batch takes different numbers >= 1, but got {text!r}")
+        raise UserError(f"--{option} takes different numbers >= 1, but got {text!r}")
     return found
 
 
@@ -190,66 +325,15 @@ def _counts(text: str) -> tuple[float, ...]:
 
 
 def _command() -> str:
-    """The command as typed, for the record; passwords in URLs are left out."""
-    return shlex.join(["ridgepoint", *(re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", word) for word in sys.argv[1:])])
+    """The command as typed, for the record; passwords are left out."""
+    from autotune.storage import hide_passwords
+
+    return shlex.join(["ridgepoint", *map(hide_passwords, sys.argv[1:])])
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar on stderr: call it with a label, the share done, and a remark."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[remark]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("starting", total=1.0, remark="")
-
-        def update(label: str, share: float, remark: str) -> None:
-            progress.update(bar, description=label, completed=min(share, 1.0), remark=remark)
-
-        yield update
-
-
-def _speed(trial: TrialRecord) -> str:
-    known = trial.tokens_per_second
-    return trial.outcome or "" if known is None else f"{known:.0f} tokens/s"
-
-
-def _print_json(place: str, results: list[StudyResult]) -> None:
+def _print_json(place: str, studies: Sequence[StudyResult], tilings: Sequence[TilingResult]) -> None:
     from autotune.results import summary
+    from hardware.files import plain
 
-    print(json.dumps({"storage": place, "studies": [summary(r) for r in results]}, indent=2))
-
-
-def _print_study(result: StudyResult) -> None:
-    """The measured settings, the fastest first; those on the Pareto front are marked."""
-    front = {t.number for t in result.front()}
-    print(f"{result.name}: {len(result.measured)} settings on {result.subject.device['device']}")
-    print("   trial  tokens/s  predicted  differs  accepts  setting")
-    for t in sorted(result.measured, key=lambda t: -(t.tokens_per_second or 0.0)):
-        setting = " ".join(f"{name}={value}" for name, value in t.params.items())
-        predicted = _cell(t.predicted_tokens_per_second, ".0f")
-        numbers = f"{_cell(t.tokens_per_second, '.0f'):>8}  {predicted:>9}  {_cell(t.divergence, '.2%'):>7}"
-        remark = "" if t.outcome == "correct" else f"  ({t.outcome}: {t.reason})"
-        mark = "*" if t.number in front else " "
-        print(f" {mark} {t.number:5}  {numbers}  {_cell(t.acceptance_length, '.2f'):>7}  {setting}{remark}")
-    rank = result.rank_correlation()
-    if rank is not None:
-        print(f"predictions: rank correlation {rank:.2f} over {len(result.scored())} settings")
-    _print_decision(result)
-
-
-def _print_decision(result: StudyResult) -> None:
-    decision = result.decision
-    if decision is None:
-        return print(f"{result.name}: not decided yet")
-    line = f"{result.name}: trial {decision.trial}" + (" (the default)" if decision.kept_default else "")
-    found = decision.comparison
-    if found:
-        line += f"; trial {decision.challenger} against the default: {found.ratio:.2f}x"
-        line += f" [{found.low:.2f}, {found.high:.2f}] in {found.rounds} rounds"
-    print(f"{line}; {decision.reason}")
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    found = {"storage": place, "studies": [summary(r) for r in studies], "tilings": [plain(t) for t in tilings]}
+    print(json.dumps(found, indent=2))

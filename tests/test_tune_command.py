@@ -1,0 +1,254 @@
+"""The tuner's commands on a recording, which needs neither a model nor time: what they print, refuse and keep."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import autotune.cli
+import autotune.tuning
+import ridgepoint
+from autotune.console import clock
+from autotune.effort import Budget
+from autotune.export.targets import TARGETS
+from autotune.replay import Recorded, Recording, Replay, write_recording
+from autotune.results import StudyResult
+from autotune.space import Space, Value, decoding_space
+from autotune.storage import read_studies
+from autotune.tuning import Request
+from hardware.files import UserError
+from runtime.deployment import load_deployment
+from tests.made_up import MadeUp, subject
+
+COARSE: dict[str, tuple[Value, ...]] = {
+    "levels_count": (1,),
+    "denoising_steps": (1, 4),
+    "confidence_threshold": ("none",),
+}
+
+
+def coarse(space: Space) -> Space:
+    """Of the numbers and choices only a few, as a recording has them."""
+    kept = []
+    for parameter in space.parameters:
+        if parameter.kind == "choice" and parameter.name in COARSE:
+            parameter = replace(parameter, choices=COARSE[parameter.name])
+        elif parameter.name == "draft_tokens":
+            parameter = replace(parameter, low=21)
+        elif parameter.name == "mixing_weight":
+            parameter = replace(parameter, step=0.25)
+        if parameter.when and parameter.when[0] == "denoising_steps":
+            parameter = replace(parameter, when=("denoising_steps", 4))
+        if parameter.name.startswith("experts"):
+            parameter = replace(parameter, choices=("lean",))
+        kept.append(parameter)
+    return replace(space, parameters=tuple(kept))
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every setting of a coarse space, two rounds of each."""
+    space = coarse(decoding_space(batch=1, cores=2, engine="lean"))
+    runner, settings = MadeUp(), []
+    for candidate in space.grid():
+        record, outputs = runner.measure(candidate)
+        settings.append(
+            Recorded(
+                params=space.encode(candidate),
+                samples=(1000 / record.seconds[0], runner.sample(candidate)),
+                tokens=1000,
+                forwards=1000,
+                acceptance_histogram=record.acceptance_histogram,
+                experts_per_layer=record.experts_per_layer,
+                **runner.quality(outputs),
+            )
+        )
+    path = tmp_path_factory.mktemp("recording") / "made-up.jsonl"
+    write_recording(path, Recording(subject(space=space), "made up", "", "2026-01-01", tuple(settings)))
+    return path
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs a command in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        words = [str(a) for a in arguments]
+        monkeypatch.setattr(sys, "argv", ["ridgepoint", *words])
+        code = ridgepoint.main(words)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_from_a_recording_to_an_export(command: Any, recording: Path, tmp_path: Path) -> None:
+    """tune, tune on, show, report, export: one JSON document each, from one folder."""
+    tune = ("tune", "--replay", recording, "--effort", "quick", "--out", "run")
+    code, out, err = command(*tune, "--trials", 8, "--json")
+    assert code == 0, err
+    (study,) = json.loads(out)["studies"]
+    assert code == 0 and study["measured"] == 8 and study["subject"]["simulated"] == "replayed from made-up.jsonl"
+    code, out, err = command(*tune, "--trials", 12)
+    assert code == 0 and err == "" and "12 settings on abacus (simulated: replayed from" in out
+    assert "study report run" in out and "export --format native --study run" in out
+    (result,) = read_studies("run")
+    keys = [result.subject.space.key(result.candidate(t)) for t in result.measured]
+    assert len(keys) == 12 == len(set(keys))  # the first eight were not measured again
+
+    code, out, err = command("study", "show", "run", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["studies"][0]["measured"] == 12
+    code, out, err = command("study", "report", "run", "--json", "--out", "report.html")
+    (told,) = json.loads(out)["studies"]
+    assert (code, err) == (0, "") and told["evaluations"] == 12 and told["stages"][0]["entered"] == 12
+    assert "made-up batch=1" in (tmp_path / "report.html").read_text()
+    code, out, err = command("study", "report", "run/study.db")
+    assert (code, err) == (0, "") and "Pareto front" in out and "without the model" in out
+    code, out, err = command("study", "report", "run", "--out", "report.md")
+    assert (code, out, err) == (0, "written: report.md\n", "")
+
+    code, out, err = command("export", "--study", "run", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["paths"] == ["deployment.yaml"]
+    policy = load_deployment(tmp_path / "deployment.yaml")
+    assert policy.command == "ridgepoint export --study run --json"
+    assert policy.rules[0].evidence["simulated"].startswith("replayed")
+    code, out, err = command("export", "--study", "run", "--batch", "2")
+    assert code == 2 and "known: made-up batch=1" in err
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    command: Any, recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    tune = ("tune", "--replay", recording, "--trials", 8, "--rounds", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(Replay, "measure", interrupt)
+        code, out, err = command(*tune)
+    assert code == 130, err
+    assert (code, out) == (130, "") and "runs/tune/study.db; the same command continues" in err
+    code, out, _ = command(*tune, "--json")
+    assert code == 0 and json.loads(out)["studies"][0]["measured"] == 8
+
+
+def test_the_formats_are_listed(command: Any) -> None:
+    code, out, _ = command("export", "--list", "--json")
+    assert code == 0 and {f["name"] for f in json.loads(out)["formats"]} == set(TARGETS)
+    code, out, _ = command("export", "--list")
+    assert code == 0 and len(out.splitlines()) == len(TARGETS)
+    assert all(t.loads in line for t, line in zip(TARGETS.values(), out.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("tune --effort lazy", ["unknown effort 'lazy'", "quick, standard, thorough"]),
+        ("tune --budget soon", ["90s, 15m, 2h", "'soon'"]),
+        ("tune --what tiles", ["'tiles'", "known: both, decoding, tilings"]),
+        ("tune --what tilings", ["--device cuda"]),
+        ("tune --what both --device cpu", ["--device cuda"]),
+        ("tune --device abacus", ["'abacus'", "cpu, cuda, cuda:N"]),
+        ("tune --context 128,x", ["--context", "128,x"]),
+        ("tune --context 64,64", ["--context", "64,64"]),
+        ("tune --trial-seconds 0", ["trial_seconds > 0"]),
+        ("tune --rounds 2 --replay {}", ["rounds >= 6", "2"]),
+        ("tune --max-divergence -0.1", ["max_divergence >= 0"]),
+        ("tune --replay nowhere.jsonl", ["nowhere.jsonl"]),
+        ("tune --replay {} --replay-pace -1", ["pace >= 0"]),
+        ("tune --replay {} --batch 8", ["--batch", "recording"]),
+        ("tune --replay {} --device cuda", ["--device", "recording"]),
+        ("tune --workers many", ["--workers", "'many'"]),
+        ("tune --workers 2 --replay {}", ["SQLite serves one worker", "postgresql://"]),
+        ("tune --workers 2", ["must not time each other"]),
+        ("study report nowhere", ["nowhere/study.db"]),
+        ("study report nowhere --out report.pdf", ["'.pdf'", "known: .html, .md, .txt"]),
+        ("export", ["--study"]),
+        ("export --format abacus", ["'abacus'", "known: ", "native"]),
+    ],
+)
+def test_bad_input_is_one_line(arguments: str, parts: list[str], command: Any, recording: Path, tmp_path: Path) -> None:
+    """... before anything is probed, started or written."""
+    code, out, err = command(*arguments.format(recording).split())
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert all(part in err for part in parts), err
+    assert not [p for p in tmp_path.rglob("*") if p.suffix not in (".lock", ".db")]
+
+
+def test_every_batch_meets_every_context(recording: Path) -> None:
+    request = Request(effort=autotune.cli.effort("quick"), batches=(1, 8), contexts=(128, 768))
+    assert request.buckets == [(1, 128), (1, 768), (8, 128), (8, 768)]
+    assert replace(request, contexts=()).buckets == [(1, None), (8, None)]
+    assert (request.decoding, request.tilings) == (True, False)
+    on_gpu = replace(request, device="cuda:1")
+    assert (on_gpu.decoding, on_gpu.tilings) == (True, True)
+    assert (replace(on_gpu, what="tilings").decoding, replace(on_gpu, what="decoding").tilings) == (False, False)
+
+
+def test_workers_get_the_command_and_no_password_on_it(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own GPU, the storage by the environment; the parent prints what the study then holds."""
+    ran: list[tuple[Sequence[Sequence[str]], Sequence[Mapping[str, str]]]] = []
+
+    def run_workers(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]]) -> int:
+        ran.append((commands, environments))
+        return 0
+
+    url = "postgresql://tuner:se:cret@host:5432/studies"
+    monkeypatch.setattr("autotune.workers.visible_gpus", lambda: [{"CUDA_VISIBLE_DEVICES": str(n)} for n in range(3)])
+    monkeypatch.setattr("autotune.workers.run_workers", run_workers)
+    monkeypatch.setattr(autotune.cli, "_read", lambda source: ([], []))
+    words = ["tune", "--device", "cuda", "--batch=1,8", "--seed", "3", "--storage", url, "--workers=auto"]
+    code, out, err = command(*words, "--json")
+    assert code == 0 and json.loads(out)["studies"] == [] and "cret" not in out + err
+    ((commands, environments),) = ran
+    assert len(commands) == 3 and len(set(map(tuple, commands))) == 1
+    assert commands[0][2:] == ["tune", "--device", "cuda", "--batch=1,8", "--seed", "3", "--json", "--workers", "1"]
+    assert Path(commands[0][1]).name == "ridgepoint.py" and Path(commands[0][1]).is_file()
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["0", "1", "2"]
+    assert {e["RIDGEPOINT_STORAGE"] for e in environments} == {url}
+
+
+@pytest.mark.parametrize("code", [130, 2])
+def test_the_worst_exit_code_of_the_workers_is_the_commands(
+    code: int, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autotune.workers.visible_gpus", lambda: [{}, {}])
+    monkeypatch.setattr("autotune.workers.run_workers", lambda commands, environments: code)
+    monkeypatch.setattr(autotune.cli, "_read", lambda source: ([], []))
+    words = ("tune", "--device", "cuda", "--storage", "postgresql://host/studies", "--workers", "2")
+    found, _, err = command(*words)
+    assert found == code and ("the same command continues" in err) == (code == 130)
+
+
+def test_the_budget_is_shared_over_the_buckets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each bucket gets its fair share of what is left, and no more than its effort says."""
+    now, given = 0.0, list[float | None]()
+
+    def decoded(request: Request, url: str, batch: int, context: int | None, seconds: float, *_: Any) -> StudyResult:
+        nonlocal now
+        given.append(seconds)
+        now += 10.0 if batch == 1 else seconds
+        return None  # type: ignore[return-value]
+
+    monkeypatch.setattr(autotune.tuning, "_decoded", decoded)
+    monkeypatch.setattr(autotune.tuning, "profile_of", lambda *_: None)
+    request = Request(effort=autotune.cli.effort("quick").with_options(seconds=70.0), batches=(1, 2, 4))
+    budget = Budget(150.0, clock=lambda: now)
+    autotune.tuning.run(request, "sqlite://", tmp_path, None, budget, "")  # type: ignore[arg-type]
+    assert given == [50.0, 70.0, 70.0]  # 150 / 3; 140 / 2; what is left, and at most 70
+    assert budget.left_seconds == 0
+
+
+def test_times_are_shown_as_a_clock_does() -> None:
+    assert [clock(s) for s in (0.4, 61, 3599.6, 3723)] == ["0:00", "1:01", "1:00:00", "1:02:03"]
+
+
+def test_a_request_is_checked_before_it_is_run() -> None:
+    with pytest.raises(UserError, match="names a profile for the predictions"):
+        Request(effort=autotune.cli.effort("quick"), engine="lean")
