@@ -34,7 +34,7 @@ class Suggests(Protocol):
 
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...
 
-    def suggest_int(self, name: str, low: int, high: int) -> int: ...
+    def suggest_int(self, name: str, low: int, high: int, *, step: int) -> int: ...
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float) -> float: ...
 
@@ -61,6 +61,11 @@ class Parameter:
         else:
             require(self.low <= self.high, f"low <= high must hold for {self.name}, but got {self.low} and {self.high}")
             require(self.step > 0, f"step > 0 must hold for {self.name}, but got {self.step}")
+            steps = (self.high - self.low) / self.step
+            require(
+                abs(steps - round(steps)) < 1e-6,
+                f"{self.name} must reach high = {self.high} from low = {self.low} in steps of {self.step}",
+            )
 
     def values(self) -> tuple[Value, ...]:
         """Every value, in order."""
@@ -74,8 +79,25 @@ class Parameter:
         if self.kind == "choice":
             return trial.suggest_categorical(self.name, list(self.choices))  # type: ignore[no-any-return]
         if self.kind == "integer":
-            return trial.suggest_int(self.name, int(self.low), int(self.high))
+            return trial.suggest_int(self.name, int(self.low), int(self.high), step=int(self.step))
         return self._number(trial.suggest_float(self.name, self.low, self.high, step=self.step))
+
+    def describe(self) -> dict[str, str]:
+        """A row for people: name, kind, values, condition, meaning."""
+        values = self.values()
+        if self.kind == "choice":
+            shown = ", ".join(map(_word, values))
+        else:
+            shown = f"{_word(values[0])} to {_word(values[-1])}"
+            shown += f" in steps of {self.step:g}" if self.step != 1 else ""
+        condition = "" if self.when is None else f"{self.when[0]} is {' or '.join(map(_word, self.when[1:]))}"
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "values": shown,
+            "condition": condition,
+            "meaning": self.meaning,
+        }
 
     def _number(self, value: float) -> Value:
         """Free of the rounding that steps accumulate, so that equal settings are equal."""
@@ -105,6 +127,14 @@ class Space:
             require(parameter.name not in names, f"parameter {parameter.name} is given twice")
             names.add(parameter.name)
 
+    def describe(self) -> list[dict[str, str]]:
+        """A row per parameter: name, kind, values, condition, meaning."""
+        return [parameter.describe() for parameter in self.parameters]
+
+    def size(self) -> int:
+        """How many distinct settings it holds."""
+        return len(self.grid())
+
     def suggest(self, trial: Suggests) -> Candidate:
         """Draw a candidate."""
         params: dict[str, Value] = {}
@@ -131,10 +161,10 @@ class Space:
         decoding = DecodingConfig(given["sampler"], **chosen)
         mode = given["experts_block" if decoding.drafts else "experts_single"]
         if mode in ENGINES:
-            return Candidate(decoding, KernelConfig(threads=given["threads"], engine=mode))
+            return Candidate(decoding, KernelConfig(threads=given.get("threads"), engine=mode))
         tokens = self.batch * decoding.slots
         prefill = KernelConfig().experts[_ANY_TOKENS]
-        return Candidate(decoding, KernelConfig({tokens: mode, _ANY_TOKENS: prefill}, given["threads"]))
+        return Candidate(decoding, KernelConfig({tokens: mode, _ANY_TOKENS: prefill}, given.get("threads")))
 
     def levels(self, count: Value, draft_tokens: int) -> tuple[int, ...] | None:
         """The proposal levels that a `levels_count` stands for; None: all of them, as also for a count beyond K.
@@ -220,6 +250,10 @@ def shortened(histogram: Sequence[float], draft_tokens: int) -> list[float]:
     return [*kept, *[0.0] * (draft_tokens - len(kept)), sum(counts[draft_tokens:])]
 
 
+def _word(value: Value) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
 def _active(parameter: Parameter, params: Mapping[str, Value]) -> bool:
     if parameter.when is None:
         return True
@@ -230,14 +264,16 @@ def _active(parameter: Parameter, params: Mapping[str, Value]) -> bool:
 def decoding_space(
     *,
     batch: int,
-    cores: int,
+    cores: int | None,
     drafts: bool = True,
     lossless: bool = False,
     histogram: Sequence[float] = (),
     engine: Engine = "eager",
 ) -> Space:
-    """What can be set on a CPU. drafts: whether the model can draft; lossless: only what gives the model's own tokens.
+    """What can be set. drafts: whether the model can draft; lossless: only what gives the model's own tokens.
 
+    cores: of a CPU; None: a GPU, which has no threads to set. One space serves every effort: a longer search goes on
+    in the study of a shorter one.
     histogram: see `Space`. How the experts run is the CPU's counterpart of a kernel's tiling; it is set for the most
     tokens that the sampler sends at once. Prefill keeps its default. Denoising is verified with w = 1, or not at all.
     engine: the device's default one; unless it is eager, it is a choice beside the modes of the eager one.
@@ -254,8 +290,9 @@ def decoding_space(
             modes,
             when=("sampler", "autoregressive"),
         ),
-        Parameter("threads", "integer", "threads of a matmul", low=1, high=cores),
     ]
+    if cores is not None:
+        parameters.append(Parameter("threads", "integer", "threads of a matmul", low=1, high=cores))
     return Space(batch, (*parameters, *(_drafting(samplers[1:], modes, lossless) if drafts else ())), tuple(histogram))
 
 
@@ -294,9 +331,15 @@ def _drafting(samplers: tuple[str, ...], modes: tuple[Value, ...], lossless: boo
     return found
 
 
-def default_candidate(space: Space, threads: int) -> Candidate:
-    """What runs untuned: autoregressive decoding, the device's engine, the kernels' default, the process's threads."""
+def default_candidate(space: Space, threads: int | None) -> Candidate:
+    """What runs untuned: autoregressive decoding, the device's engine, the kernels' default, the process's threads.
+
+    threads: not looked at where the space has none.
+    """
     (choice,) = (p for p in space.parameters if p.name == "experts_single")
     engines = [value for value in choice.choices if value in ENGINES]
     mode = engines[0] if engines else KernelConfig().expert_mode(space.batch)
-    return space.candidate({"sampler": "autoregressive", "experts_single": mode, "threads": threads})
+    params: dict[str, Value] = {"sampler": "autoregressive", "experts_single": mode}
+    if threads is not None and any(p.name == "threads" for p in space.parameters):
+        params["threads"] = threads
+    return space.candidate(params)

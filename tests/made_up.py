@@ -12,7 +12,7 @@ from typing import Any
 from autotune.objective import Outputs
 from autotune.results import StudyResult, Subject
 from autotune.seeding import Acceptance, Prediction
-from autotune.space import Candidate, decoding_space, default_candidate
+from autotune.space import Candidate, Parameter, Space, decoding_space, default_candidate
 from autotune.storage import storage_url
 from autotune.study import tune
 from perfmodel.acceptance import histogram_from_rates, judged, tokens_per_step
@@ -124,6 +124,22 @@ def blind(candidate: Candidate, acceptance: Acceptance | None) -> Prediction | N
 def subject(*, batch: int = 1, **changes: Any) -> Subject:
     base = Subject("made-up", "0", DEVICE, Workload(batch), "prompts", decoding_space(batch=batch, cores=2))
     return replace(base, **changes)
+
+
+def small_space(*, batch: int = 1, lossless: bool = True) -> Space:
+    """A space that is searched fast: four numbers of drafts, two expert modes."""
+    space = decoding_space(batch=batch, cores=2, lossless=lossless)
+
+    def fewer(parameter: Parameter) -> Parameter:
+        if parameter.name == "draft_tokens":
+            return replace(parameter, low=3, high=24, step=7)
+        if parameter.name == "mixing_weight":
+            return replace(parameter, step=0.25)
+        if parameter.name in ("experts_single", "experts_block"):
+            return replace(parameter, choices=("loop", "gather"))
+        return parameter
+
+    return replace(space, parameters=tuple(map(fewer, space.parameters)))
 
 
 def run(folder: Path, runner: MadeUp, about: Subject | None = None, **options: Any) -> StudyResult:
