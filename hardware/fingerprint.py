@@ -43,6 +43,11 @@ def fingerprint_key(found: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of what decides timings and differs between two fingerprints."""
+    return [key for key in _TIMING_KEYS if one.get(key) != other.get(key)]
+
+
 def git_commit(path: str | os.PathLike[str]) -> str:
     """The commit checked out at `path`, with "-dirty" where tracked files were changed; "unknown" outside git."""
     try:

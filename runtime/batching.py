@@ -81,12 +81,16 @@ class Batcher:
         batch: int,
         context: int,
         trace: list[TraceStep] | None = None,
+        ignore_mismatch: bool = False,
     ) -> None:
-        """context: the most tokens a request can have, new ones included. trace: filled with every step's logits."""
+        """context: the most tokens a request can have, new ones included. trace: filled with every step's logits.
+
+        ignore_mismatch: follow a deployment of another model or device, too (see `policy.rules_of`).
+        """
         require(batch >= 1, f"batch >= 1 must hold, but got {batch}")
         self.model, self.batch, self.trace = model, batch, trace
         self.context = min(context, model.config.max_position_embeddings)
-        self.rules = rules_of(model, decoding)
+        self.rules = rules_of(model, decoding, ignore_mismatch=ignore_mismatch)
         self.counters: dict[str, ForwardCounter] = {}
         self.prefill_seconds = self.decode_seconds = 0.0
         self.full_tokens, self.full_seconds = 0, 0.0  # of the steps with a sequence in every slot

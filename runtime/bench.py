@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hardware.files import known
-from hardware.fingerprint import fingerprint, git_commit
+from hardware.fingerprint import git_commit
 from runtime.batching import PREFILL_TOKENS
 from runtime.cache import Cache
 from runtime.checkpoint import model_hash
@@ -30,7 +30,7 @@ from runtime.graphs import captured
 from runtime.layout import Layout, causal, draft, single_forward
 from runtime.measurement import ForwardKind, Kind, Measurement
 from runtime.model.zaya import Zaya
-from runtime.policy import using
+from runtime.policy import device_of, using
 from runtime.statistics import paired_ratio as paired_ratio  # here for those who interleave
 from runtime.tokenizer import BOS, EOS, VOCABULARY
 
@@ -52,12 +52,7 @@ class Identity:
 
 def identify(model: Zaya, name: str, command: str, *, simulated: str | None = None) -> Identity:
     """The identity of this model on this machine. simulated: what is not real, for example "random weights"."""
-    weight = model.model.embed_tokens.weight
-    gpu = torch.cuda.get_device_name(weight.device) if weight.is_cuda else None
-    found = fingerprint(gpu)
-    if not weight.is_cuda:
-        found["device"] = found["cpu"]  # the machine may have a GPU that this model does not use
-    return Identity(name, model_hash(model), command, found, git_commit(Path(__file__)), simulated)
+    return Identity(name, model_hash(model), command, device_of(model), git_commit(Path(__file__)), simulated)
 
 
 @dataclass(frozen=True)

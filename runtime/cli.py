@@ -246,6 +246,9 @@ def generate(
     deployment: Annotated[
         Path | None, typer.Option(help="A tuned deployment.yaml instead of the options below.")
     ] = None,
+    ignore_mismatch: Annotated[
+        bool, typer.Option("--ignore-mismatch", help="Follow a deployment of another model, device or software, too.")
+    ] = False,
     sampler: SamplerName = None,
     draft_tokens: DraftTokens = None,
     mixing_weight: Mixing = None,
@@ -307,6 +310,7 @@ def generate(
         seed=seed,
         stop_tokens=stop_token,
         batch=batch,
+        ignore_mismatch=ignore_mismatch,
         on_tokens=_Stream(tokenizer.decode, len(texts)) if stream else None,
     )
     written = [tokenizer.decode(tokens) for tokens in result.tokens]

@@ -55,18 +55,26 @@ class Deployment:
         require(len(self.rules) >= 1, "rules must have at least one entry")
 
     def rule_for(self, batch: int, context: int) -> Rule:
-        """The first rule that holds this batch and context; the last one when none does."""
+        """The first rule that holds this batch and context; beyond the largest, the largest."""
         return rule_for(self.rules, batch, context)
 
 
 def rule_for(rules: Sequence[Rule], batch: int, context: int) -> Rule:
-    """The first rule that holds this batch and context; the last one when none does."""
-    for rule in rules:
-        if (rule.max_batch is None or batch <= rule.max_batch) and (
-            rule.max_context is None or context <= rule.max_context
-        ):
-            return rule
-    return rules[-1]
+    """The first rule that holds this batch and context.
+
+    A batch beyond all rules counts as the largest that one holds; then the same for the context, of those that hold the
+    batch. So the largest tuned bucket serves what is larger.
+    """
+    batch = _within(batch, [rule.max_batch for rule in rules])
+    fitting = [rule for rule in rules if rule.max_batch is None or batch <= rule.max_batch]
+    context = _within(context, [rule.max_context for rule in fitting])
+    return next(rule for rule in fitting if rule.max_context is None or context <= rule.max_context)
+
+
+def _within(value: int, bounds: Sequence[int | None]) -> int:
+    """The value, or the largest bound where all are smaller (None: none is)."""
+    known = [bound for bound in bounds if bound is not None]
+    return min(value, max(known)) if len(known) == len(bounds) else value
 
 
 def save_deployment(deployment: Deployment, path: str | os.PathLike[str]) -> Path:

@@ -82,6 +82,7 @@ def generate(
     seed: int = 0,
     stop_tokens: Sequence[int] | None = None,
     batch: int | None = None,
+    ignore_mismatch: bool = False,
     on_tokens: OnTokens | None = None,
     trace: list[TraceStep] | None = None,
 ) -> GenerationResult:
@@ -92,6 +93,7 @@ def generate(
     stop_tokens: end a sequence; by default the model's end-of-sequence tokens.
     batch: slots. None, or as many as prompts: a closed batch, which drains as sequences finish. Fewer: continuous
         batching, a finished sequence's slot goes to the next prompt.
+    ignore_mismatch: follow a deployment of another model or device, too.
     on_tokens: called with a prompt's index, its new tokens and why it ended (or None), as soon as they exist.
     trace: filled with every step's logits.
 
@@ -111,7 +113,7 @@ def generate(
     reasons: list[FinishReason] = ["length"] * len(prompts)
     steps, histogram = [0] * len(prompts), Counter[int]()
     with using(model):
-        batcher = Batcher(model, decoding, batch=slots, context=context, trace=trace)
+        batcher = Batcher(model, decoding, batch=slots, context=context, trace=trace, ignore_mismatch=ignore_mismatch)
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             batcher.submit(Request(prompt, limit, (seed, index), stops))
         while batcher.active or batcher.waiting:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from hardware.files import UserError
+from hardware.fingerprint import differing, fingerprint, fingerprint_key
 from runtime.checkpoint import model_hash
 from runtime.config import DecodingConfig, KernelConfig, replace
 from runtime.deployment import Deployment, Rule, load_deployment
@@ -19,25 +20,47 @@ from runtime.model.zaya import Zaya
 Settings: TypeAlias = DecodingConfig | Deployment | str | os.PathLike[str]
 
 
-def rules_of(model: Zaya, decoding: Settings) -> tuple[Rule, ...]:
+def rules_of(model: Zaya, decoding: Settings, *, ignore_mismatch: bool = False) -> tuple[Rule, ...]:
     """The rules to follow, with the threads that each will use. decoding: settings, a deployment, or its path.
 
     Fixed settings are one rule that holds everywhere, with the model's present kernels. UserError when a deployment
-    was tuned for another model.
+    was tuned for another model, or on another device or software, unless `ignore_mismatch`. One without a fingerprint
+    (written by hand) was tuned nowhere and holds on any device.
     """
     threads = torch.get_num_threads()
     if isinstance(decoding, DecodingConfig):
         return (Rule(decoding, replace(model.kernels, threads=threads)),)
     deployment = decoding if isinstance(decoding, Deployment) else load_deployment(decoding)
-    found = model_hash(model)
-    if deployment.model_hash != found:
-        raise UserError(
-            f"this deployment was tuned for {deployment.model} ({deployment.model_hash}), but the model is {found}"
-        )
+    reason = None if ignore_mismatch else _mismatch(model, deployment)
+    if reason is not None:
+        raise UserError(f"this deployment was {reason}: --ignore-mismatch (ignore_mismatch=True) runs it in any case")
     return tuple(
         replace(rule, kernels=replace(rule.kernels, threads=rule.kernels.threads or threads))
         for rule in deployment.rules
     )
+
+
+def device_of(model: Zaya) -> dict[str, Any]:
+    """The fingerprint of where a model runs."""
+    weight = model.model.embed_tokens.weight
+    gpu = torch.cuda.get_device_name(weight.device) if weight.is_cuda else None
+    found = fingerprint(gpu)
+    if not weight.is_cuda:
+        found["device"] = found["cpu"]  # the machine may have a GPU that this model does not use
+    return found
+
+
+def _mismatch(model: Zaya, deployment: Deployment) -> str | None:
+    found, tuned = model_hash(model), deployment.fingerprint
+    if deployment.model_hash != found:
+        return f"tuned for {deployment.model} ({deployment.model_hash}), but the model is {found}"
+    if not tuned:
+        return None
+    here = device_of(model)
+    if fingerprint_key(tuned) == fingerprint_key(here):
+        return None
+    differ = [f"{name} {tuned.get(name)}, but here it is {here.get(name)}" for name in differing(tuned, here)]
+    return f"tuned on {'; '.join(differ)}"
 
 
 @contextmanager

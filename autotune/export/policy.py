@@ -70,6 +70,8 @@ class Policy:
 
     def select(self, batch: int | None = None, context: int | None = None) -> Policy:
         """Only the buckets of this batch or context, for engines that take one setting. UserError names those there."""
+        if batch is None and context is None:
+            return self
         chosen = replace(
             self,
             studies=[s for s in self.studies if _asked(s.subject.workload.batch, s.subject.context, batch, context)],
