@@ -242,7 +242,7 @@ def export(
         raise UserError("export needs --study, the folder, file or URL of a tuning run")
     studies, tilings = _read(study)
     policy = Policy(studies, tilings, _command()).select(batch, context)
-    paths = write(target, policy, out or Path(f"{target}.yaml" if target != "native" else "deployment.yaml"))
+    paths = write(target, policy, out or Path(TARGETS[target].out))
     if as_json:
         found = {"path": str(paths[0]), "paths": [str(p) for p in paths], "format": target, "studies": policy.names}
         return print(json.dumps(found, indent=2))
@@ -266,10 +266,12 @@ def _list_formats(as_json: bool) -> None:
 
 
 def _read(source: str) -> tuple[list[StudyResult], list[TilingResult]]:
-    """Everything that is there."""
+    """Everything that is there; UserError when it is nothing."""
     from autotune.storage import read_studies
+    from autotune.tiling_study import read_tilings
 
-    return read_studies(source), []
+    tilings = read_tilings(source)
+    return read_studies(source, least=0 if tilings else 1), tilings
 
 
 def _run_workers(places: Sequence[Mapping[str, str]], url: str) -> int:
