@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from autotune.objective import DECODING_STAGES
 from autotune.results import StudyResult, TrialRecord, spearman
 from hardware.files import plain
 
 if TYPE_CHECKING:
     from autotune.tiling_results import TilingResult
 
-STAGES = ("feasibility", "numerics", "micro_benchmark", "decode", "quality")
 LEAST_FOR_IMPORTANCES = 10  # settings
 _TOP_SHARE, _TOP_COUNT = 0.1, 5  # PED-ANOVA asks what the top tenth has in common, and wants at least 5 settings there
 SEEDED = "seed"  # the source of a trial that the model chose
@@ -204,7 +204,7 @@ def _score(stage: str, quantity: str, pairs: Sequence[tuple[float | None, float 
 
 def _stages(measured: Sequence[TrialRecord]) -> tuple[StageCount, ...]:
     found, left = [], len(measured)
-    for stage in STAGES:
+    for stage in DECODING_STAGES:
         ended = Counter(str(t.outcome) for t in measured if t.stage == stage)
         found.append(StageCount(stage, left, dict(sorted(ended.items()))))
         left -= sum(ended.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import statistics
 import time
 import warnings
 import zlib
@@ -75,6 +76,8 @@ def tune(
 ) -> StudyResult:
     """Search until the study holds `trials` distinct settings, or for `seconds`, and the default in any case; decide.
 
+    Of the seconds as many are kept back as the decision will take.
+
     The same call goes on where an earlier one was stopped; trials that were lost with it go on after the last stage
     that they had stored. Off SQLite any number of workers may make the same call: a setting is measured by one of them,
     each waits for what the others still measure, and one decides.
@@ -93,7 +96,7 @@ def tune(
         claims = Claims(url)
         try:
             found = _Worker(url, subject, runner, claims, default=default, predict=predict, seed=seed, name=worker)
-            found.search(sampler, seed, trials, end, max_divergence, on_trial)
+            found.search(sampler, seed, trials, end, rounds, max_divergence, on_trial)
             return found.decide(max_divergence, rounds, command, on_compare)
         finally:
             claims.close()
@@ -156,6 +159,7 @@ class _Worker:
         seed: int,
         trials: int,
         end: float | None,
+        rounds: int,
         max_divergence: float,
         on_trial: OnTrial | None,
     ) -> None:
@@ -168,7 +172,8 @@ class _Worker:
             retry_lost(self.study, running=False)
             result = self.result()
             running, waiting = self._count(TrialState.RUNNING), self._count(TrialState.WAITING)
-            wanted = len(result.measured) + running < trials and (end is None or time.monotonic() < end)
+            time_left = end is None or time.monotonic() + self._deciding_seconds(result, rounds) < end
+            wanted = len(result.measured) + running < trials and time_left
             missing = not running and not result.find(self.default)  # without the default nothing can be decided
             if missing and not waiting:
                 raise UserError("the default setting was lost twice with its process, so nothing can be compared")
@@ -184,6 +189,15 @@ class _Worker:
                 self._wait(self.study)
             else:
                 return
+
+    def _deciding_seconds(self, result: StudyResult, rounds: int) -> float:
+        """What the final comparison will take at most: passes of the default, and as many of what is faster."""
+        base = result.find(self.default)
+        if base is None or not base.seconds:
+            return 0.0
+        passed = statistics.median(base.seconds)
+        # A replay's passes take less than was recorded of them: never longer than the whole trial did.
+        return 2 * rounds * (passed if base.spent_seconds is None else min(passed, base.spent_seconds))
 
     def _queue(self, candidate: Candidate, source: str) -> None:
         self.study.enqueue_trial(self.space.encode(candidate), {"queued": {"source": source}}, skip_if_exists=True)

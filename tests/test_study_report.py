@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 
 from autotune.effort import EFFORTS, Budget, duration_seconds, earlier, effort
-from autotune.objective import Comparison, Outcome
+from autotune.objective import DECODING_STAGES, Comparison, Outcome, Outputs
 from autotune.render import FORMATS, Section, as_html, as_markdown, as_text, sections, sparkline, write
-from autotune.report import STAGES, info, study_report
+from autotune.report import info, study_report
 from autotune.results import Decision, StudyResult, Subject, TrialRecord
-from autotune.space import Value, decoding_space
+from autotune.space import Candidate, Value, decoding_space
 from hardware.files import UserError
 from runtime.config import Workload
+from runtime.measurement import Measurement
+from tests.made_up import MadeUp, run
 
 SUBJECT = Subject("made-up", "0", {"device": "abacus"}, Workload(1), "prompts", decoding_space(batch=1, cores=2))
 
@@ -106,7 +108,7 @@ def test_outcomes_are_counted_where_they_came() -> None:
             trial(6, outcome=None, stage="decode"),  # still running
         )
     )
-    assert [s.stage for s in found.stages] == list(STAGES)
+    assert [s.stage for s in found.stages] == list(DECODING_STAGES)
     assert [s.entered for s in found.stages] == [5, 4, 2, 2, 1]
     assert [s.ended for s in found.stages] == [
         {"infeasible": 1},
@@ -276,3 +278,34 @@ def test_a_budget_is_shared_over_what_is_left_to_do() -> None:
     assert budget.left_seconds == 0 and (budget.share(1) or 0) > 0  # a last bucket can still decide
     assert Budget(None).share(2) is None is Budget(None).left_seconds
     assert earlier(None, 5.0, 3.0) == 3.0 and earlier(None, None) is None
+
+
+class Slow(MadeUp):
+    """On a clock of its own, which measuring alone moves on."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
+        record, outputs = super().measure(candidate)
+        self.now += sum(record.seconds)
+        return record, outputs
+
+    def pair(self, default: Candidate, candidate: Candidate) -> tuple[float, float]:
+        found = super().pair(default, candidate)
+        self.now += sum(1000 / speed for speed in found)
+        return found
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(60.0, 1, 1), (200.0, 2, 10), (1000.0, 12, 12)])
+def test_the_decision_fits_into_the_time(
+    seconds: float, least: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass of the default takes 9 made-up seconds: 8 rounds of two settings keep back almost 150 of them."""
+    runner = Slow()
+    monkeypatch.setattr("autotune.study.time", runner)
+    found = run(tmp_path, runner, seconds=seconds, rounds=8)
+    assert found.decision and least <= len(found.measured) <= most
+    assert runner.now <= seconds
