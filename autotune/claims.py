@@ -8,12 +8,11 @@ from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, ins
 from sqlalchemy.exc import IntegrityError
 
 from autotune.patience import Patience
-from autotune.storage import connect, creating, database_errors, shown
+from autotune.storage import CLAIMS, connect, creating, database_errors, has_studies, shown
 
-TABLE = "ridgepoint_claims"
 _LONGEST_KEY = 500  # characters: an index holds no more than about 2,700 bytes
 _claims = Table(
-    TABLE,
+    CLAIMS,
     MetaData(),
     Column("study", String(512), primary_key=True),
     Column("key", String(_LONGEST_KEY), primary_key=True),
@@ -32,7 +31,8 @@ class Claims:
             self._patience.run(self._create)
 
     def _create(self) -> None:
-        if not inspect(self._engine).has_table(TABLE):
+        has_studies(self._engine, self._url)
+        if not inspect(self._engine).has_table(CLAIMS):
             with creating(self._engine):
                 _claims.create(self._engine, checkfirst=True)
 

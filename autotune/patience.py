@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from hardware.files import UserError
 
@@ -76,7 +76,7 @@ def passing(error: BaseException) -> str | None:
         state = getattr(cause.orig, "sqlstate", "")  # None: there was no connection that could have told one
         text = str(cause.orig).partition("\n")[0]
         if state is None:
-            lasts = any(word in text for word in _LASTING)
+            lasts = not isinstance(cause, OperationalError) or any(word in text for word in _LASTING)
         else:
             lasts = not cause.connection_invalidated and not state.startswith(_PASSING)
         return None if lasts else text

@@ -19,11 +19,12 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import BaseModel
-from optuna.trial import TrialState
 from sqlalchemy import Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from autotune.lost import retry, unmasked
+from autotune.lost import retry_lost as retry_lost  # for those who look for it here
 from autotune.patience import Patience
 from autotune.results import Decision, StudyResult, Subject, TrialRecord
 from hardware.files import UserError, build
@@ -31,6 +32,7 @@ from hardware.files import UserError, build
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # its log is neither our result nor our progress
 logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # tracebacks of connections that a restart has cut
 STUDY_FILE = "study.db"
+CLAIMS = "ridgepoint_claims"  # the table of `autotune.claims`, beside Optuna's
 HEARTBEAT = "RIDGEPOINT_HEARTBEAT_SECONDS"
 HEARTBEAT_SECONDS = 10
 GRACE_HEARTBEATS = 4  # a trial that was not heard of for so many is lost
@@ -94,7 +96,8 @@ def _driven(url: str) -> URL:
 def database_errors(url: str) -> Iterator[None]:
     """Turn what a database can do wrong (not there, corrupt, full, no driver) into a UserError of one line."""
     try:
-        yield
+        with unmasked():
+            yield
     except ArgumentError as error:
         raise UserError(
             "a storage must be a URL such as sqlite:///FILE or postgresql://HOST/DATABASE, but could not be read as one"
@@ -274,7 +277,7 @@ def _open(url: str, patience: Patience, *, create: bool) -> RDBStorage:
     engine = connect(url)
     try:
         with creating(engine):
-            complete = _has_studies(engine, url)
+            complete = has_studies(engine, url)
             if not complete and not create:
                 raise UserError(f"{shown(url)} holds no study of `ridgepoint tune`")
             if path:
@@ -286,7 +289,7 @@ def _open(url: str, patience: Patience, *, create: bool) -> RDBStorage:
         engine.dispose()
 
 
-def _has_studies(engine: Engine, url: str) -> bool:
+def has_studies(engine: Engine, url: str) -> bool:
     """Whether a whole study storage is there; False for none, or a part of one. UserError for anything else."""
     with engine.connect() as connection:
         tables = set(inspect(connection).get_table_names())
@@ -295,42 +298,13 @@ def _has_studies(engine: Engine, url: str) -> bool:
             if found != "ok":
                 raise UserError(f"cannot use the study storage {shown(url)}: it is damaged: {found}")
     complete = {"studies", "trials", "version_info", "alembic_version"} <= tables
-    foreign = sorted(tables - {*BaseModel.metadata.tables, "alembic_version"})
+    foreign = sorted(tables - {*BaseModel.metadata.tables, "alembic_version", CLAIMS})
     if foreign and not complete:
         raise UserError(
             f"a storage must be an empty database or hold studies, but {shown(url)} holds another program's tables "
             f"({', '.join(foreign[:3])})"
         )
     return complete
-
-
-# --- lost trials
-
-
-def retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    """Queue a failed trial again: once when its worker was lost (what fails twice is not bad luck), always when it
-    was interrupted. The new trial's "queued" names it as `retry_of`.
-
-    Two workers may both do so: of the two trials only one can take over the lost one's claim.
-    """
-    how = trial.user_attrs.get("queued", {})
-    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-    losses = how.get("losses", 0) + ("interrupted" not in trial.user_attrs)
-    if params and losses <= 1 and "taken_by" not in trial.user_attrs:
-        study.enqueue_trial(params, {"queued": {**how, "retry_of": trial.number, "losses": losses}})
-
-
-def retry_lost(study: optuna.Study, *, running: bool) -> None:
-    """Queue again what failed and was not queued since. running: also what runs, where no other worker can be."""
-    trials = study.get_trials(deepcopy=False)
-    retried = {t.user_attrs.get("queued", {}).get("retry_of") for t in trials}
-    for trial in trials:
-        if running and trial.state == TrialState.RUNNING:
-            study.tell(trial.number, state=TrialState.FAIL)
-        elif trial.state != TrialState.FAIL:
-            continue
-        if trial.number not in retried:
-            retry(study, trial)
 
 
 # --- studies as plain data
@@ -365,14 +339,14 @@ def read_trial(trial: optuna.trial.FrozenTrial, study_name: str) -> TrialRecord:
     return build(TrialRecord, found, f"study {study_name!r} trial {trial.number}")
 
 
-def read_studies(text: str | Path) -> list[StudyResult]:
-    """Every study of a storage (URL, folder or file), by batch. UserError when it holds none."""
+def read_studies(text: str | Path, *, least: int = 1) -> list[StudyResult]:
+    """Every study of a storage (URL, folder or file), by batch and context. UserError for fewer than `least`."""
     url = storage_url(text)
     with database_errors(url):
         storage = open_storage(url, create=False)
         names = sorted(optuna.get_all_study_names(storage))
         studies = [optuna.load_study(study_name=name, storage=storage) for name in names]
         ours = [read_study(study) for study in studies if "subject" in study.user_attrs]
-    if not ours:
+    if len(ours) < least:
         raise UserError(f"{shown(url)} holds no study of `ridgepoint tune`")
-    return sorted(ours, key=lambda s: (s.subject.model, s.subject.workload.batch))
+    return sorted(ours, key=lambda s: (s.subject.model, s.subject.workload.batch, s.subject.context or 0))

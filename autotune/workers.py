@@ -1,0 +1,128 @@
+"""Several workers of one study on this machine, one per GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+from hardware.files import UserError
+
+_COUNT = "import json, torch; print(json.dumps([torch.cuda.device_count(), torch.version.hip is not None]))"
+
+
+def plan_workers(text: str, url: str, device: str, *, replay: bool) -> list[dict[str, str]]:
+    """What each worker's environment adds to this one's, for `--workers` N or auto.
+
+    auto: one per visible GPU, one on a CPU. UserError for more than may run: on SQLite, or two that would time each
+    other (a replay of recorded measurements times nothing).
+    """
+    from autotune.storage import shown, single_worker
+
+    if text != "auto" and not (text.isdecimal() and int(text) >= 1):
+        raise UserError(f"--workers takes a whole number >= 1 or auto, but got {text!r}")
+    count = None if text == "auto" else int(text)
+    places: list[dict[str, str]] = [{}]
+    if replay:
+        places = [{}] * (count or 1)
+    elif device == "cuda" and text != "1":
+        places = visible_gpus()
+    if count is not None and count > len(places):
+        there = "a CPU has one place for a worker" if device == "cpu" else f"{len(places)} GPUs are visible"
+        raise UserError(f"workers must not time each other: {there}, but --workers is {count}")
+    places = places[:count]
+    if len(places) > 1 and single_worker(url):
+        raise UserError(
+            f"SQLite serves one worker, but --workers {text} means {len(places)}: give --storage postgresql://..., "
+            f"which all share (docs/distributed.md), or --workers 1; the storage is {shown(url)}"
+        )
+    return places
+
+
+def visible_gpus() -> list[dict[str, str]]:
+    """For each GPU that this process may use, the variable that leaves a child only that one. UserError for none."""
+    found = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True)
+    if found.returncode:
+        raise UserError(f"cannot count the GPUs: {(found.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    count, amd = json.loads(found.stdout)
+    if not count:
+        raise UserError("device cuda needs a CUDA or ROCm build of torch and a GPU, but torch sees none")
+    names = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES") if amd else ("CUDA_VISIBLE_DEVICES",)
+    variable = next((name for name in names if os.environ.get(name)), names[0])
+    chosen = os.environ.get(variable)
+    devices = [word.strip() for word in chosen.split(",")] if chosen else [str(i) for i in range(count)]
+    return [{variable: device} for device in devices[:count]]
+
+
+def run_workers(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]]) -> int:
+    """Run the commands side by side until all have ended; the worst exit code (128 + signal for a killed one).
+
+    Ctrl-C and a termination are passed on, once each. A worker that fails does not end the others. Their results are
+    the study's: what they print on stdout is dropped; stderr is passed on with the worker's number before each line.
+    A command line can be read by every user of the machine: a password belongs into the environment.
+    """
+    workers: list[subprocess.Popen[str]] = []
+    readers = []
+    with _terminated_as_interrupted():
+        try:
+            for number, (command, environment) in enumerate(zip(commands, environments, strict=True), start=1):
+                worker = subprocess.Popen(
+                    command,
+                    env={**os.environ, **environment},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    process_group=0,  # a terminal's Ctrl-C reaches this process alone, which passes it on
+                )
+                workers.append(worker)
+                readers.append(threading.Thread(target=_pass_on, args=(worker.stderr, f"[{number}] "), daemon=True))
+                readers[-1].start()
+        except KeyboardInterrupt:
+            _interrupt(workers)
+        for number, worker in enumerate(workers, start=1):
+            while worker.returncode is None:
+                try:
+                    worker.wait()
+                except KeyboardInterrupt:
+                    _interrupt(workers)
+            if worker.returncode:
+                print(f"[{number}] ended with {_code(worker.returncode)}", file=sys.stderr)
+    for reader in readers:
+        reader.join()
+    return max((_code(w.returncode) for w in workers), default=0)
+
+
+def _interrupt(workers: Sequence[subprocess.Popen[str]]) -> None:
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)  # does nothing to one that has ended
+
+
+def _code(returncode: int) -> int:
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def _pass_on(stream: IO[str] | None, prefix: str) -> None:
+    assert stream is not None
+    for line in stream:
+        print(f"{prefix}{line.rstrip()}", file=sys.stderr)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that a batch system's end of a job ends the workers in order."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
