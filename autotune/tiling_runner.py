@@ -23,6 +23,7 @@ from runtime.kernels.registry import Kernel
 from runtime.kernels.target import TARGETS
 
 REGISTRY = "runtime.kernels.registry:KERNELS"
+TUNED = ("experts", "attention", "grouped_experts")  # what a step spends its time on; the last for other engines' files
 ROUNDS = 10
 _GRAPHS = 4  # kept: those of a comparison
 # What compilers raise, Triton's and its interpreter's among them, by name: neither need be installed.
@@ -129,6 +130,15 @@ class Described:
     loads: tuple[tuple[int, ...], ...] = field(default=())
 
 
+def usual_decodings(drafts: bool) -> list[DecodingConfig]:
+    """Settings whose forwards are worth a bucket where no study has decided yet: a token each, and usual blocks.
+
+    drafts: whether the model has masks to draft with.
+    """
+    blocks = (DecodingConfig("two_forward", 4), DecodingConfig("two_forward", 8), DecodingConfig("two_forward", 16))
+    return [DecodingConfig(), *(blocks if drafts else ())]
+
+
 def odd_problems(problem: Problem) -> list[Problem]:
     """Others of the same model that the bucket's tiling will serve: fewer tokens, odd counts, lengths and layouts.
 
@@ -150,11 +160,11 @@ class TilingRunner:
     """Checks and times the tilings of one kernel at one bucket. Made in the process that uses the device."""
 
     def __init__(self, work: TilingWork) -> None:
+        import torch
+
         from runtime.kernels.check import require_gpu
 
         if work.device != "cpu":
-            import torch
-
             require_gpu(work.device, "cpu")
             torch.cuda.set_device(torch.device(work.device).index or 0)  # where Triton launches
         self.work, self.kernel, self.problem = work, work.find_kernel(), work.problem

@@ -1,4 +1,4 @@
-"""Made-up kernels that run on a CPU, for tests of the search of tilings: each tiling of `scale` fails in its own way."""
+"""Made-up kernels that run on a CPU, to test the search of tilings: each tiling of `every` fails in its own way."""
 
 from __future__ import annotations
 
