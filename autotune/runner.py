@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -18,7 +18,7 @@ from hardware.fingerprint import memory_bytes
 from runtime.batching import Batcher, Request
 from runtime.bench import Identity, dtype_of
 from runtime.bench_generation import GenerationSample, generation_record, sample_generation
-from runtime.config import DTYPE_BYTES, DecodingConfig, Engine, ModelConfig, Workload, replace, require
+from runtime.config import DTYPE_BYTES, DecodingConfig, Engine, KernelConfig, ModelConfig, Workload, replace, require
 from runtime.conversion.tasks import Problem
 from runtime.engines import obstacle
 from runtime.measurement import Measurement
@@ -49,6 +49,7 @@ class LocalRunner:
     """Decodes all prompts, `batch` at a time; one sample is a pass over all of them, so that samples are equal work.
 
     problems: where the prompts come from, if their answers can be checked. A pass counts decoding, not the prefill.
+    tilings: of the Triton kernels, for settings that bring none of their own.
     What eager forwards and autoregressive decoding gave is kept for later trials.
     """
 
@@ -63,6 +64,7 @@ class LocalRunner:
         repeats: int = 2,
         problems: Sequence[Problem] = (),
         tokenizer: Tokenizer | None = None,
+        tilings: Mapping[str, Mapping[int, Mapping[str, int]]] | None = None,
     ) -> None:
         require(repeats >= 1, f"repeats >= 1 must hold, but got {repeats}")
         require(
@@ -73,7 +75,8 @@ class LocalRunner:
         self._model, self._identity, self._prompts = model, identity, [list(p) for p in prompts]
         self._batch, self._new_tokens, self._repeats = batch, max_new_tokens, repeats
         self._problems, self._tokenizer = list(problems), tokenizer
-        self._engine, self._dtype = model.kernels, dtype_of(model)
+        self._tilings = {name: {m: dict(t) for m, t in of.items()} for name, of in (tilings or {}).items()}
+        self._engine, self._dtype = self._tiled(model.kernels), dtype_of(model)
         self._reference = Reference(model)
         self._single: list[list[int]] = []  # what autoregressive decoding gave
         self._rounding = 0.0
@@ -125,7 +128,8 @@ class LocalRunner:
         prompt = max(map(len, self._prompts))
         context = min(prompt + self._new_tokens // 2, self._model.config.max_position_embeddings - 1)
         try:
-            found = self._reference.compare(*candidate, self._batch, context)
+            kernels = self._tiled(candidate.kernels)
+            found = self._reference.compare(candidate.decoding, kernels, self._batch, context)
         except UserError as error:
             if "compil" in str(error):  # the compiler's words, as `runtime.fused` passes them on
                 raise StageFailure("compile", str(error)) from error
@@ -145,7 +149,7 @@ class LocalRunner:
 
         A confidence threshold ends no block early here, so that the step is the one that is predicted.
         """
-        decoding, kernels = candidate
+        decoding, kernels = candidate.decoding, self._tiled(candidate.kernels)
         if decoding.confidence_threshold is not None:
             decoding = replace(decoding, confidence_threshold=None)
         self._decode_singly()
@@ -184,7 +188,7 @@ class LocalRunner:
             self._prompts,
             candidate.decoding,
             samples,
-            kernels=candidate.kernels,
+            kernels=self._tiled(candidate.kernels),
             batch=self._batch,
             max_new_tokens=self._new_tokens,
         )
@@ -249,10 +253,15 @@ class LocalRunner:
             self._model,
             prompts,
             candidate.decoding,
-            kernels=candidate.kernels,
+            kernels=self._tiled(candidate.kernels),
             batch=self._batch,
             max_new_tokens=self._new_tokens,
         )
+
+    def _tiled(self, kernels: KernelConfig) -> KernelConfig:
+        if kernels.engine != "graphs" or kernels.tilings or not self._tilings:
+            return kernels
+        return KernelConfig(kernels.experts, kernels.threads, kernels.engine, self._tilings)
 
     def _memory_bytes(self) -> int:
         """Of the device, beside the weights where it has its own."""

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from autotune.effort import Budget, Effort, earlier
 from hardware.files import UserError, known
-from runtime.config import ENGINES, require
+from runtime.config import ENGINES, DecodingConfig, require
 from runtime.options import check_device
 
 if TYPE_CHECKING:
     from autotune.console import Shown
+    from autotune.local import Work
     from autotune.results import StudyResult
     from autotune.tiling_results import TilingResult
+    from autotune.tiling_runner import TilingWork
     from hardware.profile import HardwareProfile
 
 What = Literal["decoding", "tilings", "both"]
 WHAT: tuple[What, ...] = ("decoding", "tilings", "both")
 Bucket = tuple[int, int | None]
+STEP_KERNELS = ("experts", "grouped_experts", "attention", "cca", "router")  # what a step spends its time on
+# Tiled like other engines' own kernel, for their files: our forward does not run it.
+FOREIGN_KERNELS = ("grouped_experts",)
+# Whose forwards tilings are tuned for: a token, blocks of few and of many drafts, and drafts for several counts ahead.
+SENDERS = (
+    DecodingConfig(),
+    *(DecodingConfig("two_forward", draft_tokens=k) for k in (4, 8, 16, 24)),
+    DecodingConfig("single_forward", draft_tokens=16, proposal_levels=(0, 8)),
+)
+DEFAULT_CONTEXT = 1024  # cached tokens at which attention is timed, unless a bucket says another
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,8 @@ class Request:
 
     contexts: the most cached tokens of each bucket; empty: one bucket of short prompts, whose rule serves any.
     replay: a recording that is searched instead of a device. hardware, engine: what predictions are made for.
+    routing: of the experts' tilings, as `runtime.route_recording.route_rows` takes it; None: what the model itself
+    chooses, and for random weights uniform, because they choose nothing. kernels: those whose tilings are tuned.
     """
 
     effort: Effort
@@ -45,6 +59,8 @@ class Request:
     engine: str | None = None
     seed: int = 0
     random_weights: bool = False
+    routing: str | None = None
+    kernels: tuple[str, ...] = STEP_KERNELS
     replay: Path | None = None
     replay_pace: float = 0.0
     budget_seconds: float | None = None
@@ -95,59 +111,151 @@ def run(request: Request, url: str, folder: Path, show: Shown, budget: Budget, c
     """Tune every bucket inside the budget. folder: where a probed profile is kept. Errors as `autotune.study.tune`."""
     if request.replay is not None:
         return Found([_replayed(request, url, show, budget, command)])
+    works = [_work(request, batch, context) for batch, context in request.buckets]  # refuses before it probes
     profile = profile_of(request, folder, lambda label, share: show.update("probing", share, label))
-    studies, left = [], len(request.buckets)
-    for batch, context in request.buckets:
-        limit = earlier(request.effort.seconds, budget.share(left))
-        studies.append(_decoded(request, url, batch, context, limit, profile, show, command))
-        left -= 1
-    return Found(studies)
+    tilings: list[TilingResult] = []
+    if request.tilings:
+        part = budget.part(1 + request.decoding)
+        tilings = _tiled(request, url, profile, show, part, command)
+        table = tile_table(tilings)
+        works = [replace(work, tilings=table) for work in works]
+    studies: list[StudyResult] = []
+    for work in works if request.decoding else ():
+        limit = earlier(request.effort.seconds, budget.share(len(works) - len(studies)))
+        studies.append(_decoded(request, url, work, limit, profile, show, command))
+    return Found(studies, tilings)
 
 
-def profile_of(request: Request, folder: Path, progress: Callable[[str, float], None]) -> HardwareProfile:
-    """The profile that predictions are made with: the one asked for, or this machine's, probed once and kept."""
+def tile_table(results: Sequence[TilingResult]) -> dict[str, dict[int, dict[str, int]]]:
+    """What was decided for the kernels of our forward, by tokens, as a `KernelConfig` takes it.
+
+    Of a kernel where the default stays everywhere nothing is said. Elsewhere it is: without, the next larger bucket's
+    tiling would serve there.
+    """
+    table: dict[str, dict[int, dict[str, int]]] = {}
+    changed = set()
+    for result in results:
+        kernel, decision = result.subject.kernel, result.decision
+        if decision is not None and kernel not in FOREIGN_KERNELS:
+            table.setdefault(kernel, {})[result.subject.tokens] = decision.tiling
+            changed |= set() if decision.kept_default else {kernel}
+    return {kernel: found for kernel, found in table.items() if kernel in changed}
+
+
+def tiling_works(request: Request) -> list[TilingWork]:
+    """Every kernel at every token count that samplers send at these batches."""
+    from autotune.local import config_file
+    from autotune.tiling_runner import buckets, works_of
+    from runtime.config import model_config_from_json
+
+    config = model_config_from_json(config_file(request.model, built_in=request.random_weights))
+    senders = SENDERS if config.mask_token_id is not None or request.random_weights else SENDERS[:1]
+    return works_of(
+        request.kernels,
+        Path(request.model).name,
+        config,
+        buckets(request.batches, senders),
+        senders,
+        device=request.device,
+        context=max(request.contexts, default=min(DEFAULT_CONTEXT, config.max_position_embeddings)),
+        routing=request.routing or ("uniform" if request.random_weights else f"recorded:{request.model}"),
+    )
+
+
+def _tiled(
+    request: Request, url: str, profile: HardwareProfile | None, show: Shown, budget: Budget, command: str
+) -> list[TilingResult]:
+    """The tilings of every kernel and token count. What cannot be tried here at all is said, and left out."""
+    from autotune.console import note
+    from autotune.tilings import tune_tilings
+
+    found: list[TilingResult] = []
+    works = tiling_works(request)
+    for place, work in enumerate(works):
+        name = f"{work.kernel}, {work.batch * work.slots} tokens"
+        limit = earlier(request.effort.seconds, budget.share(len(works) - place))
+        try:
+            found.append(
+                tune_tilings(
+                    url,
+                    work,
+                    hardware=profile,
+                    keep=request.effort.tilings,
+                    seconds=limit,
+                    call_seconds=request.effort.trial_seconds,
+                    command=command,
+                    on_trial=lambda trial, done, name=name: show.update(  # type: ignore[misc]
+                        name, done / (1 + request.effort.tilings), f"{done} tilings; last: {trial.outcome}"
+                    ),
+                    on_compile=lambda share, name=name: show.update(name, share, "compiling"),  # type: ignore[misc]
+                )
+            )
+        except UserError as error:
+            if place == 0 and len(works) > 1 and not found:
+                raise  # most likely it is the same for all
+            note(f"{name}: {error}")
+    return found
+
+
+def profile_of(request: Request, folder: Path, progress: Callable[[str, float], None]) -> HardwareProfile | None:
+    """The profile that predictions are made with: the one asked for, or this CPU's, probed once and kept.
+
+    None for a GPU: the one that ships for its name, which the process that uses it finds out.
+    """
     from autotune.local import machine_profile
     from hardware.profile import load_profile
 
     if request.hardware:
         return load_profile(request.hardware)
-    return machine_profile(folder / "hardware.yaml", progress)
+    return machine_profile(folder / "hardware.yaml", progress) if request.device == "cpu" else None
+
+
+def _work(request: Request, batch: int, context: int | None) -> Work:
+    from autotune.local import Work
+
+    return Work(
+        request.model,
+        batch,
+        context,
+        request.device,
+        request.effort.prompts,
+        request.effort.new_tokens,
+        request.effort.repeats,
+        random=request.random_weights,
+    )
 
 
 def _decoded(
     request: Request,
     url: str,
-    batch: int,
-    context: int | None,
+    work: Work,
     seconds: float | None,
-    profile: HardwareProfile,
+    profile: HardwareProfile | None,
     show: Shown,
     command: str,
 ) -> StudyResult:
-    from autotune.local import Plan, load, tune_local
+    from autotune.local import Plan, tune_local
 
     wanted = request.effort
     plan = Plan(
-        prompts=wanted.prompts,
-        new_tokens=wanted.new_tokens,
         trials=wanted.trials,
         seconds=seconds,
         lossless=request.lossless,
         max_divergence=request.max_divergence,
-        repeats=wanted.repeats,
         rounds=wanted.rounds,
         seed=request.seed,
         histogram=request.histogram,
+        trial_seconds=wanted.trial_seconds,
     )
+    bucket = f"batch {work.batch}" + ("" if work.context is None else f" context {work.context}")
     return tune_local(
-        load(request.model),
+        work,
         url,
-        batch,
         profile,
         plan,
         engine=request.engine,
         command=command,
-        on_trial=show.searching(f"batch {batch}", wanted.trials, request.max_divergence),
+        on_trial=show.searching(bucket, wanted.trials, request.max_divergence),
         on_compare=lambda share: show.update("deciding", share, "best against default, alternating"),
     )
 

@@ -107,7 +107,7 @@ def run(
     rows = validate([*fitted, *held_out, *generations], hardware, engine=engine, expert_coverage=coverage)
     show("calibrate", 1.0, f"{len(fitted)} forwards fitted to, {len(held_out) + len(generations)} rows held out")
 
-    study = _tune(tuned, out, plan, hardware, engine, command, simulated, show)
+    study = _tune(model, out, plan, hardware, engine, command, simulated, show)
     from autotune.export.targets import export
 
     export("native", [study], out / "deployment.yaml", command)
@@ -274,7 +274,7 @@ def _speedup(pair: _Pair, hardware: HardwareProfile, engine: EngineProfile, cove
 
 
 def _tune(
-    tuned: Tuned,
+    model: str,
     out: Path,
     plan: Plan,
     hardware: HardwareProfile,
@@ -284,17 +284,11 @@ def _tune(
     show: Show,
 ) -> StudyResult:
     from autotune.local import Plan as TuningPlan
-    from autotune.local import tune_local
+    from autotune.local import Work, tune_local
     from autotune.storage import storage_url
 
-    wanted = TuningPlan(
-        prompts=plan.tuning_prompts,
-        new_tokens=plan.new_tokens,
-        trials=plan.tuning_trials,
-        seconds=plan.tuning_seconds,
-        repeats=plan.tuning_repeats,
-        rounds=plan.tuning_rounds,
-    )
+    wanted = TuningPlan(trials=plan.tuning_trials, seconds=plan.tuning_seconds, rounds=plan.tuning_rounds)
+    work = Work(model, prompts=plan.tuning_prompts, new_tokens=plan.new_tokens, repeats=plan.tuning_repeats)
     end = time.monotonic() + plan.tuning_seconds
 
     def on_trial(trial: Any, done: int) -> None:
@@ -302,14 +296,14 @@ def _tune(
         show("tune", 0.75 * max(spent, done / plan.tuning_trials), f"{done} settings")
 
     return tune_local(
-        tuned,
+        work,
         storage_url(out),
-        1,
         hardware,
         wanted,
         engine=engine,
         command=command,
         simulated=simulated,
+        isolated=False,  # this process has measured with the same model for a minute: a crash would be nothing new
         on_trial=on_trial,
         on_compare=lambda share: show("tune", 0.75 + 0.25 * share, "best against default, alternating"),
     )

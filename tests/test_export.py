@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import autotune.cli
 import ridgepoint
 from autotune.export import native
 from autotune.export.targets import TARGETS, export
-from autotune.local import Plan, load, mixed_problems, tune_local
+from autotune.local import Plan, Work, mixed_problems, tune_local
 from autotune.objective import Comparison, Outputs, decoding_stages, run_stages
 from autotune.results import Decision, StudyResult
 from autotune.runner import LocalRunner
@@ -34,7 +35,7 @@ from tests.perfmodel_cpu import made_up_cpu
 CONFIG: ModelConfig = replace(
     TINY, vocab_size=264, pad_token_id=256, bos_token_id=257, eos_token_id=258, mask_token_id=259
 )
-PLAN = Plan(prompts=2, new_tokens=6, trials=4, repeats=1, rounds=6, lossless=True)
+PLAN = Plan(trials=4, rounds=6, lossless=True)
 SMALL = ["--prompts", "2", "--new-tokens", "4", "--repeats", "1", "--rounds", "6", "--lossless"]
 
 
@@ -48,8 +49,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads are not searched: several busy ones on a busy machine take minutes."""
+    """Threads are not searched: several busy ones on a busy machine take minutes. Nor is a child started, which loads
+    torch again: tests/test_runner.py has one."""
     monkeypatch.setattr("autotune.local.core_count", lambda: 1)
+    monkeypatch.setattr("autotune.local.tune_local", partial(tune_local, isolated=False))
 
 
 # --- decisions as a policy
@@ -145,10 +148,10 @@ def test_every_target_says_where_it_wrote(target: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_core")
 def test_a_tuned_model_runs_as_exported(checkpoint: Path, tmp_path: Path) -> None:
     """Search, resume, export, generate: what runs is what was decided, and gives the autoregressive tokens."""
-    tuned = load(str(checkpoint))
+    work = Work(str(checkpoint), 2, prompts=2, new_tokens=6, repeats=1)
     url = storage_url(tmp_path)
-    tune_local(tuned, url, 2, made_up_cpu(), replace(PLAN, trials=2), command="first")
-    result = tune_local(tuned, url, 2, made_up_cpu(), PLAN, command="second", simulated=None)
+    tune_local(work, url, made_up_cpu(), replace(PLAN, trials=2), command="first", isolated=False)
+    result = tune_local(work, url, made_up_cpu(), PLAN, command="second", isolated=False)
     assert len(result.measured) == 4 and {t.outcome for t in result.measured} <= {"correct", "slower"}
     assert [t.source for t in result.measured] == ["default", "pilot", "seed", "seed"]
     assert all(t.predicted_tokens_per_second for t in result.measured if t.source != "pilot")
@@ -160,7 +163,7 @@ def test_a_tuned_model_runs_as_exported(checkpoint: Path, tmp_path: Path) -> Non
     assert result.decision
     chosen: Decision = replace(result.decision, trial=drafting.number, challenger=drafting.number)
     path = export("native", [replace(result, decision=chosen)], tmp_path / "deployment.yaml")
-    prompts = [[257, *tuned.tokenizer.encode(p.prompt)] for p in mixed_problems(2)]
+    prompts = [[257, *p.prompt.encode()] for p in mixed_problems(2)]
     model = load_model(str(checkpoint))
     followed = generate(model, prompts, path, max_new_tokens=6)
     expected = result.candidate(drafting)
@@ -231,8 +234,8 @@ def test_every_sampler_goes_through_a_trial(sampler: Sampler, checkpoint: Path) 
 
 
 def test_a_gpu_profile_does_not_predict_this_machine(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="this machine's CPU"):
-        tune_local(load(str(checkpoint)), storage_url(tmp_path), 1, load_profile("h100-sxm"), PLAN)
+    with pytest.raises(UserError, match="cpu is a cpu, but h100-sxm"):
+        tune_local(Work(str(checkpoint)), storage_url(tmp_path), load_profile("h100-sxm"), PLAN)
 
 
 def test_problems_are_mixed_and_always_the_same() -> None:

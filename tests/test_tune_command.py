@@ -17,6 +17,7 @@ import ridgepoint
 from autotune.console import clock
 from autotune.effort import Budget
 from autotune.export.targets import TARGETS
+from autotune.local import Work
 from autotune.replay import Recorded, Recording, Replay, write_recording
 from autotune.results import StudyResult
 from autotune.space import Space, Value, decoding_space
@@ -230,10 +231,10 @@ def test_the_budget_is_shared_over_the_buckets(monkeypatch: pytest.MonkeyPatch, 
     """Each bucket gets its fair share of what is left, and no more than its effort says."""
     now, given = 0.0, list[float | None]()
 
-    def decoded(request: Request, url: str, batch: int, context: int | None, seconds: float, *_: Any) -> StudyResult:
+    def decoded(request: Request, url: str, work: Work, seconds: float, *_: Any) -> StudyResult:
         nonlocal now
         given.append(seconds)
-        now += 10.0 if batch == 1 else seconds
+        now += 10.0 if work.batch == 1 else seconds
         return None  # type: ignore[return-value]
 
     monkeypatch.setattr(autotune.tuning, "_decoded", decoded)
