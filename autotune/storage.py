@@ -27,6 +27,7 @@ from autotune.lost import retry, unmasked
 from autotune.lost import retry_lost as retry_lost  # for those who look for it here
 from autotune.patience import Patience
 from autotune.results import Decision, StudyResult, Subject, TrialRecord
+from autotune.space import Space, Value
 from hardware.files import UserError, build
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # its log is neither our result nor our progress
@@ -312,22 +313,34 @@ def read_study(study: optuna.Study, known: dict[int, TrialRecord] | None = None)
     """A study as plain data. UserError for one that this program did not make, and for a damaged record.
 
     known: finished trials of an earlier reading, which change no more; filled with those read now.
+    A trial whose worker has not drawn all parameters yet is read without any.
     """
     attributes = study.user_attrs
     where = f"study {study.study_name!r}"
     if "subject" not in attributes:
         raise UserError(f"{where} was not made by `ridgepoint tune`")
+    subject = build(Subject, attributes["subject"], where)
     known = {} if known is None else known
     for trial in study.get_trials(deepcopy=False):
         if trial.number not in known or not known[trial.number].outcome:
-            known[trial.number] = read_trial(trial, study.study_name)
+            record = read_trial(trial, study.study_name)
+            drawn = record.outcome or _is_setting(record.params, subject.space)
+            known[trial.number] = record if drawn else dataclasses.replace(record, params={})
     decision = attributes.get("decision")
     return StudyResult(
         study.study_name,
-        build(Subject, attributes["subject"], where),
+        subject,
         tuple(record for _, record in sorted(known.items())),
         build(Decision, decision, where) if decision else None,
     )
+
+
+def _is_setting(params: dict[str, Value], space: Space) -> bool:
+    try:
+        space.candidate(params)
+    except (KeyError, UserError):
+        return False
+    return True
 
 
 def read_trial(trial: optuna.trial.FrozenTrial, study_name: str) -> TrialRecord:

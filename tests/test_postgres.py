@@ -16,9 +16,12 @@ import pytest
 
 from autotune.claims import Claims
 from autotune.storage import open_storage, read_studies, shown
+from autotune.tiling_results import TilingResult
+from autotune.tilings import tune_tilings
 from hardware.files import UserError
 from tests.made_up import subject
 from tests.postgres_server import PASSWORD, Server, postgres_server
+from tests.test_tilings import ROUNDS, WORK, Device
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,3 +160,24 @@ def test_what_cannot_be_mended_by_waiting_is_one_line(server: Server) -> None:
         text = str(error.value)
         assert words in text and "\n" not in text and "pass" not in text.replace("password authentication", "")
     assert "word" not in shown(url)
+
+
+def test_tilings_are_shared_by_workers(server: Server) -> None:
+    """Three workers, each with a device of its own: none checks or times what another has, and one decides."""
+    url = server.create("tilings")
+    devices = [Device([5.0, 4.0, 3.0, 1.0, 2.0]) for _ in range(3)]
+    found: dict[int, TilingResult] = {}
+
+    def work(place: int) -> None:
+        found[place] = tune_tilings(url, WORK, start=devices[place].start, rounds=ROUNDS, worker=str(place))
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 3 and found[0] == found[1] == found[2]
+    assert [t.tiling["PLACE"] for t in sorted(found[0].trials, key=lambda t: t.tiling["PLACE"])] == [0, 1, 2, 3, 4]
+    calls = Counter(call for device in devices for call in device.calls)
+    assert calls == {**{(name, p): 1 for name in ("check", "time") for p in range(5)}, ("pair", 3): ROUNDS}
+    assert found[0].decision is not None and found[0].decision.tiling == {"PLACE": 3}

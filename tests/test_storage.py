@@ -33,12 +33,13 @@ from autotune.storage import (
     hide_passwords,
     open_storage,
     read_studies,
+    read_study,
     shown,
     storage_url,
 )
 from autotune.workers import plan_workers, run_workers
 from hardware.files import UserError
-from tests.made_up import MadeUp, run
+from tests.made_up import MadeUp, run, subject
 
 ROOT = Path(__file__).parents[1]
 
@@ -382,6 +383,19 @@ def test_a_setting_that_another_worker_had_is_not_queued_again(study: optuna.Stu
     study.ask({"x": FloatDistribution(0, 1)}).set_user_attr("taken_by", 7)
     retry_lost(study, running=True)
     assert waiting(study) == []
+
+
+def test_a_trial_that_is_being_drawn_has_no_parameters_yet(tmp_path: Path) -> None:
+    """Another worker's, read between its first parameter and its last."""
+    run(tmp_path, MadeUp(), trials=1)
+    study = optuna.load_study(study_name="made-up batch=1", storage=storage_url(tmp_path))
+    trial = study.ask()
+    for parameter in subject().space.parameters:
+        if parameter.name == "sampler":
+            trial.suggest_categorical("sampler", parameter.choices)
+    assert trial.params and not read_study(study).trials[trial.number].params
+    subject().space.suggest(trial)
+    assert read_study(study).trials[trial.number].params == trial.params
 
 
 @pytest.mark.parametrize("when", ["before a finding", "before the end"])
