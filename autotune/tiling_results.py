@@ -32,6 +32,8 @@ class TilingSubject:
     routing: str
     triton: str | None
     schema_version: int = TILING_SCHEMA
+    experts: int = 0  # of the model, by which other engines name their tile files; 0: not said
+    expert_width: int = 0  # behind the gate
 
     @property
     def tokens(self) -> int:

@@ -71,6 +71,8 @@ def subject_of(work: TilingWork, described: Described) -> TilingSubject:
         work.context,
         described.routing,
         described.triton,
+        experts=work.config.num_experts,
+        expert_width=work.config.moe_intermediate_size,
     )
 
 

@@ -6,15 +6,13 @@ named). It maps token counts M, as text, to the launch parameters; the engines t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
 from autotune.export.policy import Policy
 from autotune.tiling_results import TilingResult
-from hardware.files import UserError, plain
-from runtime.config import ModelConfig, model_config_from_json
+from hardware.files import UserError
 
 KERNEL = "grouped_experts"  # the one that is structured as theirs
 REQUIRED = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
@@ -59,17 +57,11 @@ def left_out(policy: Policy) -> list[str]:
 
 
 def sizes(found: list[TilingResult]) -> tuple[int, int]:
-    """(E, N) of the model that was tuned: by its name, proven by its hash. UserError where it is not to be found."""
+    """(E, N) of the model that was tuned, by which a file is named. UserError where the study does not say them."""
     subject = found[0].subject
-    for path in _configs(subject.model):
-        if path.is_file():
-            config = model_config_from_json(path)
-            if _hash(config) == subject.config_hash:
-                return config.num_experts, config.moe_intermediate_size
-    raise UserError(
-        f"the config.json of {subject.model!r} (hash {subject.config_hash}) is not here, and the file is named by its "
-        "experts: export where the model is"
-    )
+    if subject.experts < 1 or subject.expert_width < 1:
+        raise UserError(f"a tile file is named by the experts and their width, but {found[0].name!r} does not say them")
+    return subject.experts, subject.expert_width
 
 
 def device_name(found: list[TilingResult]) -> str:
@@ -104,18 +96,3 @@ def _check(target: str, name: str, tiling: dict[str, int]) -> None:
     if unknown or missing:
         said = f"has no {', '.join(missing)}" if missing else f"sets {', '.join(unknown)}"
         raise UserError(f"{target} cannot represent the tiling of {name!r}, which {said}; known: {', '.join(REQUIRED)}")
-
-
-def _configs(model: str) -> list[Path]:
-    here = Path(__file__).resolve().parents[2]
-    name = Path(model).name
-    return [
-        Path(model) / "config.json",
-        here / "runtime" / "checkpoints" / name / "config.json",
-        here / "perfmodel" / "models" / f"{name}.json",
-    ]
-
-
-def _hash(config: ModelConfig) -> str:
-    """As `autotune.tiling_runner.TilingWork.config_hash`, without its torch."""
-    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
