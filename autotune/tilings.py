@@ -158,7 +158,7 @@ class _Tuner:
             raise UserError(f"the tilings were to be tuned for {differs}")
         self.alone, self.storage = single_worker(url), open_storage(url, create=True)
         self.study = self._open(found.name)
-        if not self.study.user_attrs and not self.study.get_trials(deepcopy=False):
+        if SUBJECT not in self.study.user_attrs and not self.study.get_trials(deepcopy=False):
             self.study.set_user_attr("tilings", list(self.tilings))
             self.study.set_user_attr(SUBJECT, plain(found))
         place = f"study {found.name!r} in {shown(url)}"

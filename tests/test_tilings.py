@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine, event
 
 from autotune.objective import StageFailure
 from autotune.storage import open_storage, read_studies
@@ -38,9 +40,14 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def url(empty: Path, tmp_path: Path) -> str:
+def url(empty: Path, tmp_path: Path) -> Iterator[str]:
+    def unsafe(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA synchronous = OFF")  # no waiting for the disk
+
     shutil.copy(empty, tmp_path)
-    return f"sqlite:///{tmp_path / 'study.db'}"
+    event.listen(Engine, "connect", unsafe)
+    yield f"sqlite:///{tmp_path / 'study.db'}"
+    event.remove(Engine, "connect", unsafe)
 
 
 def test_every_fault_ends_one_trial_with_its_name(url: str) -> None:
@@ -115,7 +122,7 @@ def tune(url: str, device: Device, **settings: Any) -> TilingResult:
     return tune_tilings(url, WORK, start=device.start, **{"rounds": ROUNDS, **settings})
 
 
-@pytest.mark.parametrize("at", [("check", 1), ("time", 0), ("time", 2), ("pair", 2)])
+@pytest.mark.parametrize("at", [("check", 1), ("time", 0), ("pair", 2)])
 def test_an_interrupted_search_goes_on_where_it_was(at: tuple[str, int], url: str) -> None:
     device = Device([3.0, 2.0, 1.0])
     device.interrupt = at
