@@ -39,7 +39,7 @@ from autotune.storage import (
 )
 from autotune.workers import plan_workers, run_workers
 from hardware.files import UserError
-from tests.made_up import MadeUp, run, subject
+from tests.made_up import MadeUp, blind, run, subject
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +69,7 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 def few_pages(folder: Path) -> Iterator[None]:
     """SQLite's own limit, which it reports as it does a full disk."""
     pages = (folder / "study.db").stat().st_size // 4096
-    with each_connection(f"PRAGMA max_page_count = {pages + 3}"):
+    with each_connection(f"PRAGMA max_page_count = {pages + 2}"):
         yield
 
 
@@ -77,7 +77,7 @@ def few_pages(folder: Path) -> Iterator[None]:
 def small_disk(folder: Path) -> Iterator[None]:
     """A disk that is full soon, until the block ends. Where nothing may be mounted, SQLite's limit."""
     file, data = folder / "study.db", (folder / "study.db").read_bytes()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={len(data) + 9 * 4096}", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={len(data) + 7 * 4096}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         with few_pages(folder):
             yield
@@ -97,15 +97,15 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on(
 ) -> None:
     monkeypatch.setattr("optuna.storages._rdb.storage.random.random", lambda: 0.0)  # its pauses between attempts
     before, after = MadeUp(), MadeUp()
-    run(tmp_path, before, trials=2)
+    run(tmp_path, before, trials=2, predict=blind)
     with full(tmp_path):
         with pytest.raises(UserError) as error:
-            run(tmp_path, before, trials=100)
+            run(tmp_path, before, trials=100, predict=blind)
         assert "full" in str(error.value) and "free some space" in str(error.value) and "\n" not in str(error.value)
         kept = read_studies(tmp_path)[0]
     count, space = len(kept.measured), kept.subject.space
     assert 2 < count < 100
-    result = run(tmp_path, after, trials=count + 3)
+    result = run(tmp_path, after, trials=count + 3, predict=blind)
     assert result.measured[:count] == kept.measured and len(result.measured) == count + 3 and result.decision
     assert not {space.key(kept.candidate(t)) for t in kept.measured} & {space.key(c) for c in after.measured}
 
@@ -113,9 +113,17 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on(
 # --- files that are no study
 
 
-def spoil(file: Path, kind: str) -> None:
-    """Make the SQLite file of a study something else."""
-    good = file.read_bytes()
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The SQLite file of a study."""
+    folder = tmp_path_factory.mktemp("good")
+    run(folder, MadeUp(), trials=3)
+    return (folder / "study.db").read_bytes()
+
+
+def spoil(file: Path, good: bytes, kind: str) -> None:
+    """Write what was a study's file into another."""
+    file.write_bytes(good)
     middle = len(good) // 2 // 4096 * 4096
     if kind == "another program's":
         file.unlink()
@@ -150,11 +158,10 @@ def spoil(file: Path, kind: str) -> None:
     ],
 )
 def test_a_file_that_is_no_study_is_one_line_and_left_as_it_is(
-    kind: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, words: str, good: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path, MadeUp(), trials=3)
     file = tmp_path / "study.db"
-    spoil(file, kind)
+    spoil(file, good, kind)
     data = file.read_bytes()
     runner = MadeUp()
     with pytest.raises(UserError) as refused:
