@@ -143,10 +143,8 @@ def decision_words(result: StudyResult, base: TrialRecord, best: TrialRecord, fo
     chosen = best if found is not None and found.low > 1 else base
     if chosen.params["sampler"] != "autoregressive":
         return words
-    drafting = any(t.params["sampler"] != "autoregressive" for t in result.measured)
-    return f"{words}; autoregressive decoding is best here" + (
-        "" if drafting else ", of what was tried: nothing drafts"
-    )
+    tried = any(t.params["sampler"] != "autoregressive" for t in result.measured)
+    return f"{words}; autoregressive decoding is best here" if tried else f"{words}; nothing that drafts was tried"
 
 
 def comparison_of(pairs: Sequence[Sequence[float]]) -> Comparison:

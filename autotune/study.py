@@ -8,6 +8,7 @@ import statistics
 import time
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -169,10 +170,12 @@ class _Worker:
             self._queue(candidate, source)
         repeats = 0
         while True:
-            retry_lost(self.study, running=False)
+            if not self.alone:
+                retry_lost(self.study, running=False)
             result = self.result()
-            running, waiting = self._count(TrialState.RUNNING), self._count(TrialState.WAITING)
-            time_left = end is None or time.monotonic() + self._deciding_seconds(result, rounds) < end
+            states = Counter(t.state for t in self.study.get_trials(deepcopy=False))
+            running, waiting = states[TrialState.RUNNING], states[TrialState.WAITING]
+            time_left = end is None or time.monotonic() + self._deciding_seconds(result, rounds, max_divergence) < end
             wanted = len(result.measured) + running < trials and time_left
             missing = not running and not result.find(self.default)  # without the default nothing can be decided
             if missing and not waiting:
@@ -190,20 +193,15 @@ class _Worker:
             else:
                 return
 
-    def _deciding_seconds(self, result: StudyResult, rounds: int) -> float:
-        """What the final comparison will take at most: passes of the default, and as many of what is faster."""
+    def _deciding_seconds(self, result: StudyResult, rounds: int, max_divergence: float) -> float:
+        """What the final comparison will take: rounds of the default and of the best, as slow while none is faster."""
         base = result.find(self.default)
         if base is None or not base.seconds:
             return 0.0
-        passed = statistics.median(base.seconds)
-        # A replay's passes take less than was recorded of them: never longer than the whole trial did.
-        return 2 * rounds * (passed if base.spent_seconds is None else min(passed, base.spent_seconds))
+        return rounds * (_pass_seconds(base) + _pass_seconds(result.allowed(max_divergence)[0]))
 
     def _queue(self, candidate: Candidate, source: str) -> None:
         self.study.enqueue_trial(self.space.encode(candidate), {"queued": {"source": source}}, skip_if_exists=True)
-
-    def _count(self, state: TrialState) -> int:
-        return len(self.study.get_trials(deepcopy=False, states=(state,)))
 
     def _wait(self, study: optuna.Study) -> None:
         """For other workers. What those that are gone have left behind fails, and is queued again."""
@@ -370,6 +368,12 @@ class _Worker:
                 self._wait(turns)
                 found = done()
         return found
+
+
+def _pass_seconds(trial: TrialRecord) -> float:
+    """Of one pass over the prompts. A replay's take less than was recorded: never longer than the whole trial did."""
+    recorded = statistics.median(trial.seconds)
+    return recorded if trial.spent_seconds is None else min(recorded, trial.spent_seconds)
 
 
 def _now() -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -124,6 +125,22 @@ def blind(candidate: Candidate, acceptance: Acceptance | None) -> Prediction | N
 def subject(*, batch: int = 1, **changes: Any) -> Subject:
     base = Subject("made-up", "0", DEVICE, Workload(batch), "prompts", decoding_space(batch=batch, cores=2))
     return replace(base, **changes)
+
+
+@contextmanager
+def unsynced() -> Iterator[None]:
+    """SQLite waits for the disk at every commit, which is most of a made-up trial's time."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def hurry(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", hurry)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", hurry)
 
 
 def small_space(*, batch: int = 1, lossless: bool = True) -> Space:

@@ -1,0 +1,390 @@
+"""Laws of the search on the made-up machine: nothing is measured twice, lost, or called slower without a reason."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+
+from autotune.claims import Claims
+from autotune.objective import DECODING_STAGES, Outputs, StageFailure, run_stages
+from autotune.results import StudyResult
+from autotune.seeding import Prediction, pilots
+from autotune.space import Candidate, decoding_space, default_candidate
+from autotune.storage import storage_url
+from autotune.strategies import SAMPLERS
+from hardware.files import UserError
+from runtime.measurement import Measurement
+from tests.made_up import MadeUp, blind, oracle, run, small_space, speed, subject, unsynced
+
+SPACE = small_space()
+STEPS = ("infeasible", "numerics", "micro_benchmark", "measure", "quality", "pair")
+
+
+@pytest.fixture(autouse=True)
+def fast() -> Iterator[None]:
+    with unsynced():
+        yield
+
+
+def small(folder: Path, runner: MadeUp, **options: Any) -> StudyResult:
+    return run(folder, runner, subject(space=SPACE), **options)
+
+
+class Watched(MadeUp):
+    """Calls `before` with each method's name and the setting it is about, and notes the calls that were answered."""
+
+    def __init__(self, before: Callable[[str, str], None], **options: Any) -> None:
+        super().__init__(noise=0.0, **options)
+        self.before, self.answered = before, list[tuple[str, str]]()
+        self.decoded: str = ""
+        ask = self.infeasible
+        self.infeasible = lambda c: self._watched("infeasible", c, lambda: ask(c))
+
+    def _watched(self, name: str, candidate: Candidate, answer: Callable[[], Any]) -> Any:
+        key = SPACE.key(candidate)
+        self.before(name, key)
+        found = answer()
+        self.answered.append((name, key))
+        return found
+
+    def numerics(self, candidate: Candidate) -> dict[str, float]:
+        ask = super().numerics
+        return self._watched("numerics", candidate, lambda: ask(candidate))  # type: ignore[no-any-return]
+
+    def micro_benchmark(self, candidate: Candidate) -> float:
+        ask = super().micro_benchmark
+        return self._watched("micro_benchmark", candidate, lambda: ask(candidate))  # type: ignore[no-any-return]
+
+    def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
+        ask = super().measure
+        record, _ = self._watched("measure", candidate, lambda: ask(candidate))
+        return record, [[SPACE.grid().index(candidate)]]  # so that `quality` knows what it judges
+
+    def quality(self, outputs: Outputs) -> dict[str, float]:
+        [[index]] = outputs
+        answer = {"divergence": 0.0, "exact_match": 0.5}
+        return self._watched("quality", SPACE.grid()[index], lambda: answer)  # type: ignore[no-any-return]
+
+    def pair(self, default: Candidate, candidate: Candidate) -> tuple[float, float]:
+        ask = super().pair
+        return self._watched("pair", candidate, lambda: ask(default, candidate))  # type: ignore[no-any-return]
+
+
+# --- once
+
+
+def test_equal_settings_are_measured_once(tmp_path: Path) -> None:
+    """A space of eight settings: the search repeats itself, stops by itself, and asks the machine eight times."""
+    space, asked = decoding_space(batch=1, cores=2, drafts=False), list[Candidate]()
+    result = run(tmp_path, MadeUp(fault=asked.append), subject(space=space), trials=1000, predict=blind)
+    assert len(asked) == len({space.key(c) for c in asked}) == space.size() == 8
+    assert len(result.measured) == 8 < len(result.trials)
+    repeated = next(t for t in result.trials if t.same_as is not None)
+    original = result.trial(repeated.same_as or 0)
+    assert (repeated.params, repeated.tokens_per_second) == (original.params, original.tokens_per_second)
+    assert result.decision and "nothing that drafts was tried" in result.decision.reason
+
+
+def test_it_resumes_without_measuring_again(tmp_path: Path) -> None:
+    first, second, third = MadeUp(), MadeUp(), MadeUp()
+    before = small(tmp_path, first, trials=6)
+    after = small(tmp_path, second, trials=12)
+    assert (len(first.measured), len(before.measured), len(after.measured)) == (6, 6, 12)
+    assert after.measured[:6] == before.measured
+    assert not {SPACE.key(c) for c in first.measured} & {SPACE.key(c) for c in second.measured}
+    assert small(tmp_path, third, trials=12) == after
+    assert third.measured == third.compared == []
+
+
+def test_an_interrupt_at_any_call_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C once at every call that the tuner makes of its runner, then the same command: as if there had been none.
+
+    Each question is answered once, in a study that was interrupted at every one of them.
+    """
+    monkeypatch.setattr("autotune.strategies.SEEDS", 1)
+    trials = len(pilots(SPACE, default_candidate(SPACE, 2))) + 1
+    undisturbed = Watched(lambda *_: None)
+    expected = small(tmp_path / "undisturbed", undisturbed, trials=trials, rounds=6)
+    due = Counter(undisturbed.answered)
+    last: list[tuple[str, str]] = []
+
+    def interrupt(name: str, key: str) -> None:
+        if due[name, key] and last != [(name, key)]:
+            due[name, key] -= 1
+            last[:] = [(name, key)]
+            raise KeyboardInterrupt
+        last.clear()
+
+    runner, interrupts, result = Watched(interrupt), 0, None
+    while result is None:
+        try:
+            result = small(tmp_path / "disturbed", runner, trials=trials, rounds=6)
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == len(undisturbed.answered) == trials * 5 + 6 and not +due
+    stored = Counter((n, k) for n, k in runner.answered if n != "infeasible")  # that one costs nothing
+    assert stored == Counter((n, k) for n, k in undisturbed.answered if n != "infeasible")
+    assert {n for n, _ in stored} == set(STEPS) - {"infeasible"}
+
+    def found(study: StudyResult) -> set[tuple[object, ...]]:
+        return {
+            (t.source, str(t.params), t.outcome, t.tokens_per_second, t.step_seconds, t.divergence, t.logit_error)
+            for t in study.measured
+        }
+
+    assert found(result) == found(expected) and len(result.measured) == trials
+    assert result.decision and expected.decision and result.decision.comparison == expected.decision.comparison
+
+
+def test_a_killed_process_costs_one_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial left running (SIGKILL) is run again, after the last stage that it had stored."""
+    monkeypatch.setattr("autotune.strategies.SEEDS", 0)
+    trials = len(pilots(SPACE, default_candidate(SPACE, 2)))
+    before = small(tmp_path, MadeUp(), trials=trials)
+    study = optuna.load_study(study_name="made-up batch=1", storage=storage_url(tmp_path))
+    lost = next(c for c in SPACE.grid() if not before.find(c))
+    study.enqueue_trial(SPACE.encode(lost))
+    trial = study.ask()
+    assert SPACE.suggest(trial) == lost
+    asked = list[Candidate]()
+    with closing(Claims(storage_url(tmp_path))) as claims:
+        claims.take(study.study_name, SPACE.key(lost), trial.number)
+    trial.set_user_attr("numerics", {"logit_error": 0.5})  # stored before the end came
+    result = small(tmp_path, MadeUp(fault=asked.append), trials=trials + 2)
+    again = result.find(lost)
+    assert again and again.logit_error == 0.5 and again.number != trial.number and lost not in asked
+    assert len(result.measured) == trials + 2
+    assert study.trials[trial.number].state == optuna.trial.TrialState.FAIL
+
+
+def test_what_is_lost_twice_is_given_up(tmp_path: Path) -> None:
+    """A bug, or a process that is killed again at the same setting: it is not run a third time."""
+
+    def fault(candidate: Candidate) -> None:
+        if candidate == default_candidate(SPACE, 2):
+            raise ZeroDivisionError
+
+    runner = MadeUp(fault=fault)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            small(tmp_path, runner, trials=6)
+    with pytest.raises(UserError, match="default setting was lost twice"):
+        small(tmp_path, runner, trials=6)
+
+
+# --- many workers
+
+
+class Baton:
+    """Threads of which one runs at a time: at each step the baton goes to one that is drawn."""
+
+    def __init__(self, names: list[str], seed: int) -> None:
+        self.alive, self.draw = list(names), random.Random(seed)
+        self.turns = {name: threading.Semaphore(0) for name in names}
+        self.turns[names[0]].release()
+
+    def step(self) -> None:
+        me = threading.current_thread().name
+        following = self.draw.choice(self.alive)
+        if following != me:
+            self.turns[following].release()
+            self.turns[me].acquire()
+
+    def run(self, act: Callable[[], None]) -> None:
+        me = threading.current_thread().name
+        self.turns[me].acquire()
+        try:
+            act()
+        finally:
+            self.alive.remove(me)
+            if self.alive:
+                self.turns[self.draw.choice(self.alive)].release()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_workers_in_any_order_measure_each_setting_once(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three that take turns at every call and every wait. SQLite serves them here, as one is awake at a time."""
+    import autotune.study as module
+
+    small(tmp_path, MadeUp(), trials=1)  # makes the tables
+    names = ["ann", "bob", "cleo"]
+    baton = Baton(names, seed)
+    monkeypatch.setattr(module, "sole_worker", lambda url: nullcontext())
+    monkeypatch.setattr(module, "single_worker", lambda url: False)
+    clock = SimpleNamespace(monotonic=module.time.monotonic, sleep=lambda seconds: baton.step())
+    monkeypatch.setattr(module, "time", clock)
+    runners = {name: Watched(lambda *_: baton.step()) for name in names}
+    results: dict[str, StudyResult] = {}
+
+    def work(name: str) -> None:
+        results[name] = small(tmp_path, runners[name], trials=12, worker=name)
+
+    threads = [threading.Thread(target=baton.run, args=(lambda n=name: work(n),), name=name) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert set(results) == set(names)
+    answered = Counter(call for runner in runners.values() for call in runner.answered if call[0] != "pair")
+    assert max(answered.values()) == 1
+    last = results["ann"]
+    assert len(last.measured) == 12
+    assert {t.worker for t in last.measured[1:]} == set(names)
+    assert all(t.params for t in last.measured)
+    assert all(r.decision == last.decision for r in results.values())
+    paired = [sum(name == "pair" for name, _ in runner.answered) for runner in runners.values()]
+    assert last.decision and sorted(paired) == [0, 0, 8]
+
+
+def test_a_trial_that_others_gave_up_is_theirs(tmp_path: Path) -> None:
+    """A worker that was not heard of finds its trial failed: it goes on with another."""
+
+    class Unheard(MadeUp):
+        def micro_benchmark(self, candidate: Candidate) -> float:
+            if len(self.measured) == 2:
+                self.measured.append(candidate)
+                study = optuna.load_study(study_name="made-up batch=1", storage=storage_url(tmp_path))
+                [running] = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+                study.tell(running.number, state=optuna.trial.TrialState.FAIL)
+            return super().micro_benchmark(candidate)
+
+    result = small(tmp_path, Unheard(), trials=6)
+    assert len(result.measured) == 6 and result.decision
+    assert sum(t.outcome is None for t in result.trials) >= 1
+
+
+# --- stages
+
+
+def test_every_stage_can_end_a_trial(tmp_path: Path) -> None:
+    """By name, in any stage, and the search goes on; an error of the device is "runtime", a bug is raised."""
+    faults: list[Exception] = [
+        StageFailure("compile", "no such instruction"),
+        StageFailure("timeout", "longer than 60 s"),
+        OSError("no space for the kernel"),
+        MemoryError(),
+        UserError("no engine"),
+    ]
+    pending = iter(faults)
+
+    def fault(candidate: Candidate) -> None:
+        if candidate != default_candidate(SPACE, 2) and (error := next(pending, None)):
+            raise error
+
+    result = small(tmp_path, MadeUp(fault=fault), trials=8)
+    failed = [t for t in result.measured if t.outcome != "correct"][:5]
+    assert [t.outcome for t in failed] == ["compile", "timeout", "runtime", "runtime", "infeasible"]
+    assert [t.reason for t in failed] == [
+        "no such instruction",
+        "longer than 60 s",
+        "OSError: no space for the kernel",
+        "MemoryError:",
+        "no engine",
+    ]
+    assert all(t.stage == "numerics" and t.tokens_per_second is None for t in failed)
+    with pytest.raises(ZeroDivisionError):
+        small(tmp_path / "bug", MadeUp(gain=lambda *_: 1 / 0), trials=1)
+
+
+@pytest.mark.parametrize("at", range(len(DECODING_STAGES)))
+def test_stages_are_stored_one_by_one_and_go_on(at: int) -> None:
+    """What a stage found before a failure is kept; what is known is not asked again."""
+    stored: dict[str, dict[str, Any]] = {}
+    asked: list[str] = []
+
+    def stage(name: str, number: int) -> dict[str, Any]:
+        asked.append(name)
+        if number == at:
+            raise StageFailure("incorrect", "too far", {f"{name}_error": 1.0})
+        return {name: number}
+
+    stages = {name: lambda name=name, n=n: stage(name, n) for n, name in enumerate(DECODING_STAGES)}
+    found = run_stages(stages, stored.__setitem__)
+    last = DECODING_STAGES[at]
+    assert asked == list(DECODING_STAGES[: at + 1]) == [n for n in stored if n != "result"]
+    assert stored["result"] == {"outcome": "incorrect", "stage": last, "reason": "too far"}
+    assert list(stored)[-1] == "result" and found[f"{last}_error"] == 1.0
+    known = {name: stored[name] for name in DECODING_STAGES[:at]}
+    asked.clear()
+    assert run_stages(stages, lambda *_: None, known) == found and asked == [last]
+
+
+def test_a_failure_can_be_sent_between_processes() -> None:
+    sent = pickle.loads(pickle.dumps(StageFailure("timeout", "longer than 1 s", {"step_seconds": 2.0})))
+    assert (sent.outcome, sent.reason, sent.findings) == ("timeout", "longer than 1 s", {"step_seconds": 2.0})
+
+
+def test_only_what_is_dominated_is_called_slower(tmp_path: Path) -> None:
+    """Drawn settings, lossless and not: each that ends as slower is slower than a lossless one that was known."""
+    space = small_space(lossless=False)
+    runner = MadeUp()
+    result = run(tmp_path, runner, subject(space=space), trials=40, sampler="random", predict=blind)
+    slower = [t for t in result.measured if t.outcome == "slower"]
+    assert len(slower) >= 3 and {t.stage for t in slower} == {"micro_benchmark"}
+    for trial in slower:
+        assert trial.step_seconds and trial.tokens_per_second is None and "lossless" in trial.reason
+        fastest = max(speed(result.candidate(t)) for t in result.correct if t.lossless and t.number < trial.number)
+        assert speed(result.candidate(trial)) < fastest
+    assert not {space.key(result.candidate(t)) for t in slower} & {space.key(c) for c in runner.measured}
+    assert result.decision and result.trial(result.decision.trial).lossless
+
+
+# --- strategies
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_strategy_tries_the_default_first_and_nothing_twice(sampler: Any, tmp_path: Path) -> None:
+    runner = MadeUp()
+    result = small(tmp_path, runner, trials=14, sampler=sampler, predict=oracle)
+    keys = [SPACE.key(result.candidate(t)) for t in result.measured]
+    assert len(keys) == len(set(keys)) == 14
+    assert result.trials[0].source == "default"
+    sources = {t.source for t in result.measured}
+    assert sources == (
+        {"default", "pilot", "seed", "guided", "search"} if sampler == "seeded" else {"default", "search"}
+    )
+
+
+def test_an_unknown_strategy_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown search strategy 'luck'; known: grid, random, seeded, tpe"):
+        small(tmp_path, MadeUp(), sampler="luck")
+
+
+# --- the decision in words
+
+
+@pytest.mark.parametrize(
+    ("gain", "words", "kept"),
+    [
+        (lambda c, b: 100.0 + 50 * c.decoding.drafts, "faster than the default in alternating rounds", False),
+        (
+            lambda c, b: 100.0 - 50 * c.decoding.drafts,
+            "no allowed setting measured faster than the default; autoregressive decoding is best here",
+            True,
+        ),
+        (
+            lambda c, b: 100.0 - 50 * c.decoding.drafts + 20 * (c.kernels.threads == 1),
+            "faster than the default in alternating rounds; autoregressive decoding is best here",
+            False,
+        ),
+    ],
+    ids=["drafting", "default", "single"],
+)
+def test_a_decision_says_what_it_prefers(gain: Any, words: str, kept: bool, tmp_path: Path) -> None:
+    def predict(candidate: Candidate, _: object) -> Prediction:
+        return Prediction(gain(candidate, 1), 1.0, 1.0)
+
+    result = small(tmp_path, MadeUp(gain=gain, noise=0.0), trials=8, predict=predict)
+    assert result.decision and (result.decision.reason, result.decision.kept_default) == (words, kept)
