@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autotune.effort import EFFORTS, Budget, duration_seconds, effort
+from autotune.tuning import STEP_KERNELS, Found, Request, run
 from hardware.files import UserError, known
 
 if TYPE_CHECKING:
@@ -93,8 +94,29 @@ def tune(
     replay_pace: Annotated[
         float, typer.Option(help="Recorded seconds are waited for this many times over; 0: not at all.")
     ] = 0.0,
+    kernels: Annotated[
+        str | None, typer.Option(help=f"Kernels to tile, with commas (default: {','.join(STEP_KERNELS)}).")
+    ] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            help="Routes to time the experts' tilings with: recorded:MODEL (default: the model itself), measured:FILE "
+            "or uniform."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights",
+            help="Random weights for the model's config, where no checkpoint is at hand: step times are real, routing "
+            "and acceptance are not, and every record says so.",
+        ),
+    ] = False,
     hardware: Annotated[
-        str | None, typer.Option(help="This machine's profile, for predictions (default: a quick probe, kept).")
+        str | None,
+        typer.Option(
+            help="This device's profile, for predictions (default: a GPU's that ships; of a CPU a quick probe, kept)."
+        ),
     ] = None,
     engine: Annotated[
         str | None,
@@ -113,7 +135,6 @@ def tune(
     """Search the fastest settings on this device. The same command again continues where it stopped."""
     from autotune.console import note, print_study, print_tilings, progress
     from autotune.storage import shown, storage_url
-    from autotune.tuning import Found, Request, run
     from autotune.workers import plan_workers
 
     if replay is not None:
@@ -143,6 +164,9 @@ def tune(
         hardware=hardware,
         engine=engine,
         seed=seed,
+        random_weights=random_weights,
+        routing=routing,
+        kernels=tuple(kernels.split(",")) if kernels else STEP_KERNELS,
         replay=replay,
         replay_pace=replay_pace,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autotune.effort import Budget
     from autotune.results import StudyResult, TrialRecord
-    from autotune.tiling_results import TilingResult
+    from autotune.tiling_results import TilingResult, TilingTrial
 
 
 class Shown:
@@ -33,7 +33,7 @@ class Shown:
             remark="; ".join([*filter(None, [remark]), *time_left]),
         )
 
-    def searching(self, name: str, trials: int, max_divergence: float) -> Any:
+    def searching(self, name: str, trials: int, max_divergence: float) -> Callable[[TrialRecord, int], None]:
         """A call for each finished trial of a bucket: (trial, distinct settings so far)."""
         best = 0.0
 
@@ -46,6 +46,10 @@ class Shown:
             self.update(name, done / trials, said + (f"; best now {best:,.0f}" if best else ""))
 
         return on_trial
+
+    def trying(self, name: str, tilings: int) -> Callable[[TilingTrial, int], None]:
+        """A call for each finished tiling: (trial, how many so far)."""
+        return lambda trial, done: self.update(name, done / tilings, f"{done} tilings; last: {trial.outcome}")
 
 
 @contextmanager

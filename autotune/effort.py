@@ -89,6 +89,10 @@ class Budget:
         """What is left, 0 when it is spent; None without a limit."""
         return None if self._end is None else max(0.0, self._end - self._clock())
 
+    def part(self, parts: int) -> Budget:
+        """A budget of its own for the next of `parts` equal parts; what it leaves stays with this one."""
+        return Budget(self.share(parts), self._clock)
+
     def share(self, parts: int) -> float | None:
         """Seconds for the next of `parts` equal parts that are still to do; None without a limit."""
         left = self.left_seconds

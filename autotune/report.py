@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LEAST_FOR_IMPORTANCES = 10  # settings
 _TOP_SHARE, _TOP_COUNT = 0.1, 5  # PED-ANOVA asks what the top tenth has in common, and wants at least 5 settings there
-SEEDED = "seed"  # the source of a trial that the model chose
+MODEL_SOURCES = ("seed", "guided")  # of trials that predictions chose, alone or corrected by what was measured
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ class Seeding:
     """What the model's choices were worth, among the allowed settings (tokens per second; None: there was none).
 
     count: settings of either kind that are compared, the first ones. seeded: the best of the model's; others: the best
-    of as many that the search proposed itself, which had seen the seeds' results, so that this favours them.
-    best_source: who proposed the best setting of all. without: the best of everything but the seeds.
+    of as many that the search library proposed, which had seen the results of the model's: this favours it.
+    best_source: who proposed the best setting of all. without: the best of everything but
+    the model's choices.
     """
 
     count: int
@@ -234,7 +235,7 @@ def _seeding(result: StudyResult, max_divergence: float) -> Seeding:
     def speed(trial: TrialRecord | None) -> float | None:
         return trial.tokens_per_second if trial else None
 
-    seeds = [t for t in result.measured if t.source == SEEDED]
+    seeds = [t for t in result.measured if t.source in MODEL_SOURCES]
     others = [t for t in result.measured if t.source == "search"]
     count = min(len(seeds), len(others))
     fastest = best(result.measured)
@@ -245,7 +246,7 @@ def _seeding(result: StudyResult, max_divergence: float) -> Seeding:
         best_trial=fastest.number if fastest else None,
         best_source=fastest.source if fastest else None,
         best=speed(fastest),
-        without=speed(best([t for t in result.measured if t.source != SEEDED])),
+        without=speed(best([t for t in result.measured if t.source not in MODEL_SOURCES])),
     )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from autotune.effort import Budget, Effort, earlier
 from hardware.files import UserError, known
 from runtime.config import ENGINES, DecodingConfig, require
+from runtime.kernels.registry import KERNELS
 from runtime.options import check_device
 
 if TYPE_CHECKING:
@@ -74,6 +78,9 @@ class Request:
         check_device(self.device, None)
         if self.what is not None and self.what not in WHAT:
             raise known("thing to tune (--what)", self.what, WHAT)
+        for name in self.kernels:
+            if name not in KERNELS:
+                raise known("kernel", name, KERNELS)
         require(0 <= self.max_divergence < math.inf, f"max_divergence >= 0 must hold, but got {self.max_divergence}")
         if self.device == "cpu":
             require(
@@ -163,10 +170,9 @@ def tiling_works(request: Request) -> list[TilingWork]:
 
 
 def _tiled(
-    request: Request, url: str, profile: HardwareProfile | None, show: Shown, budget: Budget, command: str
+    request: Request, url: str, profile: HardwareProfile, show: Shown, budget: Budget, command: str
 ) -> list[TilingResult]:
-    """The tilings of every kernel and token count. What cannot be tried here at all is said, and left out."""
-    from autotune.console import note
+    """The tilings of every kernel and token count."""
     from autotune.tilings import tune_tilings
 
     found: list[TilingResult] = []
@@ -174,40 +180,42 @@ def _tiled(
     for place, work in enumerate(works):
         name = f"{work.kernel}, {work.batch * work.slots} tokens"
         limit = earlier(request.effort.seconds, budget.share(len(works) - place))
-        try:
-            found.append(
-                tune_tilings(
-                    url,
-                    work,
-                    hardware=profile,
-                    keep=request.effort.tilings,
-                    seconds=limit,
-                    call_seconds=request.effort.trial_seconds,
-                    command=command,
-                    on_trial=lambda trial, done, name=name: show.update(  # type: ignore[misc]
-                        name, done / (1 + request.effort.tilings), f"{done} tilings; last: {trial.outcome}"
-                    ),
-                    on_compile=lambda share, name=name: show.update(name, share, "compiling"),  # type: ignore[misc]
-                )
+        found.append(
+            tune_tilings(
+                url,
+                work,
+                hardware=profile,
+                keep=request.effort.tilings,
+                seconds=limit,
+                call_seconds=request.effort.trial_seconds,
+                command=command,
+                on_trial=show.trying(name, 1 + request.effort.tilings),
+                on_compile=partial(show.update, name, remark="compiling"),
             )
-        except UserError as error:
-            if place == 0 and len(works) > 1 and not found:
-                raise  # most likely it is the same for all
-            note(f"{name}: {error}")
+        )
     return found
 
 
-def profile_of(request: Request, folder: Path, progress: Callable[[str, float], None]) -> HardwareProfile | None:
-    """The profile that predictions are made with: the one asked for, or this CPU's, probed once and kept.
-
-    None for a GPU: the one that ships for its name, which the process that uses it finds out.
-    """
-    from autotune.local import machine_profile
+def profile_of(request: Request, folder: Path, progress: Callable[[str, float], None]) -> HardwareProfile:
+    """The profile that predictions are made with: the one asked for; this CPU's, probed once and kept; a GPU's, that
+    ships for its name."""
+    from autotune.local import machine_profile, shipped_profile
     from hardware.profile import load_profile
 
-    if request.hardware:
-        return load_profile(request.hardware)
-    return machine_profile(folder / "hardware.yaml", progress) if request.device == "cpu" else None
+    if request.device != "cpu":
+        name = gpu_name(request.device)  # first: without it nothing can be tuned
+        return load_profile(request.hardware) if request.hardware else shipped_profile(name)
+    return load_profile(request.hardware) if request.hardware else machine_profile(folder / "hardware.yaml", progress)
+
+
+def gpu_name(device: str) -> str:
+    """What torch calls a GPU, asked in another process: this one shall hold nothing on it. UserError for none."""
+    program = "import sys, torch; print(torch.cuda.get_device_name(sys.argv[1]))"
+    run = subprocess.run([sys.executable, "-c", program, device], capture_output=True, text=True)
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"device {device} needs a CUDA or ROCm build of torch and a GPU, but: {reason}")
+    return run.stdout.strip()
 
 
 def _work(request: Request, batch: int, context: int | None) -> Work:
@@ -230,7 +238,7 @@ def _decoded(
     url: str,
     work: Work,
     seconds: float | None,
-    profile: HardwareProfile | None,
+    profile: HardwareProfile,
     show: Shown,
     command: str,
 ) -> StudyResult:
