@@ -7,13 +7,16 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from runtime.kernels import timing
 from runtime.kernels.problem import ODD, SLIDING, Problem
 from runtime.kernels.registry import KERNELS
-from runtime.kernels.timing import Timed, Traffic, main, rows, traffic
+from runtime.kernels.selection import device_target
+from runtime.kernels.timing import Timed, Timer, Traffic, main, rows, traffic
+from tests import faulty_kernels as made_up
 
 
 def needed(name: str, problem: Problem, dtype: torch.dtype = torch.float32, **changes: Any) -> Traffic:
@@ -89,3 +92,37 @@ def test_nothing_is_recorded_for_gradients(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(timing, "_timed", lambda *_: recording.append(torch.is_inference_mode_enabled()) or [])
     assert timing.time_tilings(KERNELS["attention"], Problem(ODD)) == [] and recording == [True]
+
+
+def test_each_copy_of_the_arguments_has_the_next_routes() -> None:
+    """Of a made-up kernel with routes, which runs on this CPU."""
+    seen: list[list[int]] = []
+
+    def watched(x: Any, chosen: torch.Tensor, *, tiling: Any) -> Any:
+        seen.append(chosen.tolist())
+        return x
+
+    kernel, rows = made_up.MadeUp("routed", "made up", run=made_up.routed), np.array([[0, 1, 2], [3, 4, 5], [1, 1, 1]])
+    timer = Timer(kernel, Problem(ODD, 3), "float32", "cpu", rows)
+    timer._run = watched
+    graph = timer.graph({})
+    assert timer.sample(graph) > 0 and timer.calls == 2
+    assert seen == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_traffic_is_the_mean_over_the_routes() -> None:
+    kernel, expert = KERNELS["experts"], 3 * ODD.moe_intermediate_size * ODD.hidden_size * 4
+    one, two = np.array([[2, 2, 2]]), np.array([[0, 1, 5]])  # the third token skips
+    timers = [Timer(kernel, Problem(ODD, 3), "float32", "cpu", rows) for rows in (one, two, np.concatenate([one, two]))]
+    moved = [timer.traffic.moved_bytes for timer in timers]
+    assert moved[1] - moved[0] == expert and moved[2] == sum(moved[:2]) / 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_pair_on_a_gpu_is_of_the_same_calls() -> None:
+    rows = np.arange(3 * 17).reshape(3, 17) % 6
+    timer = Timer(KERNELS["experts"], Problem(ODD, 1, 17), "bfloat16", "cuda", rows)
+    tiling = KERNELS["experts"].tilings(device_target("cuda"), Problem(ODD, 1, 17))[0]
+    graph = timer.graph(tiling)
+    samples = [timer.sample(graph) for _ in range(5)]
+    assert all(0 < seconds < 0.01 for seconds in samples)
