@@ -8,16 +8,15 @@ import statistics
 import time
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.claims import Claims
+from autotune.lost import retry_lost, unless_given_up
 from autotune.objective import DECODING_STAGES, Comparison, Runner, decoding_stages, most_tokens_of, run_stages
 from autotune.results import Decision, StudyResult, Subject, TrialRecord, comparison_of, decision_words
 from autotune.seeding import Predict
@@ -27,7 +26,6 @@ from autotune.storage import (
     open_storage,
     read_study,
     read_trial,
-    retry_lost,
     shown,
     single_worker,
     sole_worker,
@@ -172,11 +170,14 @@ class _Worker:
         while True:
             if not self.alone:
                 retry_lost(self.study, running=False)
+            now = self.study.get_trials(deepcopy=False)  # before the result: what ends in between is not taken for lost
             result = self.result()
-            states = Counter(t.state for t in self.study.get_trials(deepcopy=False))
-            running, waiting = states[TrialState.RUNNING], states[TrialState.WAITING]
+            running = sum(t.state == TrialState.RUNNING for t in now)
+            waiting = [t for t in now if t.state == TrialState.WAITING]
             time_left = end is None or time.monotonic() + self._deciding_seconds(result, rounds, max_divergence) < end
-            wanted = len(result.measured) + running < trials and time_left
+            # A lost worker's setting has its place among the trials, though others may have ended the last meanwhile.
+            lost = not self.alone and any("retry_of" in t.user_attrs.get("queued", {}) for t in waiting)
+            wanted = (lost or len(result.measured) + running < trials) and time_left
             missing = not running and not result.find(self.default)  # without the default nothing can be decided
             if missing and not waiting:
                 raise UserError("the default setting was lost twice with its process, so nothing can be compared")
@@ -196,7 +197,7 @@ class _Worker:
     def _deciding_seconds(self, result: StudyResult, rounds: int, max_divergence: float) -> float:
         """What the final comparison will take: rounds of the default and of the best, as slow while none is faster."""
         base = result.find(self.default)
-        if base is None or not base.seconds:
+        if base is None or base.outcome != "correct":
             return 0.0
         return rounds * (_pass_seconds(base) + _pass_seconds(result.allowed(max_divergence)[0]))
 
@@ -213,17 +214,14 @@ class _Worker:
     def _run_one(self, result: StudyResult) -> TrialRecord | None:
         """Run the next queued or proposed setting. None when it is another worker's."""
         ran: list[FrozenTrial] = []
-        try:
+        with unless_given_up():
             self.study.optimize(
                 lambda trial: self._objective(trial, result),
                 n_trials=1,
                 catch=(_Dropped,),
                 callbacks=[lambda _, trial: ran.append(trial)],
             )
-        except (UpdateFinishedTrialError, ValueError) as error:
-            # Others heard nothing of this worker for so long that they gave its trial up: it is theirs now.
-            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
-                raise
+        if not ran:
             return None
         record = read_trial(ran[0], self.study.study_name)
         return record if record.outcome else None
@@ -362,7 +360,8 @@ class _Worker:
                     act()
                 return 0.0, 0.0
 
-            turns.optimize(turn, n_trials=1, catch=(_Dropped,))
+            with unless_given_up():
+                turns.optimize(turn, n_trials=1, catch=(_Dropped,))
             found = done()
             while found is None and turns.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 self._wait(turns)
