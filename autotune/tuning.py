@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from autotune.effort import Budget, Effort, earlier
 from hardware.files import UserError, known
 from runtime.config import ENGINES, DecodingConfig, require
+from runtime.device import check_device
 from runtime.kernels.registry import KERNELS
-from runtime.options import check_device
 
 if TYPE_CHECKING:
     from autotune.console import Shown

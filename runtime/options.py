@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hardware.files import UserError, known
-from runtime.config import DTYPE_BYTES, ENGINES, SAMPLER_NAMES, SETTING_OF, DecodingConfig, require
+from runtime.config import DTYPE_BYTES, ENGINES, SAMPLER_NAMES, SETTING_OF, DecodingConfig
+from runtime.device import check_device, use_device
 
 if TYPE_CHECKING:
     from runtime.model.zaya import Zaya
@@ -69,25 +70,6 @@ def load(model: str, device: str, dtype: str, threads: int | None, engine: str =
         if obstacle is not None:
             print(f"ridgepoint: auto took the engine {loaded.kernels.engine}: {obstacle}", file=sys.stderr)
     return loaded
-
-
-def check_device(device: str, threads: int | None) -> None:
-    """Refuse an impossible device name or thread count, without torch."""
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise known("device", device, ("cpu", "cuda", "cuda:N"))
-    require(threads is None or threads >= 1, f"threads >= 1 must hold, but got {threads}")
-
-
-def use_device(device: str, threads: int | None) -> None:
-    """Refuse a device that is not there, and set the threads."""
-    import torch
-
-    kind, _, index = device.partition(":")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f"no device {device}: torch sees {torch.cuda.device_count()} CUDA or ROCm devices here")
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def decoding_of(

@@ -52,6 +52,7 @@ TORCH_FREE_RUNTIME = {
     "runtime.config",
     "runtime.conversion.cli",
     "runtime.deployment",
+    "runtime.device",
     "runtime.kernels",
     *(f"runtime.kernels.{name}" for name in KERNEL_PARTS),
     "runtime.kernels.check",

@@ -10,19 +10,18 @@ import typer
 
 from hardware.files import plain
 from runtime.config import require
+from runtime.device import check_device, use_device
 from runtime.options import (
     Device,
     EngineName,
     Json,
     Model,
     Threads,
-    check_device,
     command_line,
     integers,
     load,
     print_json,
     progress_bar,
-    use_device,
 )
 
 if TYPE_CHECKING:
