@@ -108,9 +108,10 @@ def run(
     show("calibrate", 1.0, f"{len(fitted)} forwards fitted to, {len(held_out) + len(generations)} rows held out")
 
     study = _tune(model, out, plan, hardware, engine, command, simulated, show)
-    from autotune.export.targets import export
+    from autotune.export.policy import Policy
+    from autotune.export.targets import write
 
-    export("native", [study], out / "deployment.yaml", command)
+    write("native", Policy([study], command=command), out / "deployment.yaml")
     ran = _follow(tuned, out / "deployment.yaml", plan)
     write_atomic(out / "generated.json", _json(plain(ran)))
     show("export and run", 1.0, f"{ran.tokens_per_second:.0f} tokens/s")

@@ -5,7 +5,6 @@ What a format cannot represent is refused by name; what was simulated is labelle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from autotune.export import (
@@ -20,7 +19,6 @@ from autotune.export import (
     vllm_schedule,
 )
 from autotune.export.policy import Policy, Target
-from autotune.results import StudyResult
 from hardware.files import known
 
 TARGETS: dict[str, Target] = {
@@ -45,8 +43,3 @@ def write(target: str, policy: Policy, out: Path) -> list[Path]:
         raise known("export format", target, TARGETS)
     policy.check()
     return TARGETS[target].write(policy, out)
-
-
-def export(target: str, results: Sequence[StudyResult], out: Path, command: str = "") -> Path:
-    """`write` for studies alone: the first file."""
-    return write(target, Policy(results, command=command), out)[0]
