@@ -72,7 +72,7 @@ SPECULATIVE = {  # the fields of its SpeculativeConfig that may be given here, a
 
 def read_tidar(folder: Path) -> DecodingConfig:
     """The settings that the fork takes from these files."""
-    sampling = strict_json(folder / "generation_config.json")
+    sampling = strict_json(folder / "sampling.json")
     assert set(sampling) == {"temperature"}
     if not (folder / "speculative-config.json").exists():
         return DecodingConfig(temperature=sampling["temperature"])
@@ -186,7 +186,7 @@ def test_a_schedule_gives_each_batch_the_drafts_of_its_rule(
     rules = load_deployment(native)
     expected = [rules.rule_for(batch, 100).decoding for batch in range(1, 15)]
     assert read_schedule(folder / "out", 14) == [d.draft_tokens if d.drafts else 0 for d in expected]
-    assert strict_json(folder / "out" / "generation_config.json") == {"temperature": temperature}
+    assert strict_json(folder / "out" / "sampling.json") == {"temperature": temperature}
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_sglang_finds_its_tiles(tmp_path: Path) -> None:
     assert read_tiles(paths[0], version=False) == {17: TILE, 272: WIDE}
     old = paths[0].with_name(paths[0].stem + "_down.json")
     old.write_text("{}")
-    with pytest.raises(UserError, match=r"_down\.json would go on tiling"):
+    with pytest.raises(UserError, match=r"_down\.json would go on setting"):
         write("sglang-moe", policy(tiling(17)), tmp_path)
     with pytest.raises(UserError, match=r"Triton version of numbers, as 3\.6\.0, but got '3\.6\.0\+git'"):
         write("sglang-moe", policy(tiling(17, triton="3.6.0+git")), tmp_path / "new")
@@ -561,10 +561,13 @@ def test_an_engine_that_takes_one_setting_is_given_one(target: str, tmp_path: Pa
 @pytest.mark.parametrize("target", sorted({*SETTINGS} - {"diffusion-gemma"}))
 def test_autoregressive_decoding_is_nothing_to_set_and_said_in_words(target: str, tmp_path: Path) -> None:
     paths = write(target, policy(study(DecodingConfig())), tmp_path)
-    assert {p.name for p in paths} <= {"generation_config.json", f"{target}.provenance.yaml"}
+    assert {p.name for p in paths} <= {"sampling.json", f"{target}.provenance.yaml"}
     said = yaml.safe_load((tmp_path / f"{target}.provenance.yaml").read_text())
     assert "nothing to set" in said["says"][0]
     assert said["settings"][0]["evidence"]["prefers"].startswith("autoregressive decoding")
+    write(target, policy(FITTING[target]), tmp_path / "again")  # drafts, and then no more
+    with pytest.raises(UserError, match=r"again/[\w.-]+ would go on setting what is not to be set any more"):
+        write(target, policy(study(DecodingConfig())), tmp_path / "again")
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - {"step-times"}))

@@ -11,7 +11,7 @@ import yaml
 
 from autotune.export.policy import Chosen, Policy, not_carried
 from autotune.tiling_results import TilingResult
-from hardware.files import plain, write_atomic
+from hardware.files import UserError, plain, write_atomic
 
 SCHEMA = "ridgepoint-provenance-1"
 
@@ -115,6 +115,12 @@ def provenance(
     return yaml.safe_dump(plain(document), sort_keys=False, width=100)
 
 
-def write_files(out: Path, files: Mapping[str, str]) -> list[Path]:
-    """Write each under the folder, atomically; other files there stay."""
+def write_files(out: Path, files: Mapping[str, str], absent: Sequence[str] = ()) -> list[Path]:
+    """Write each under the folder, atomically; other files there stay.
+
+    absent: files whose being there would say something else, as those of an earlier export: UserError names one.
+    """
+    for name in absent:
+        if name not in files and (out / name).exists():
+            raise UserError(f"{out / name} would go on setting what is not to be set any more: remove it first")
     return [write_atomic(out / name, text) for name, text in files.items()]

@@ -40,7 +40,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
             f"{chosen.decoding.temperature}; leave the dllm settings out",
         ]
     files[f"{NAME}.provenance.yaml"] = provenance(NAME, policy, says=says, settings=[chosen])
-    return write_files(out, files)
+    return write_files(out, files, absent=("engine-config.json",))
 
 
 def engine_config(chosen: Chosen) -> dict[str, Any]:

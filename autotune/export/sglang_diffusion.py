@@ -41,7 +41,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
             "python -m sglang.launch_server --model-path MODEL    # without --dllm-algorithm",
         ]
     files[f"{NAME}.provenance.yaml"] = provenance(NAME, policy, says=says, settings=[chosen])
-    return write_files(out, files)
+    return write_files(out, files, absent=("dllm.yaml",))
 
 
 def algorithm_config(chosen: Chosen) -> dict[str, Any]:

@@ -27,9 +27,6 @@ def write(policy: Policy, out: Path) -> list[Path]:
     experts, width = tiles.sizes(found)
     name = f"E={experts},N={width},device_name={tiles.device_name(found)}{tiles.dtype_part(found)}"
     folder = f"{model}/configs/{version}"
-    down = out / folder / f"{name}_down.json"
-    if down.exists():
-        raise UserError(f"{down} would go on tiling the second product with older tiles: remove it")
     says = [f"SGLANG_MOE_CONFIG_DIR={model} python -m sglang.launch_server ...    # the folder, by its absolute path"]
     files = {
         f"{folder}/{name}.json": tiles.to_json(dict(tiles.table(found))),
@@ -37,7 +34,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
             NAME, policy, says=says, tilings=found, left_out=tiles.left_out(policy)
         ),
     }
-    return write_files(out, files)
+    return write_files(out, files, absent=[f"{folder}/{name}_down.json"])
 
 
 def version_folder(triton: str | None) -> str:

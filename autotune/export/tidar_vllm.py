@@ -17,30 +17,32 @@ from autotune.export.evidence import provenance, write_files
 from autotune.export.policy import Chosen, Policy, Target, refusal, refuse_cpu
 
 NAME = "tidar-vllm"
+# A model's own generation config may cut the distribution (top_k, top_p), which nothing here was tuned with.
+SAMPLING = '--generation-config vllm --override-generation-config "$(cat sampling.json)"'
 
 
 def write(policy: Policy, out: Path) -> list[Path]:
-    """Write speculative-config.json, environment, generation_config.json and their provenance."""
+    """Write speculative-config.json, environment, sampling.json and their provenance."""
     chosen = policy.one("vLLM")
     _check(chosen)
     decoding = chosen.decoding
-    files = {"generation_config.json": json.dumps({"temperature": decoding.temperature}, indent=2) + "\n"}
+    files = {"sampling.json": json.dumps({"temperature": decoding.temperature}, indent=2) + "\n"}
     if decoding.drafts:
         files["speculative-config.json"] = json.dumps(speculative_config(chosen), indent=2) + "\n"
         files["environment"] = "".join(f"{name}={value}\n" for name, value in environment(chosen).items())
         says = [
             "needs the publisher's fork of vLLM: no release knows the method tidar",
             "set -a; . ./environment; set +a",
-            'vllm serve MODEL --generation-config . --speculative-config "$(cat speculative-config.json)"'
+            f'vllm serve MODEL {SAMPLING} --speculative-config "$(cat speculative-config.json)"'
             + (" --attention-backend FLEX_ATTENTION" if decoding.sampler == "single_forward" else ""),
         ]
     else:
         says = [
             "autoregressive decoding was fastest here: there is nothing to set",
-            "vllm serve MODEL --generation-config .    # without --speculative-config",
+            f"vllm serve MODEL {SAMPLING}    # without --speculative-config",
         ]
     files[f"{NAME}.provenance.yaml"] = provenance(NAME, policy, says=says, settings=[chosen])
-    return write_files(out, files)
+    return write_files(out, files, absent=("speculative-config.json", "environment"))
 
 
 def speculative_config(chosen: Chosen) -> dict[str, str | int | float]:
@@ -86,7 +88,7 @@ def _check(chosen: Chosen) -> None:
 TARGET = Target(
     name=NAME,
     engine="vLLM (Zyphra's fork)",
-    file="a folder: speculative-config.json, environment, generation_config.json, provenance",
+    file="a folder: speculative-config.json, environment, sampling.json, provenance",
     loads="needs a fork",
     write=write,
     does="the TiDAR speculative config and environment: drafts, levels, forwards, mixing, temperatures",

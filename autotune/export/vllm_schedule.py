@@ -15,13 +15,14 @@ from typing import Any
 
 from autotune.export.evidence import provenance, write_files
 from autotune.export.policy import Chosen, Policy, Target, refusal, refuse_cpu
+from autotune.export.tidar_vllm import SAMPLING
 from hardware.files import UserError
 
 NAME = "vllm-schedule"
 
 
 def write(policy: Policy, out: Path) -> list[Path]:
-    """Write speculative-config.json, environment, generation_config.json and their provenance."""
+    """Write speculative-config.json, environment, sampling.json and their provenance."""
     chosen = policy.chosen()
     for each in chosen:
         _check(each)
@@ -33,7 +34,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
         raise refusal(NAME, chosen[0], "context", chosen[0].context, why)
     temperature = _common(chosen, "temperature")
     drafting = [c for c in chosen if c.decoding.drafts]
-    files = {"generation_config.json": json.dumps({"temperature": temperature}, indent=2) + "\n"}
+    files = {"sampling.json": json.dumps({"temperature": temperature}, indent=2) + "\n"}
     if drafting:
         config = speculative_config(chosen, _common(drafting, "draft_temperature"))
         files["speculative-config.json"] = json.dumps(config, indent=2) + "\n"
@@ -42,15 +43,15 @@ def write(policy: Policy, out: Path) -> list[Path]:
             "needs a vLLM with the method tidar (the publisher's fork) and num_speculative_tokens_per_batch_size (a "
             "release): none has both yet",
             "set -a; . ./environment; set +a",
-            'vllm serve MODEL --generation-config . --speculative-config "$(cat speculative-config.json)"',
+            f'vllm serve MODEL {SAMPLING} --speculative-config "$(cat speculative-config.json)"',
         ]
     else:
         says = [
             "autoregressive decoding was fastest at every batch: there is nothing to set",
-            "vllm serve MODEL --generation-config .    # without --speculative-config",
+            f"vllm serve MODEL {SAMPLING}    # without --speculative-config",
         ]
     files[f"{NAME}.provenance.yaml"] = provenance(NAME, policy, says=says, settings=chosen)
-    return write_files(out, files)
+    return write_files(out, files, absent=("speculative-config.json", "environment"))
 
 
 def speculative_config(chosen: list[Chosen], draft_temperature: float) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def _check(chosen: Chosen) -> None:
 TARGET = Target(
     name=NAME,
     engine="vLLM",
-    file="a folder: speculative-config.json, environment, generation_config.json, provenance",
+    file="a folder: speculative-config.json, environment, sampling.json, provenance",
     loads="needs a fork",
     write=write,
     does="drafts per batch size, 0 where drafts do not pay (releases read it for eagle and dflash, not for tidar)",
