@@ -19,7 +19,7 @@ import numpy as np
 from autotune.seeding import Acceptance, Predict, Prediction
 from autotune.space import Candidate, Parameter, Space, Value
 from perfmodel.acceptance import judged
-from runtime.config import DecodingConfig
+from runtime.config import SAMPLER_NAMES, DecodingConfig
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
     Numbers = npt.NDArray[np.float64]
 
-# Of log(measured / predicted): what all settings have in common, what they do not, and a measurement's noise. Standard
-# deviations; taken from no table: factors of 1.25 and 1.4 are what such models are wrong by, 8% is a busy machine.
-_COMMON, _OWN, _NOISE = math.log(1.25), math.log(1.4), 0.08
-# The distance, in units that divide the correlation by e, of another choice and of the two ends of a number's range.
+# Standard deviations of parts of log(measured / predicted): what all settings have in common, those of a sampler, those
+# with the same value of another parameter, what a setting has of its own, and a measurement's noise. They are fitted to
+# no table. A sampler's part is the largest: acceptance is measured with one of them, and its own work is only counted.
+_COMMON, _SAMPLER, _EACH, _OWN, _NOISE = (math.log(1 + share) for share in (0.15, 0.5, 0.1, 0.3, 0.08))
+# What divides a correlation by e is a distance of 1: that of another choice, and of the two ends of a number's range.
 _OTHER_CHOICE, _OTHER_END = 0.7, 2.0
 _HOPE = 0.5  # standard deviations that the unknown is taken to be better than expected: tried in case of doubt
 _FAILED = math.log(0.1)  # what failed counts as a tenth of its prediction, so that its like is left alone
@@ -54,17 +55,29 @@ class _Table:
 class Places(NamedTuple):
     """Settings as points, a row each and a column per parameter: the index of a choice, and the place of a number."""
 
+    samplers: npt.NDArray[np.int64]
     choices: npt.NDArray[np.int64]
     numbers: Numbers
 
-    def likeness(self, others: Places) -> Numbers:
-        """Correlation of the unknown factors of each of these settings with each of those."""
-        distance = np.zeros((len(self.choices), len(others.choices)))
+    def covariance(self, others: Places) -> Numbers:
+        """Of the unknown factors of each of these settings with each of those, as logarithms."""
+        same = self.samplers[:, None] == others.samplers
+        found = _COMMON**2 + _SAMPLER**2 * same
+        own = _OWN**2 * np.where(same, 1.0, math.exp(-_OTHER_CHOICE))
         for mine, theirs in zip(self.choices.T, others.choices.T, strict=True):
-            distance += _OTHER_CHOICE * (mine[:, None] != theirs)
+            same = mine[:, None] == theirs
+            found += _EACH**2 * (same & (theirs >= 0))
+            own *= np.where(same, 1.0, math.exp(-_OTHER_CHOICE))
         for place, other in zip(self.numbers.T, others.numbers.T, strict=True):
-            distance += _OTHER_END * abs(place[:, None] - other)
-        return np.exp(-distance)
+            likeness = np.exp(-_OTHER_END * abs(place[:, None] - other))
+            found += _EACH**2 * likeness
+            own *= likeness
+        return found + own
+
+    @property
+    def variance(self) -> float:
+        """Of any one setting's factor."""
+        return _COMMON**2 + _SAMPLER**2 + _OWN**2 + _EACH**2 * (self.choices.shape[1] + self.numbers.shape[1])
 
 
 class Expected(NamedTuple):
@@ -82,6 +95,7 @@ class Guide:
         self._space, self._predict = space, predict
         self._for: Acceptance | None = None
         self._table: _Table | None = None
+        self._rows: dict[str, Numbers] = {}  # of covariance with the table, by setting
 
     def seeds(self, trials: Sequence[TrialRecord], acceptance: Acceptance | None, count: int) -> list[Candidate]:
         """The first `count` new settings of the Pareto fronts of expected speed and divergence, front after front.
@@ -166,22 +180,28 @@ class Guide:
                 predictions,
                 np.log([p.tokens_per_second for p in predictions]),
             )
-            self._for = acceptance
+            self._for, self._rows = acceptance, {}
         return self._table
 
     def _places(self, params: Sequence[dict[str, Value]]) -> Places:
-        choices = np.zeros((len(params), len(self._space.parameters)), dtype=np.int64)
-        numbers = np.zeros(choices.shape)
-        for column, parameter in enumerate(self._space.parameters):
-            for row, given in enumerate(params):
+        """A parameter that a setting does not have, as it is another sampler's, is a choice of its own."""
+        samplers = np.array([SAMPLER_NAMES.index(given["sampler"]) for given in params])
+        varied = [p for p in self._space.parameters if len(p.values()) > 1 and p.name != "sampler"]
+        numeric = [p for p in varied if p.kind != "choice"]
+        optional = [p for p in varied if p.kind == "choice" or p.when is not None]
+        choices = np.zeros((len(params), len(optional)), dtype=np.int64)
+        numbers = np.zeros((len(params), len(numeric)))
+        for row, given in enumerate(params):
+            for column, parameter in enumerate(optional):
                 value = given.get(parameter.name)
-                if value is None:  # another sampler's, say
+                if value is None:
                     choices[row, column] = -1
                 elif parameter.kind == "choice":
                     choices[row, column] = parameter.choices.index(value)
-                elif parameter.high > parameter.low:
-                    numbers[row, column] = (float(value) - parameter.low) / (parameter.high - parameter.low)
-        return Places(choices, numbers)
+            for column, parameter in enumerate(numeric):
+                value = float(given.get(parameter.name, parameter.low))
+                numbers[row, column] = (value - parameter.low) / (parameter.high - parameter.low)
+        return Places(samplers, choices, numbers)
 
     def _expected(self, table: _Table, acceptance: Acceptance | None, trials: Sequence[TrialRecord]) -> Expected:
         """What is expected now: the prediction times the likely factor, and the divergence likewise."""
@@ -201,15 +221,24 @@ class Guide:
                 ratios.append(ratio)
                 excess.append(0.0 if trial.divergence is None else trial.divergence - own(candidate.decoding))
         if not params:
-            return Expected(table.log_speed, np.full(len(prior), math.hypot(_COMMON, _OWN)), prior)
+            return Expected(table.log_speed, np.full(len(prior), math.sqrt(table.places.variance)), prior)
         measured = self._places(params)
-        among = _COMMON**2 + _OWN**2 * measured.likeness(measured) + _NOISE**2 * np.eye(len(params))
-        across = _COMMON**2 + _OWN**2 * measured.likeness(table.places)
-        weights = np.linalg.solve(among, across)  # a column per setting, what each measured one says of it
-        variance = _COMMON**2 + _OWN**2 - (across * weights).sum(0)
+        among = measured.covariance(measured) + _NOISE**2 * np.eye(len(params))
+        across = self._across(table, params, measured)
+        weights = np.linalg.solve(among, across)  # a column per setting: what each measured one says of it
+        variance = measured.variance - (across * weights).sum(0)
         divergence = np.maximum(prior + np.asarray(excess) @ weights, 0.0)
         divergence[[c.decoding.lossless for c in table.settings]] = 0.0
         return Expected(table.log_speed + np.asarray(ratios) @ weights, np.sqrt(np.maximum(variance, 0.0)), divergence)
+
+    def _across(self, table: _Table, params: Sequence[dict[str, Value]], measured: Places) -> Numbers:
+        """Covariance of what was measured with all settings, of which only new rows are computed."""
+        keys = [json.dumps(given, sort_keys=True) for given in params]
+        new = [i for i, key in enumerate(keys) if key not in self._rows]
+        if new:
+            rows = self._places([params[i] for i in new]).covariance(table.places)
+            self._rows |= {keys[i]: row for i, row in zip(new, rows, strict=True)}
+        return np.array([self._rows[key] for key in keys])
 
 
 class _DivergencePrior:

@@ -167,15 +167,15 @@ class Replay:
         return {} if found.logit_error is None else {"logit_error": found.logit_error}
 
     def micro_benchmark(self, candidate: Candidate) -> float:
-        """The recorded seconds of a step; without a record, those of a pass over its forwards, at the least per step.
+        """The recorded seconds of a step; without a record, all its forwards at the mean seconds of one in a pass.
 
-        A threshold can end a block after one forward, so that nothing is called slower than it can be.
+        Where batches drain, that is less than a full step takes, so that nothing is called slower than it is.
         """
-        found, decoding = self._find(candidate), candidate.decoding
+        found = self._find(candidate)
         if found.step_seconds is not None:
             return found.step_seconds
-        least = decoding.forwards_per_step if decoding.confidence_threshold is None else 1 + decoding.verify
-        return found.tokens / found.tokens_per_second / max(found.forwards, 1) * least
+        forward = found.tokens / found.tokens_per_second / max(found.forwards, 1)
+        return forward * candidate.decoding.forwards_per_step
 
     def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
         """The median sample, as one pass over the prompts."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from autotune.space import LEAST_MIXING_WEIGHT, MAX_DRAFT_TOKENS, NO_THRESHOLD, Candidate, Space, Value, shortened
-from hardware.files import UserError
+from autotune.space import LEAST_MIXING_WEIGHT, MAX_DRAFT_TOKENS, Candidate, Space, shortened
 from perfmodel.acceptance import judged, tokens_per_step
-from runtime.config import DecodingConfig, Engine, ExpertMode, KernelConfig, Workload
+from runtime.config import DecodingConfig, Engine, ExpertMode, KernelConfig, Workload, replace
 from runtime.levels import steady_tokens
 
 if TYPE_CHECKING:
@@ -130,12 +128,18 @@ class Predictor:
     ) -> npt.NDArray[np.float64] | None:
         """Seconds of a step for K = 1 .. MAX_DRAFT_TOKENS. A confidence threshold is taken to end no block early.
 
-        None for a thread count, mode or sampler that the profile or the engine knows nothing of.
+        None for a thread count that was not probed, and for an engine, a mode of its experts or a sampler that no
+        engine profile describes. UserError for whatever else is wrong: it would be so for all settings.
         """
         from perfmodel.decoding import setting, time_step
-        from perfmodel.engine import engine_for
+        from perfmodel.engine import OURS, engine_for
         from perfmodel.steps import step_of
 
+        probed = {curves.threads for curves in self._hardware.measured}
+        if threads is not None and probed and threads not in probed:
+            return None
+        if ran not in self._engines and (self._hardware.kind, ran) not in OURS:
+            return None
         work = self._workload
         drafts = np.arange(1, MAX_DRAFT_TOKENS + 1)
         step = step_of(kind, draft_tokens=drafts, levels=levels)
@@ -144,20 +148,22 @@ class Predictor:
         kernels = KernelConfig(threads=threads, engine=ran)
         if mode is not None:
             kernels = KernelConfig({1_000_000: mode}, threads)
-        try:
-            if ran not in self._engines:
-                self._engines[ran] = engine_for(self._hardware, None, ran)
-            at = setting(
-                self._spec,
-                self._hardware,
-                work.dtype,
-                expert_coverage=coverage(experts, self._spec.num_experts, most),
-                engine=self._engines[ran],
-                kernels=kernels,
-            )
-            return np.broadcast_to(time_step(at, step, work.batch, context).seconds, drafts.shape)
-        except UserError:
+        if ran not in self._engines:
+            self._engines[ran] = engine_for(self._hardware, None, ran)
+        engine = self._engines[ran]
+        if any(part.entry not in engine.sampler for part in step.work):
             return None
+        if mode is not None and mode not in engine.experts:
+            return None
+        at = setting(
+            self._spec,
+            self._hardware,
+            work.dtype,
+            expert_coverage=coverage(experts, self._spec.num_experts, most),
+            engine=engine,
+            kernels=kernels,
+        )
+        return np.broadcast_to(time_step(at, step, work.batch, context).seconds, drafts.shape)
 
 
 @lru_cache(maxsize=4096)
@@ -185,57 +191,28 @@ def coverage(pairs: tuple[tuple[float, float], ...], experts: int, most_tokens: 
 
 
 def pilots(space: Space, default: Candidate) -> list[Candidate]:
-    """The settings that are run first: the default, and the longest draft at a few mixing weights.
+    """The settings that are run first: the default, and what the predictions of all others need to know.
 
-    They are ordinary trials; what they count tells the acceptance that the predictions of all others need. The counts
-    do not depend on threads, so the pilots take one: several can be slow beyond measure on a busy machine.
+    They are ordinary trials. The longest draft at a few mixing weights tells the acceptance; a block that nothing
+    verifies tells how far such drafts are from autoregressive decoding; the longest draft with the fewest threads and
+    with the most tells what threads give here, which no model says of a busy machine. The others take the fewest: many
+    can be slow beyond measure, and what is counted does not depend on them.
     """
-    found = [default]
     names = {p.name: p for p in space.parameters}
-    if "two_forward" not in names["sampler"].choices:
-        return found
-    for weight in _PILOT_MIXING_WEIGHTS if "mixing_weight" in names else (1.0,):
-        decoding = DecodingConfig("two_forward", draft_tokens=MAX_DRAFT_TOKENS, mixing_weight=weight)
-        kernels = KernelConfig({1_000_000: KernelConfig().experts[1_000_000]}, 1, default.kernels.engine)
-        found.append(space.candidate(space.encode(Candidate(decoding, kernels))))
-    return found
-
-
-def seeds(space: Space, predict: Predict, acceptance: Acceptance | None, count: int) -> list[Candidate]:
-    """The `count` best predicted settings, taken in turn from each mixing weight, verified or not, and thread count.
-
-    Those that differ in K alone are at least _APART apart: their predictions are right or wrong together. In turn,
-    because the model says neither what mixing or keeping drafts costs in quality nor what else keeps the machine's
-    cores busy.
-    """
-    weights = tuple(sorted(acceptance.histograms, reverse=True)) if acceptance else (1.0,)
-    threads = next(p for p in space.parameters if p.name == "threads").values()
-    coarse: dict[str, tuple[Value, ...]] = {
-        "mixing_weight": weights,
-        "threads": (threads[0], threads[-1])[: len(threads)],
-        "draft_tokens": _DRAFTS,
-        "confidence_threshold": (NO_THRESHOLD,),  # when one ends a block is not predicted
-    }
-    predicted = [(predict(candidate, acceptance), candidate) for candidate in space.grid(coarse)]
-    ranked = sorted(((p, c) for p, c in predicted if p is not None), key=lambda found: -found[0].tokens_per_second)
-    queues: dict[object, list[Candidate]] = {}
-    taken: dict[str, list[int]] = {}
-    for _, candidate in ranked:
-        decoding, kernels = candidate
-        kept = decoding.drafts and not judged(decoding)
-        queue = queues.setdefault((decoding.mixing_weight, kept, kernels.threads), [])
-        if len(queue) == count:
-            continue
-        others = {n: v for n, v in space.encode(candidate).items() if n != "draft_tokens"}
-        alike = taken.setdefault(json.dumps(others), [])
-        if all(abs(decoding.draft_tokens - k) >= _APART for k in alike):
-            queue.append(candidate)
-            alike.append(decoding.draft_tokens)
-    return list(_in_turn(list(queues.values())))[:count]
-
-
-def _in_turn(queues: Sequence[Sequence[Candidate]]) -> Iterable[Candidate]:
-    for rank in range(max(map(len, queues), default=0)):
-        for queue in queues:
-            if rank < len(queue):
-                yield queue[rank]
+    counts = names["threads"].values() if "threads" in names else (default.kernels.threads,)
+    few, many = (None if count is None else int(count) for count in (counts[0], counts[-1]))
+    found = [default]
+    if "draft_tokens" in names:
+        longest = int(max(map(float, names["draft_tokens"].values())))
+        engine = KernelConfig({1_000_000: KernelConfig().experts[1_000_000]}, few, default.kernels.engine)
+        if "two_forward" in names["sampler"].choices:
+            weights = map(float, names["mixing_weight"].values()) if "mixing_weight" in names else (1.0,)
+            for weight in sorted(set(_PILOT_MIXING_WEIGHTS).intersection(weights), reverse=True):
+                decoding = DecodingConfig("two_forward", draft_tokens=longest, mixing_weight=weight)
+                found.append(Candidate(decoding, engine))
+                if weight == 1:
+                    found.append(Candidate(decoding, replace(engine, threads=many)))
+        if "verify" in names and False in names["verify"].choices:
+            found.append(Candidate(DecodingConfig("denoising", draft_tokens=longest), engine))
+    once = {space.key(candidate): candidate for candidate in found}
+    return [space.candidate(space.encode(candidate)) for candidate in once.values()]
