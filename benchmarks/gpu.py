@@ -1,4 +1,4 @@
-"""Everything to learn on a machine with a GPU, in one go: correctness, full-size speed, tilings, engines, predictions.
+"""Everything to learn on a machine with a GPU, in one go: correctness, full-size speed, tuning, engines, predictions.
 
 python -m benchmarks.gpu --out DIR [--device cuda] [--small]      (or benchmarks/gpu.sh, which picks the device)
 
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from benchmarks.common import command, fail_in_one_line
-from benchmarks.gpu_parts import REPOSITORY, check_kernels, compare_engines, predict, probe_device, slug, time_kernels
+from benchmarks.gpu_parts import REPOSITORY, check_kernels, compare_engines, predict, probe_device, slug
 from benchmarks.gpu_session import FULL, RECORDS, SMALL, Plan, Session
 from benchmarks.gpu_speed import full_size
+from benchmarks.gpu_tuning import decoding_table, pairs_table, tilings_table, tune
 from hardware.files import UserError, known, write_atomic
 from perfmodel.steps import title
 from perfmodel.validation import measured_seconds, point_name
@@ -36,18 +37,18 @@ GRACE_SECONDS = 12.0  # beyond a part's share: to start it, and for the point th
 # In this order; a part may take its share of the whole time, and what the ones before it left.
 PARTS: dict[str, tuple[float, Callable[[Session, Plan], None]]] = {
     "kernels": (0.18, check_kernels),
-    "probe": (0.04, probe_device),
-    "full": (0.46, full_size),
-    "tilings": (0.16, time_kernels),
-    "engines": (0.13, compare_engines),
-    "predict": (0.03, predict),
+    "probe": (0.08, probe_device),
+    "full": (0.28, full_size),
+    "tuning": (0.36, tune),
+    "engines": (0.08, compare_engines),
+    "predict": (0.02, predict),
 }
 
 
 KEPT = (  # of the results, in the folder of the device
-    *(f"{name}.jsonl" for name in RECORDS), "correctness.jsonl", "hardware.yaml", "beside.jsonl", "tilings.jsonl",
-    "tilings.json", "predicted.jsonl", "skipped.jsonl", "results.md", "engines-zaya-nano.json",
-    "engines-zaya-shrunk.json",
+    *(f"{name}.jsonl" for name in RECORDS), "correctness.jsonl", "hardware.yaml", "beside.jsonl", "bandwidth.jsonl",
+    "tilings.jsonl", "tilings.json", "decoding.jsonl", "pairs.jsonl", "predicted.jsonl", "skipped.jsonl", "results.md",
+    "engines-zaya-nano.json", "engines-zaya-shrunk.json",
 )  # fmt: skip
 
 
@@ -95,25 +96,16 @@ def table(records: list[Measurement], predicted: dict[tuple[str, str], float]) -
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-def kernel_table(timed: list[dict[str, Any]]) -> Iterator[str]:
-    """Of every kernel and problem the default tiling, and the fastest of all that were timed together, as Markdown."""
-    yield "| kernel | problem | tiling | time | GB/s | of the copy's |"
-    yield "| --- | --- | --- | ---: | ---: | ---: |"
-    shown: set[tuple[Any, ...]] = set()
+def bandwidth_table(timed: list[dict[str, Any]]) -> Iterator[str]:
+    """Every kernel and problem with the default tiling, as Markdown."""
+    yield "| kernel | problem | time | GB/s | of the copy's |"
+    yield "| --- | --- | ---: | ---: | ---: |"
     for one in timed:
-        key = one["kernel"], one["problem"], one["which"]
-        if not one["seconds"] or key in shown:
-            continue  # lines of one call are written with the fastest first
-        shown.add(key)
-        tiling = (
-            "default"
-            if one["which"].startswith("default")
-            else "fastest: " + " ".join(f"{k}={v}" for k, v in one["tiling"].items())
-        )
-        yield (
-            f"| {one['kernel']} | {one['problem']} | {tiling} | {one['median_seconds'] * 1e6:.2f} us "
-            f"| {one['bytes_per_second'] / 1e9:.0f} | {one['copy_share']:.0%} |"
-        )
+        if one["seconds"]:
+            yield (
+                f"| {one['kernel']} | {one['problem']} | {one['median_seconds'] * 1e6:.2f} us "
+                f"| {one['bytes_per_second'] / 1e9:.0f} | {one['copy_share']:.0%} |"
+            )
 
 
 def finish(session: Session, measurements: Path | None) -> int:
@@ -121,7 +113,8 @@ def finish(session: Session, measurements: Path | None) -> int:
     records = [m for name in RECORDS for m in session.records(name)]
     predicted = {(p["hardware"], p["name"]): p["predicted_seconds"] for p in session.lines("predicted")}
     lines = list(table(records, predicted))
-    lines += ["", *kernel_table(session.lines("tilings"))]
+    lines += ["", *bandwidth_table(session.lines("bandwidth"))]
+    lines += ["", *tilings_table(session), "", *decoding_table(session), "", *pairs_table(session)]
     write_atomic(session.out / "results.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     checks = session.lines("correctness")

@@ -1,4 +1,4 @@
-"""The parts of `benchmarks.gpu` besides full-size speed: correctness, probe, tilings, engines, prediction."""
+"""The smaller parts of `benchmarks.gpu`: correctness, probe, bandwidth, engines, prediction."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_session import RECORDS, SHRUNK, Plan, Session, tuned_problems
-from hardware.files import write_atomic
+import torch
+
+from benchmarks.gpu_session import RECORDS, SHRUNK, Plan, Session, timed_problems
+from hardware.fingerprint import cpu_model
 from hardware.probe import probe
-from hardware.profile import list_profiles, load_profile, save_profile
+from hardware.profile import HardwareProfile, list_profiles, load_profile, save_profile
 from perfmodel.validation import validate
 from runtime.checkpoint import bundled, random_model, save_model
-from runtime.kernels.compiler import Compilers
-from runtime.kernels.problem import Problem
 from runtime.kernels.registry import KERNELS, kernel
-from runtime.kernels.selection import default_tiling, device_target
-from runtime.kernels.target import Tiling
+from runtime.kernels.selection import default_tiling
 from runtime.kernels.timing import Timed, time_tilings
 
 REPOSITORY = Path(__file__).parents[1]
@@ -76,47 +75,32 @@ def warm_up(session: Session, plan: Plan) -> list[subprocess.Popen[bytes]]:
 
 
 def probe_device(session: Session, plan: Plan) -> None:
-    """The device's own curves, copy bandwidth among them."""
+    """The device's own curves, copy bandwidth among them; and the kernels beside a copy."""
     kind = session.device.partition(":")[0]
     threads = None if kind == "cuda" else 1
     profile = session.attempt("probe", lambda: probe(kind, quick=True, threads=threads))
     if profile is not None:
         save_profile(profile, session.out / "hardware.yaml")
+    session.release()
+    time_kernels(session, plan)
 
 
 def time_kernels(session: Session, plan: Plan) -> None:
-    """Bandwidth of every kernel with its default tiling beside a copy's, then with all that compile without spills."""
+    """Bandwidth of every kernel with its default tiling beside a copy's."""
     if not session.device.startswith("cuda"):
-        session.skip("tilings", f"kernels are timed on a GPU, not on {session.device}")
+        session.skip("bandwidth", f"kernels are timed on a GPU, not on {session.device}")
         return
-    problems = tuned_problems(plan)
-    for name, problem in problems:
-        time_one(session, plan, name, problem, [default_tiling(name, session.device, problem)], "default tiling")
-    best: dict[str, dict[int, Tiling]] = {}
-    with Compilers() as compilers:
-        for name, problem in problems:
-            usable = partial(compilers.usable, kernel(name), device_target(session.device), problem, plan.dtype)
-            fitting = session.attempt(f"compiling {name}", usable) or None
-            found = time_one(session, plan, name, problem, fitting, "all tilings")
-            if found:
-                best.setdefault(name, {})[problem.tokens] = found[0].tiling
-                write_atomic(session.out / "tilings.json", json.dumps(best, indent=1) + "\n")
-
-
-def time_one(
-    session: Session, plan: Plan, name: str, problem: Problem, tilings: list[Tiling] | None, which: str
-) -> list[Timed]:
-    """Time a kernel's tilings on a problem; the ones that ran, the fastest first."""
-    run = partial(time_tilings, kernel(name), problem, plan.dtype, session.device, tilings, deadline=session.deadline)
-    point = f"{name}, {problem}, {which}"
-    timed: list[Timed] = session.attempt(point, run) or []
-    for one in timed:
-        session.write("tilings", which=which, tokens=problem.tokens, **one.plain())
-    ran = [one for one in timed if one.seconds]
-    if ran:
-        first = ran[0]
-        session.say(f"  {first.median_seconds * 1e6:10.2f} us  {first.copy_share:6.1%} of the copy  {point}")
-    return ran
+    for name, problem in timed_problems(plan):
+        tilings = [default_tiling(name, session.device, problem)]
+        run = partial(
+            time_tilings, kernel(name), problem, plan.dtype, session.device, tilings, deadline=session.deadline
+        )
+        timed: list[Timed] = session.attempt(f"{name}, {problem}", run) or []
+        for one in timed:
+            session.write("bandwidth", tokens=problem.tokens, **one.plain())
+            if one.seconds:
+                speed = f"{one.median_seconds * 1e6:10.2f} us  {one.copy_share:6.1%} of the copy"
+                session.say(f"  {speed}  {name}, {problem}")
 
 
 def compare_engines(session: Session, plan: Plan) -> None:
@@ -183,6 +167,14 @@ def predict(session: Session, plan: Plan) -> None:
         found = session.attempt(f"prediction of {engine} on {profile.name}", partial(validate, rows, profile))
         for row in found or ():
             session.write("predicted", hardware=profile.name, error=row.error, **asdict(row))
+
+
+def device_profile(session: Session) -> HardwareProfile | None:
+    """What predictions are made for: the device's data file, else what the probe of this run found, if it ran."""
+    on_gpu = session.device.startswith("cuda")
+    name = str(torch.cuda.get_device_name(session.device)) if on_gpu else cpu_model()
+    files = [*shipped(name), *map(str, session.out.glob("hardware.yaml"))]
+    return load_profile(files[0]) if files else None
 
 
 def shipped(device: str) -> list[str]:

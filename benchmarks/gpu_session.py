@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from autotune.objective import StageFailure
 from hardware.files import UserError
 from runtime.config import ModelConfig
 from runtime.kernels.problem import Problem
@@ -21,6 +22,20 @@ from runtime.measurement import Measurement, append_jsonl, read_jsonl
 
 RECORDS = ("forwards", "generations", "operators")  # files of measurements
 RANDOM = "random weights: routing and acceptance are not real"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is tuned: at which batches; decoding of so many prompts and new tokens of each.
+
+    seeds: the model's first proposals. guided: at most so many more, corrected by what was measured.
+    """
+
+    batches: tuple[int, ...]
+    prompts: int
+    new_tokens: int
+    seeds: int
+    guided: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,7 @@ class Plan:
     new_tokens: tuple[int, int, int]
     bundled: bool  # whether zaya-nano's engines are compared too
     kernels: tuple[str, ...] | None  # that are checked; None: all
+    tuning: Tuning
 
 
 FULL = Plan(
@@ -58,6 +74,7 @@ FULL = Plan(
     (128, 24, 24),
     True,
     None,
+    Tuning((1, 16, 64), 16, 144, 8, 12),
 )
 SHRUNK = ModelConfig(
     vocab_size=264,
@@ -75,7 +92,21 @@ SHRUNK = ModelConfig(
     bos_token_id=257,
     mask_token_id=259,
 )
-SMALL = Plan("zaya-shrunk", SHRUNK, "float32", (1, 2), 16, 4, (0, 2), 2, 2, (8, 4, 4), False, ("embed",))
+SMALL = Plan(
+    "zaya-shrunk",
+    SHRUNK,
+    "float32",
+    (1, 2),
+    16,
+    4,
+    (0, 2),
+    2,
+    2,
+    (8, 4, 4),
+    False,
+    ("embed",),
+    Tuning((1,), 1, 8, 1, 0),
+)
 
 
 @dataclass
@@ -103,7 +134,8 @@ class Session:
         try:
             return run()
         except Exception as error:
-            expected = isinstance(error, (RuntimeError, UserError, ImportError))  # torch's errors are RuntimeErrors
+            # Torch's errors are RuntimeErrors; a StageFailure is a child process's, or a setting's.
+            expected = isinstance(error, (RuntimeError, UserError, ImportError, StageFailure))
             if not expected and not type(error).__module__.startswith("triton"):
                 traceback.print_exc()
                 self.check(f"{point} runs without a bug", False, error=repr(error))
@@ -142,6 +174,11 @@ class Session:
         path = self.out / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
+    def document(self, name: str) -> list[dict[str, Any]]:
+        """The list in NAME.json; none before it is written."""
+        path = self.out / f"{name}.json"
+        return list(json.loads(path.read_text())) if path.is_file() else []
+
     def check(self, name: str, passed: bool, **facts: Any) -> None:
         """Keep the outcome of one correctness check."""
         self.write("correctness", check=name, passed=passed, **facts)
@@ -153,8 +190,8 @@ class Session:
         self.say(f"  skipped {point}: {reason}")
 
 
-def tuned_problems(plan: Plan) -> tuple[tuple[str, Problem], ...]:
-    """Kernels and problems whose tilings are timed: what a step spends its time on, the most valuable first."""
+def timed_problems(plan: Plan) -> tuple[tuple[str, Problem], ...]:
+    """Kernels and problems that are timed beside a copy: what a step spends its time on, the most valuable first."""
     config, slots, context = plan.model, plan.drafts + 1, plan.context
     decode, verify = Problem(config, 1, 1, context), Problem(config, 16, slots, context)
     one, many = Problem(config, 1, slots, context), Problem(config, 128, 1, context)

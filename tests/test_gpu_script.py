@@ -15,9 +15,9 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 import benchmarks.gpu as program
-from benchmarks.gpu import PARTS, finish, kernel_table, main, run_parts, table
+from benchmarks.gpu import PARTS, bandwidth_table, finish, main, run_parts, table
 from benchmarks.gpu_parts import check_kernels, predict, shipped, slug, time_kernels
-from benchmarks.gpu_session import FULL, RANDOM, SHRUNK, SMALL, Session, tuned_problems
+from benchmarks.gpu_session import FULL, RANDOM, SHRUNK, SMALL, Session, timed_problems
 from benchmarks.gpu_speed import decode_by_transformers, forwards, load_transformers
 from hardware.files import UserError
 from hardware.probe import local_name
@@ -27,7 +27,6 @@ from runtime.checkpoint import random_model
 from runtime.config import DecodingConfig, KernelConfig, Workload, replace
 from runtime.engine import generate
 from runtime.engines import engine_of
-from runtime.kernels.compiler import Compilers
 from runtime.kernels.problem import Problem
 from runtime.kernels.registry import Kernel, kernel
 from runtime.kernels.target import TARGETS, Tiling
@@ -35,7 +34,7 @@ from runtime.kernels.timing import Timed, Traffic
 from runtime.measurement import ForwardKind, Measurement, append_jsonl, read_jsonl
 
 ROOT = Path(__file__).parents[1]
-ABSENT = ("typer", "rich", "optuna", "tokenizers", "transformers", "streamlit", "plotly", "scipy")
+ABSENT = ("typer", "rich", "optuna", "sqlalchemy", "tokenizers", "transformers", "streamlit", "plotly", "scipy")
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +88,14 @@ def test_it_leaves_checks_a_profile_records_and_a_table(results: Path) -> None:
     named = {"qkv", "cca", "attention", "output", "router", "experts", "lm_head", "sampler", "norms_residual"}
     assert {m.operator for m in operators} == named | {"embedding"}
     assert {(m.forward, m.workload.batch) for m in operators} == {(k, b) for k in ("decode", "verify") for b in (1, 2)}
-    assert (out / "results.md").read_text().count("ms |") == len(measured) + len(whole) + len(operators)
+    points = (out / "results.md").read_text().partition("\n\n")[0]
+    assert points.count("ms |") == len(measured) + len(whole) + len(operators)
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
-    assert {s["point"].split(" of ")[0] for s in skipped} == {"transformers", "tilings", "prediction"}
+    reasons = {"transformers", "bandwidth", "tilings", "tile table", "pairs", "prediction"}
+    assert {s["point"].split(" of ")[0] for s in skipped} <= reasons
+    trials = [json.loads(line) for line in (out / "decoding.jsonl").read_text().splitlines()]
+    assert [t["source"] for t in trials] == ["default", "pilot", "seed"]
+    assert all(t["outcome"] in ("correct", "slower") and t["divergence"] in (0.0, None) for t in trials)
 
 
 def test_records_are_copied_to_the_devices_folder(results: Path) -> None:
@@ -189,39 +193,32 @@ def test_the_same_weights_run_in_transformers() -> None:
     assert isinstance(seconds, float)
 
 
-def test_every_kernel_that_is_tuned_has_tilings_and_inputs_for_its_problems() -> None:
-    named = tuned_problems(FULL)
+def test_every_kernel_that_is_timed_has_tilings_and_inputs_for_its_problems() -> None:
+    named = timed_problems(FULL)
     assert {name for name, _ in named[:4]} == {"experts", "attention"}
     for name, problem in named:
         assert all(kernel(name).tilings(target, problem) for target in TARGETS.values())
-    for name, problem in tuned_problems(SMALL):
+    for name, problem in timed_problems(SMALL):
         kernel(name).reference()(**kernel(name).inputs(problem, torch.float32, "cpu"))
 
 
-def test_defaults_are_timed_first_and_the_fastest_tilings_are_kept(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What does not compile is not timed; here the last of the tilings is the fastest."""
-    timed: list[int] = []
+def test_defaults_are_timed_beside_a_copy(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of each problem; one that does not run has a line with its reason, and no row."""
+    names = [name for name, _ in timed_problems(FULL)]
 
     def fake(k: Kernel, problem: Problem, dtype: str, device: str, tilings: list[Tiling], **_: Any) -> list[Timed]:
-        timed.append(len(tilings))
-        found = [
-            Timed(k.name, str(problem), dtype, t, Traffic(10**6, 1), (1.0 - 0.01 * i,), 1e7)
-            for i, t in enumerate(tilings)
-        ]
-        return sorted(found, key=lambda one: one.median_seconds)
+        [tiling] = tilings
+        seconds, outcome = ((), "does not fit") if k.name == "router" else ((1e-5,), "")
+        return [Timed(k.name, str(problem), dtype, tiling, Traffic(3 * 10**7, 1), seconds, 4e12, outcome)]
 
     monkeypatch.setattr("benchmarks.gpu_parts.time_tilings", fake)
-    monkeypatch.setattr(Compilers, "usable", lambda _, k, target, problem, dtype: k.tilings(target, problem)[:3])
     session.device = "cuda"
     time_kernels(session, FULL)
-    problems = tuned_problems(FULL)
-    assert timed[: len(problems)] == [1] * len(problems) and set(timed[len(problems) :]) <= {2, 3}
-    best = json.loads((session.out / "tilings.json").read_text())
-    name, problem = problems[0]
-    assert best[name][str(problem.tokens)] == kernel(name).tilings(TARGETS["sm_90"], problem)[2]
-    assert len(list(kernel_table(session.lines("tilings")))) == 2 + 2 * len(problems)
+    lines = session.lines("bandwidth")
+    assert [line["kernel"] for line in lines] == names
+    rows = list(bandwidth_table(lines))[2:]
+    assert len(rows) == len(names) - names.count("router")
+    assert rows[0].endswith("| 10.00 us | 3000 | 75% |")
 
 
 def record(kind: ForwardKind, batch: int, slots: int, seconds: float, **changed: Any) -> Measurement:
@@ -265,25 +262,3 @@ def test_predicted_stands_beside_measured(session: Session) -> None:
 )
 def test_a_device_finds_its_data_file(device: str, expected: list[str]) -> None:
     assert shipped(device) == expected
-
-
-def test_the_kernels_table_shows_the_default_and_the_fastest() -> None:
-    timed = {
-        "kernel": "experts",
-        "problem": "p",
-        "tiling": {"BLOCK_M": 16},
-        "seconds": [1e-5],
-        "median_seconds": 1e-5,
-        "bytes_per_second": 3e12,
-        "copy_share": 0.75,
-    }
-    lines = [
-        timed | {"which": "default tiling"},
-        timed | {"which": "all tilings", "median_seconds": 8e-6},
-        timed | {"which": "all tilings", "median_seconds": 9e-6},
-        timed | {"which": "all tilings", "seconds": []},
-    ]
-    assert list(kernel_table(lines))[2:] == [
-        "| experts | p | default | 10.00 us | 3000 | 75% |",
-        "| experts | p | fastest: BLOCK_M=16 | 8.00 us | 3000 | 75% |",
-    ]
