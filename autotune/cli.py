@@ -134,6 +134,8 @@ def tune(
 ) -> None:
     """Search the fastest settings on this device. The same command again continues where it stopped."""
     from autotune.console import note, print_study, print_tilings, progress
+    from autotune.dry_run import dry_run as look_ahead
+    from autotune.dry_run import lines
     from autotune.storage import shown, storage_url
     from autotune.workers import plan_workers
 
@@ -173,6 +175,9 @@ def tune(
     limit = Budget(duration_seconds(budget) if budget else None)
     url = storage or storage_url(out)
     place = shown(url)
+    if dry_run:
+        looked = look_ahead(asked, url, out, duration_seconds(budget) if budget else None)
+        return print(json.dumps(looked.data(), indent=2) if as_json else "\n".join(lines(looked)))
     code = 0
     try:
         places = plan_workers(workers, url, asked.device.partition(":")[0], replay=replay is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -89,12 +89,13 @@ def print_study(result: StudyResult) -> None:
     print(f"{result.name}: {len(result.measured)} settings on {result.subject.device['device']}{simulated}")
     print("   trial  tokens/s  predicted  differs  accepts  setting")
     for t in sorted(result.measured, key=lambda t: -(t.tokens_per_second or 0.0)):
-        setting = " ".join(f"{name}={value}" for name, value in t.params.items())
         predicted = cell(t.predicted_tokens_per_second, ".0f")
         numbers = f"{cell(t.tokens_per_second, '.0f'):>8}  {predicted:>9}  {cell(t.divergence, '.2%'):>7}"
         remark = "" if t.outcome == "correct" else f"  ({t.outcome}: {t.reason})"
         mark = "*" if t.number in front else " "
-        print(f" {mark} {t.number:5}  {numbers}  {cell(t.acceptance_length, '.2f'):>7}  {setting}{remark}")
+        print(
+            f" {mark} {t.number:5}  {numbers}  {cell(t.acceptance_length, '.2f'):>7}  {setting_text(t.params)}{remark}"
+        )
     rank = result.rank_correlation()
     if rank is not None:
         print(f"predictions: rank correlation {rank:.2f} over {len(result.scored())} settings")
@@ -121,12 +122,22 @@ def print_tilings(results: Sequence[TilingResult]) -> None:
         if decision is None:
             print(f"{result.name}: {len(result.finished)} tilings tried, not decided yet")
             continue
-        chosen = " ".join(f"{name}={value}" for name, value in decision.tiling.items())
-        line = f"{result.name}: {chosen}" + (" (the default)" if decision.kept_default else "")
+        line = f"{result.name}: {setting_text(decision.tiling)}" + (" (the default)" if decision.kept_default else "")
         if decision.ratio is not None:
             line += f"; {decision.ratio:.2f}x [{cell(decision.low, '.2f')}, {cell(decision.high, '.2f')}]"
             line += f" in {decision.rounds} rounds"
         print(f"{line}; {decision.reason}")
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows with their columns under each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def setting_text(params: Mapping[str, Any]) -> str:
+    """A setting's parameters in one line."""
+    return " ".join(f"{name}={value}" for name, value in params.items())
 
 
 def cell(value: float | None, form: str) -> str:

@@ -16,7 +16,7 @@ from autotune.isolation import Child, Isolated
 from autotune.objective import Runner
 from autotune.results import StudyResult, Subject
 from autotune.seeding import Predictor
-from autotune.space import decoding_space, default_candidate
+from autotune.space import Candidate, decoding_space, default_candidate
 from hardware.files import UserError, known
 from hardware.fingerprint import core_count, cpu_model, fingerprint, fingerprint_key
 from hardware.probe import probe
@@ -107,7 +107,7 @@ class Work:
         """Load the model, and make its runner. UserError as `runtime.checkpoint.load_model`."""
         from autotune.runner import LocalRunner
         from runtime.bench import identify, token_rows
-        from runtime.options import use_device
+        from runtime.device import use_device
 
         use_device(self.device, self.threads)
         count, config = -(-self.prompts // self.batch) * self.batch, None
@@ -242,33 +242,13 @@ def tune_local(
     work = replace(work, command=command, simulated=simulated)
     runner, described = _opened(work, plan.trial_seconds, isolated)
     try:
-        hardware = hardware or shipped_profile(str(described.identity.device["device"]))
-        identity, workload = described.identity, described.workload
-        cores = core_count() if kind == "cpu" else None
-        space = decoding_space(
-            batch=work.batch,
-            cores=cores,
-            drafts=described.config.mask_token_id is not None,
-            lossless=plan.lossless,
-            histogram=plan.histogram,
-            engine=described.engine,
-        )
-        subject = Subject(
-            model=identity.model,
-            model_hash=identity.model_hash,
-            device=identity.device,
-            workload=workload,
-            prompts=described.prompts,
-            space=space,
-            simulated=identity.simulated,
-            context=work.context,
-        )
+        subject, default = searched(work, described, plan)
         return tune(
             url,
             subject,
             runner,
-            default=default_candidate(space, None if cores is None else min(described.threads, cores)),
-            predict=Predictor(spec_from_config(described.config, identity.model), hardware, workload, engine),
+            default=default,
+            predict=predictor(described, hardware, engine),
             trials=plan.trials,
             seconds=plan.seconds,
             max_divergence=plan.max_divergence,
@@ -281,6 +261,40 @@ def tune_local(
         )
     finally:
         runner.close()
+
+
+def searched(work: Work, described: Described, plan: Plan) -> tuple[Subject, Candidate]:
+    """What a bucket's search is about: the subject of its study, and the default setting."""
+    identity = described.identity
+    cores = core_count() if work.device == "cpu" else None
+    space = decoding_space(
+        batch=work.batch,
+        cores=cores,
+        drafts=described.config.mask_token_id is not None,
+        lossless=plan.lossless,
+        histogram=plan.histogram,
+        engine=described.engine,
+    )
+    subject = Subject(
+        model=identity.model,
+        model_hash=identity.model_hash,
+        device=identity.device,
+        workload=described.workload,
+        prompts=described.prompts,
+        space=space,
+        simulated=identity.simulated,
+        context=work.context,
+    )
+    return subject, default_candidate(space, None if cores is None else min(described.threads, cores))
+
+
+def predictor(
+    described: Described, hardware: HardwareProfile | None, engine: EngineProfile | str | None = None
+) -> Predictor:
+    """What predicts its settings. hardware: None takes the profile that ships for a GPU of its name."""
+    profile = hardware or shipped_profile(str(described.identity.device["device"]))
+    spec = spec_from_config(described.config, described.identity.model)
+    return Predictor(spec, profile, described.workload, engine)
 
 
 def _opened(work: Work, seconds: float, isolated: bool) -> tuple[Runner, Described]:
@@ -307,12 +321,17 @@ def shipped_profile(device: str) -> HardwareProfile:
     return load_profile(max(fitting, key=len))
 
 
+def probed_profile(path: Path) -> HardwareProfile | None:
+    """The profile at `path` if it was probed on this machine."""
+    profile = load_profile(path) if path.is_file() else None
+    here = profile is not None and fingerprint_key(profile.fingerprint) == fingerprint_key(fingerprint(cpu_model()))
+    return profile if here else None
+
+
 def machine_profile(path: Path, progress: Callable[[str, float], None]) -> HardwareProfile:
     """This machine's profile for predictions: that at `path` if it was probed here, else a quick probe, kept there."""
-    if path.is_file():
-        profile = load_profile(path)
-        if fingerprint_key(profile.fingerprint) == fingerprint_key(fingerprint(cpu_model())):
-            return profile
-    profile = probe("cpu", quick=True, progress=progress)
-    save_profile(profile, path)
+    profile = probed_profile(path)
+    if profile is None:
+        profile = probe("cpu", quick=True, progress=progress)
+        save_profile(profile, path)
     return profile

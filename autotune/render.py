@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from autotune.console import setting_text, table
 from autotune.report import Importance, Improvement, Score, Seeding, StageCount, StudyReport, TilingReport
 from autotune.results import TrialRecord
 from hardware.files import known, write_atomic
@@ -41,8 +42,7 @@ def as_text(parts: Sequence[Section]) -> str:
     blocks = []
     for part in parts:
         lines = [part.title, ("=" if part.level == 1 else "-") * len(part.title), *part.sentences]
-        widths = [max(map(len, column)) for column in zip(*part.table, strict=True)] if part.table else []
-        lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in part.table]
+        lines += table(part.table) if part.table else []
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -144,7 +144,13 @@ def _stages(stages: Sequence[StageCount]) -> Section:
 
 def _front(front: Sequence[TrialRecord]) -> Section:
     rows = [
-        (str(t.number), _number(t.tokens_per_second, ",.0f"), _number(t.divergence, ".2%"), t.source, setting(t))
+        (
+            str(t.number),
+            _number(t.tokens_per_second, ",.0f"),
+            _number(t.divergence, ".2%"),
+            t.source,
+            setting_text(t.params),
+        )
         for t in front[:_MOST_ROWS]
     ]
     more = (f"The fastest {_MOST_ROWS} of {len(front)}.",) if len(front) > _MOST_ROWS else ()
@@ -219,16 +225,11 @@ def _tilings(tilings: Sequence[TilingReport]) -> Section:
     rows = []
     for t in tilings:
         gain = "-" if t.ratio is None else f"{t.ratio:.2f}x [{t.low or 0:.2f}, {t.high or 0:.2f}]"
-        chosen = "-" if t.tiling is None else " ".join(f"{k}={v}" for k, v in t.tiling.items())
+        chosen = "-" if t.tiling is None else setting_text(t.tiling)
         ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(t.outcomes.items()))
         rows.append((t.name, gain, _number(t.rank_correlation, ".2f"), ended, chosen, t.reason))
     head = ("kernel and bucket", "against the default", "rank correlation", "tilings", "to run", "decision")
     return Section("Tilings", (), (head, *rows), level=1)
-
-
-def setting(trial: TrialRecord) -> str:
-    """A trial's parameters in one line."""
-    return " ".join(f"{name}={value}" for name, value in trial.params.items())
 
 
 def _plain_markdown(text: str) -> str:

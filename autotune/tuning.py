@@ -19,8 +19,9 @@ from runtime.kernels.registry import KERNELS
 
 if TYPE_CHECKING:
     from autotune.console import Shown
-    from autotune.local import Work
-    from autotune.results import StudyResult
+    from autotune.local import Plan, Work
+    from autotune.results import StudyResult, Subject
+    from autotune.seeding import Predict
     from autotune.tiling_results import TilingResult
     from autotune.tiling_runner import TilingWork
     from hardware.profile import HardwareProfile
@@ -67,7 +68,6 @@ class Request:
     kernels: tuple[str, ...] = STEP_KERNELS
     replay: Path | None = None
     replay_pace: float = 0.0
-    budget_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.engine in ENGINES:
@@ -118,7 +118,7 @@ def run(request: Request, url: str, folder: Path, show: Shown, budget: Budget, c
     """Tune every bucket inside the budget. folder: where a probed profile is kept. Errors as `autotune.study.tune`."""
     if request.replay is not None:
         return Found([_replayed(request, url, show, budget, command)])
-    works = [_work(request, batch, context) for batch, context in request.buckets]  # refuses before it probes
+    works = decoding_works(request)  # refuses before it probes
     profile = profile_of(request, folder, lambda label, share: show.update("probing", share, label))
     tilings: list[TilingResult] = []
     if request.tilings:
@@ -218,18 +218,40 @@ def gpu_name(device: str) -> str:
     return run.stdout.strip()
 
 
-def _work(request: Request, batch: int, context: int | None) -> Work:
+def decoding_works(request: Request) -> list[Work]:
+    """What is decoded in each bucket."""
     from autotune.local import Work
 
-    return Work(
-        request.model,
-        batch,
-        context,
-        request.device,
-        request.effort.prompts,
-        request.effort.new_tokens,
-        request.effort.repeats,
-        random=request.random_weights,
+    wanted = request.effort
+    return [
+        Work(
+            request.model,
+            batch,
+            context,
+            request.device,
+            wanted.prompts,
+            wanted.new_tokens,
+            wanted.repeats,
+            random=request.random_weights,
+        )
+        for batch, context in request.buckets
+    ]
+
+
+def plan_of(request: Request, seconds: float | None) -> Plan:
+    """How a bucket is searched, in so many seconds."""
+    from autotune.local import Plan
+
+    wanted = request.effort
+    return Plan(
+        trials=wanted.trials,
+        seconds=seconds,
+        lossless=request.lossless,
+        max_divergence=request.max_divergence,
+        rounds=wanted.rounds,
+        seed=request.seed,
+        histogram=request.histogram,
+        trial_seconds=wanted.trial_seconds,
     )
 
 
@@ -242,53 +264,46 @@ def _decoded(
     show: Shown,
     command: str,
 ) -> StudyResult:
-    from autotune.local import Plan, tune_local
+    from autotune.local import tune_local
 
-    wanted = request.effort
-    plan = Plan(
-        trials=wanted.trials,
-        seconds=seconds,
-        lossless=request.lossless,
-        max_divergence=request.max_divergence,
-        rounds=wanted.rounds,
-        seed=request.seed,
-        histogram=request.histogram,
-        trial_seconds=wanted.trial_seconds,
-    )
     bucket = f"batch {work.batch}" + ("" if work.context is None else f" context {work.context}")
     return tune_local(
         work,
         url,
         profile,
-        plan,
+        plan_of(request, seconds),
         engine=request.engine,
         command=command,
-        on_trial=show.searching(bucket, wanted.trials, request.max_divergence),
+        on_trial=show.searching(bucket, request.effort.trials, request.max_divergence),
         on_compare=lambda share: show.update("deciding", share, "best against default, alternating"),
     )
+
+
+def predicted_recording(request: Request, about: Subject) -> Predict:
+    """Predictions of what was recorded, where --hardware names the profile of the device; nothing without."""
+    from autotune.seeding import Predictor
+    from hardware.profile import load_profile
+    from perfmodel.model_spec import load_spec
+
+    if not request.hardware:
+        return lambda candidate, acceptance: None
+    return Predictor(load_spec(about.model), load_profile(request.hardware), about.workload, request.engine)
 
 
 def _replayed(request: Request, url: str, show: Shown, budget: Budget, command: str) -> StudyResult:
     """A recording searched: its model and device are the recording's, and so are its predictions, with a profile."""
     from autotune.replay import Replay, read_recording
-    from autotune.seeding import Predict, Predictor
     from autotune.study import tune
-    from hardware.profile import load_profile
-    from perfmodel.model_spec import load_spec
 
     assert request.replay is not None
     recording = read_recording(request.replay)
     about, wanted = recording.subject, request.effort
-    predict: Predict = lambda candidate, acceptance: None  # noqa: E731  # without a profile nothing is predicted
-    if request.hardware:
-        profile = load_profile(request.hardware)
-        predict = Predictor(load_spec(about.model), profile, about.workload, request.engine)
     return tune(
         url,
         about,
         Replay(recording, request.replay_pace),
         default=recording.default,
-        predict=predict,
+        predict=predicted_recording(request, about),
         trials=wanted.trials,
         seconds=earlier(wanted.seconds, budget.share(1)),
         max_divergence=request.max_divergence,

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from autotune.space import Space, Value, decoding_space
 from autotune.storage import read_studies
 from autotune.tuning import Request
 from hardware.files import UserError
+from hardware.profile import save_profile
 from runtime.deployment import load_deployment
-from tests.made_up import MadeUp, subject
+from tests.made_up import MadeUp, oracle, subject
+from tests.perfmodel_cpu import made_up_cpu
 
 COARSE: dict[str, tuple[Value, ...]] = {
     "levels_count": (1,),
@@ -137,6 +140,38 @@ def test_an_interrupted_command_says_how_to_go_on(
     assert (code, out) == (130, "") and "runs/tune/study.db; the same command continues" in err
     code, out, _ = command(*tune, "--json")
     assert code == 0 and json.loads(out)["studies"][0]["measured"] == 8
+
+
+def test_a_dry_run_looks_ahead_and_measures_nothing(
+    command: Any, recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The space with its meanings, what the model expects (of the recorded device), and what the budget allows."""
+    profile = tmp_path / "cpu.yaml"
+    save_profile(made_up_cpu(threads=2), profile)
+    monkeypatch.setattr("autotune.tuning.predicted_recording", lambda *_: oracle)
+    monkeypatch.setattr("autotune.dry_run.predicted_recording", lambda *_: oracle)
+    look = ("tune", "--replay", recording, "--out", "run", "--hardware", profile, "--dry-run", "--budget", "5m")
+    code, out, err = command(*look, "--json")
+    found = json.loads(out)
+    (bucket,) = found["buckets"]
+    assert (code, err, found["bucket_seconds"], found["tilings"]) == (0, "", 300.0, [])
+    assert bucket["settings"] == len(recording.read_text().splitlines()) - 1 and bucket["measured"] == 0
+    assert {"name", "values", "meaning", "condition"} <= set(bucket["space"][0])
+    assert not (tmp_path / "run").exists()
+    # Nothing verified is predicted before anything is known of the acceptance.
+    assert {e["params"]["sampler"] for e in bucket["front"]} == {"autoregressive"}
+    assert any("pilots" in note for note in bucket["notes"])
+
+    assert command(*(word for word in look if word != "--dry-run"), "--trials", 8)[0] == 0
+    code, out, err = command(*look, "--json")
+    (bucket,) = json.loads(out)["buckets"]
+    front = bucket["front"]
+    assert bucket["measured"] == 8 and bucket["notes"] == [] and len(front) > 1
+    for faster, slower in pairwise(front):
+        assert faster["tokens_per_second"] >= slower["tokens_per_second"]
+        assert faster["divergence"] > slower["divergence"]
+    code, out, err = command(*look)
+    assert (code, err) == (0, "") and "tokens/s" in out and "drafts per step, K" in out and "5:00" in out
 
 
 def test_the_formats_are_listed(command: Any) -> None:
