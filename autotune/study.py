@@ -178,7 +178,11 @@ class _Worker:
             # A lost worker's setting has its place among the trials, though others may have ended the last meanwhile.
             lost = not self.alone and any("retry_of" in t.user_attrs.get("queued", {}) for t in waiting)
             wanted = (lost or len(result.measured) + running < trials) and time_left
-            missing = not running and not result.find(self.default)  # without the default nothing can be decided
+            base = result.find(self.default)
+            if base and base.outcome != "correct":
+                words = f"{base.outcome}: {base.reason}"
+                raise UserError(f"the default setting does not run ({words}), so nothing can be compared")
+            missing = not running and not base  # without the default nothing can be decided
             if missing and not waiting:
                 raise UserError("the default setting was lost twice with its process, so nothing can be compared")
             if wanted and not waiting and repeats < _REPEATS:
@@ -290,9 +294,6 @@ class _Worker:
         result = self.result()
         base = result.find(self.default)
         assert base is not None  # `search` does not end before
-        if base.outcome != "correct":
-            words = f"{base.outcome}: {base.reason}"
-            raise UserError(f"the default setting does not run ({words}), so nothing can be compared")
         best = result.allowed(max_divergence)[0]
         basis = best.number, len(result.measured), max_divergence
 

@@ -18,7 +18,7 @@ from autotune.study import tune
 from hardware.files import UserError
 from runtime.config import Workload
 from runtime.measurement import Measurement
-from tests.made_up import DEVICE, MadeUp, blind, oracle, run, speed, subject, unsynced
+from tests.made_up import DEVICE, MadeUp, blind, oracle, run, small_space, speed, subject, unsynced
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,8 @@ def test_what_cannot_run_ends_one_trial(tmp_path: Path) -> None:
         return "too many drafts" if candidate.decoding.draft_tokens > 20 and candidate.decoding.slots > 1 else None
 
     runner = MadeUp(fault=fault, infeasible=infeasible)
-    result = run(tmp_path, runner, trials=14, predict=lambda c, a: Prediction(speed(c), 1.0, 1.0))
+    about = subject(space=decoding_space(batch=1, cores=2, lossless=True))
+    result = run(tmp_path, runner, about, trials=12, predict=lambda c, a: Prediction(speed(c), 1.0, 1.0))
     by_outcome = {t.outcome: t for t in result.measured}
     assert set(by_outcome) == {"correct", "infeasible", "runtime"}
     assert by_outcome["runtime"].reason == "RuntimeError: kernel died badly"
@@ -117,8 +118,10 @@ def test_a_default_that_does_not_run_is_said(tmp_path: Path) -> None:
         if candidate.decoding.sampler == "autoregressive":
             raise RuntimeError("no")
 
+    runner = MadeUp(fault=fault)
     with pytest.raises(UserError, match="default setting does not run"):
-        run(tmp_path, MadeUp(fault=fault), trials=4)
+        run(tmp_path, runner, trials=4)
+    assert runner.measured == []  # at once, not after a search that decides nothing
 
 
 # --- the decision
@@ -150,7 +153,7 @@ def test_the_allowed_divergence_bounds_the_choice(tmp_path: Path) -> None:
     """One study, decided again for each bound without measuring again."""
     for allowed in (1.0, 0.03, 0.0):
         runner = MadeUp()
-        result = run(tmp_path, runner, trials=14, max_divergence=allowed)
+        result = run(tmp_path, runner, subject(space=small_space(lossless=False)), trials=14, max_divergence=allowed)
         assert len(result.measured) == 14  # of which the hopeless ones are not measured in full
         assert len(runner.measured) == (len(result.correct) if allowed == 1.0 else 0)
         assert result.decision
@@ -260,7 +263,7 @@ def test_a_time_budget_ends_the_search(tmp_path: Path) -> None:
     """What time allowed is kept; the default is run in any case, so that there is a decision."""
     result = run(tmp_path, MadeUp(), trials=1000, seconds=0.0)
     assert [t.source for t in result.measured] == ["default"] and result.decision
-    result = run(tmp_path, MadeUp(), trials=1000, seconds=1.5)
+    result = run(tmp_path, MadeUp(), trials=1000, seconds=0.5)
     assert 1 <= len(result.measured) < 1000 and result.decision
 
 
