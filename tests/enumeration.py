@@ -14,7 +14,7 @@ from runtime.config import DecodingConfig, replace
 from runtime.engine import generate
 from runtime.model.zaya import Zaya
 
-DRAWS = 20_000
+DRAWS = 10_000
 RIGHT, WRONG = 1e-6, 1e-12  # a right sampler's p-value lies above the first (false alarms: 1e-6), a wrong one's below
 
 
