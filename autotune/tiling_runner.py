@@ -15,15 +15,17 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from autotune.objective import StageFailure
+from autotune.tiling_model import predicted_seconds
 from hardware.files import UserError, known, plain
 from hardware.fingerprint import fingerprint
+from hardware.profile import HardwareProfile
 from runtime.config import DecodingConfig, ModelConfig, require
+from runtime.kernels.compiler import Program
 from runtime.kernels.problem import Problem
 from runtime.kernels.registry import Kernel
 from runtime.kernels.target import TARGETS
 
 REGISTRY = "runtime.kernels.registry:KERNELS"
-TUNED = ("experts", "attention", "grouped_experts")  # what a step spends its time on; the last for other engines' files
 ROUNDS = 10
 _GRAPHS = 4  # kept: those of a comparison
 # What compilers raise, Triton's and its interpreter's among them, by name: neither need be installed.
@@ -130,13 +132,31 @@ class Described:
     loads: tuple[tuple[int, ...], ...] = field(default=())
 
 
-def usual_decodings(drafts: bool) -> list[DecodingConfig]:
-    """Settings whose forwards are worth a bucket where no study has decided yet: a token each, and usual blocks.
+def prediction_of(
+    work: TilingWork,
+    described: Described,
+    place: int,
+    hardware: HardwareProfile | None,
+    programs: Sequence[Program] = (),
+) -> float | None:
+    """Predicted seconds of the tiling at this place; None without a profile, or where its launches are not known.
 
-    drafts: whether the model has masks to draft with.
+    programs: what the compiler made of its launches; () where it was not asked.
     """
-    blocks = (DecodingConfig("two_forward", 4), DecodingConfig("two_forward", 8), DecodingConfig("two_forward", 16))
-    return [DecodingConfig(), *(blocks if drafts else ())]
+    if hardware is None or not described.grids:
+        return None
+    return predicted_seconds(
+        work.kernel,
+        work.problem,
+        work.dtype,
+        described.tilings[place],
+        hardware,
+        grids=described.grids[place],
+        moved_bytes=described.moved_bytes,
+        flops=described.flops,
+        loads=described.loads,
+        programs=programs,
+    )
 
 
 def odd_problems(problem: Problem) -> list[Problem]:

@@ -120,14 +120,18 @@ def read_tiling_study(study: optuna.Study) -> TilingResult:
         raise UserError(f"study {name!r} is not one of tilings")
     tilings = [dict(tiling) for tiling in attributes["tilings"]]
     trials = study.get_trials(deepcopy=False)
-    shown_ = [t for t in trials if not dropped(t) and ("result" in t.user_attrs or t.state == TrialState.RUNNING)]
+    shown = [
+        t
+        for t in trials
+        if not dropped(t) and place_of(t) >= 0 and ("result" in t.user_attrs or t.state == TrialState.RUNNING)
+    ]
     decision = attributes.get("decision")
     return TilingResult(
         name,
         build(TilingSubject, attributes[SUBJECT], f"study {name!r}"),
-        tuple(read_tiling_trial(trial, tilings, name) for trial in shown_),
+        tuple(read_tiling_trial(trial, tilings, name) for trial in shown),
         build(TilingDecision, decision, f"study {name!r}") if decision else None,
-        len(tilings) - len({place_of(t) for t in shown_}),
+        len(tilings) - len({place_of(t) for t in shown}),
     )
 
 

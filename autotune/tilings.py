@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import optuna
@@ -23,9 +25,17 @@ from autotune.claims import Claims
 from autotune.isolation import Child
 from autotune.objective import Stage, StageFailure, run_stages
 from autotune.storage import database_errors, open_storage, retry_lost, shown, single_worker, sole_worker
-from autotune.tiling_model import predicted_seconds
 from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial
-from autotune.tiling_runner import REGISTRY, Bucket, Described, TilingRunner, TilingWork, buckets, works_of
+from autotune.tiling_runner import (
+    REGISTRY,
+    Bucket,
+    Described,
+    TilingRunner,
+    TilingWork,
+    buckets,
+    prediction_of,
+    works_of,
+)
 from autotune.tiling_study import (
     SUBJECT,
     compiled_facts,
@@ -98,13 +108,15 @@ def tune_tilings(
     worker: str = "",
     on_trial: Callable[[TilingTrial, int], None] | None = None,
     on_compile: Callable[[float], None] = lambda share: None,
+    compilers: Compilers | None = None,
     start: Start = isolated,
 ) -> TilingResult:
     """Measure the default tiling and the `keep` that the model ranks first of those that compile, and decide.
 
     subject: what the times belong to, refused where the device's process says otherwise; None: what it says.
     hardware: to rank by; None: the kernel's own order. seconds: start no further tiling after so long (the default is
-    measured in any case). rounds: pairs of the decision. on_trial: called with each finished tiling and how many there
+    measured in any case). rounds: pairs of the decision. compilers: those of several searches in turn; None: own ones,
+    which start and end with this search. on_trial: called with each finished tiling and how many there
     are. UserError: a study of other kernels, sizes, routes, versions or device; what cannot run here at all.
     """
     require(keep >= 1, f"keep >= 1 must hold, but got {keep}")
@@ -120,7 +132,8 @@ def tune_tilings(
             claims = Claims(url)
             try:
                 tuner = _Tuner(url, work, child, claims, subject, hardware, worker)
-                tuner.compile(end, on_compile)
+                with nullcontext(compilers) if compilers else Compilers() as used:
+                    tuner.compile(used, end, on_compile)
                 tuner.search(keep, end, on_trial)
                 return tuner.decide(rounds, command)
             finally:
@@ -185,7 +198,7 @@ class _Tuner:
 
     # --- compile and rank
 
-    def compile(self, end: float, progress: Callable[[float], None]) -> None:
+    def compile(self, compilers: Compilers, end: float, progress: Callable[[float], None]) -> None:
         """Compile all tilings for the device, side by side, into the cache where Triton's JIT looks.
 
         Nothing is asked where the device is none of our targets, or the kernel none of ours: its first call compiles.
@@ -196,12 +209,11 @@ class _Tuner:
         known = self._compiled()
         places = [place for place in range(len(self.tilings)) if place not in known]
         jobs = [Job(work.kernel, target, work.problem, work.dtype, self.tilings[place]) for place in places]
-        with Compilers() as compilers:
-            for done, (index, compiled) in enumerate(compilers.compile(jobs), 1):
-                self.study.set_user_attr(f"compiled:{places[index]}", compiled_facts(compiled))
-                progress(done / len(jobs))
-                if time.monotonic() >= end:
-                    break
+        for done, (index, compiled) in enumerate(compilers.compile(jobs), 1):
+            self.study.set_user_attr(f"compiled:{places[index]}", compiled_facts(compiled))
+            progress(done / len(jobs))
+            if time.monotonic() >= end:
+                break
 
     def _compiled(self) -> dict[int, dict[str, Any]]:
         """What came of compiling, by the tiling's place."""
@@ -210,21 +222,8 @@ class _Tuner:
 
     def prediction(self, place: int, compiled: Mapping[int, Mapping[str, Any]]) -> float | None:
         """Predicted seconds of a tiling."""
-        if self.hardware is None or not self.described.grids:
-            return None
         programs = [Program(**program) for program in compiled.get(place, {}).get("programs", ())]
-        return predicted_seconds(
-            self.work.kernel,
-            self.work.problem,
-            self.work.dtype,
-            self.tilings[place],
-            self.hardware,
-            grids=self.described.grids[place],
-            moved_bytes=self.described.moved_bytes,
-            flops=self.described.flops,
-            loads=self.described.loads,
-            programs=programs,
-        )
+        return prediction_of(self.work, self.described, place, self.hardware, programs)
 
     def order(self, keep: int) -> list[int]:
         """Places of the tilings to try: the default, the first `keep` that compile, and those that do not, last."""
@@ -293,7 +292,7 @@ class _Tuner:
             raise
         if found["outcome"] != "correct":
             raise optuna.TrialPruned
-        return min(found["seconds"])
+        return statistics.median(found["seconds"])
 
     def _stages(self, place: int) -> dict[str, Stage]:
         tiling, compiled = self.tilings[place], self._compiled()

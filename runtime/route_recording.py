@@ -130,7 +130,7 @@ def route_rows(
         _same_experts(facts.experts, facts.model, config)
         block = nearest_block(facts, slots)
         return RouteRows(drawn(block, batch, slots, rows, seed), f"measured:{name} ({block.kind} of {block.slots})")
-    model = load_model(name, device=device)
+    model = load_model(name, device=device, engine="eager")  # captured steps would keep their routes to themselves
     _same_experts(model.config.num_experts, name, config)
     decoding = decoding or (DecodingConfig() if slots == 1 else DecodingConfig("two_forward", slots - 1))
     require(decoding.slots == slots, f"{decoding.sampler} must send the slots, but sends {decoding.slots}, not {slots}")

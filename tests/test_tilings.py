@@ -21,7 +21,7 @@ from autotune.tilings import Bucket, TilingWork, buckets, read_tilings, tune_til
 from hardware.files import UserError
 from hardware.profile import load_profile
 from runtime.config import DecodingConfig
-from runtime.kernels.compiler import USABLE, Compiled, Job, Program
+from runtime.kernels.compiler import USABLE, Compiled, Compilers, Job, Program
 from runtime.kernels.problem import ODD, Problem
 from tests import faulty_kernels as made_up
 
@@ -272,7 +272,8 @@ def test_tilings_are_compiled_for_the_device_before_any_runs(url: str) -> None:
     }[method]  # fmt: skip
     shares: list[float] = []
     settings: dict[str, Any] = {"hardware": load_profile("h200"), "start": device.start, "on_compile": shares.append}
-    result = tune_tilings(url, work, rounds=ROUNDS, **settings)
+    with Compilers(workers=1) as compilers:
+        result = tune_tilings(url, work, rounds=ROUNDS, compilers=compilers, **settings)
     assert shares == [1.0] and [t.outcome for t in result.trials] == ["correct"]
     assert result.trials[0].predicted_seconds is not None
     tune_tilings(url, work, rounds=ROUNDS, **settings)
