@@ -38,6 +38,7 @@ HEARTBEAT = "RIDGEPOINT_HEARTBEAT_SECONDS"
 HEARTBEAT_SECONDS = 10
 GRACE_HEARTBEATS = 4  # a trial that was not heard of for so many is lost
 _DRIVER = "postgresql+psycopg"
+_WRITTEN_ONCE = ("subject", "tiling_subject", "tilings")  # what a study is about: that of the first of many workers
 _CREATING = 7_120_706  # any number, the same for all: PostgreSQL's lock under which tables are made
 # A server that vanished without a word is noticed within half a minute, not after hours.
 _ALIVE = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
@@ -190,6 +191,11 @@ class SharedStorage(RDBStorage):
         event.listen(self.engine, "connect", _speak_utc)
         self.engine.dispose()
 
+    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
+        """Set an attribute. What a study is about stays as it is: who comes second must find that it differs."""
+        if key not in _WRITTEN_ONCE or key not in self.get_study_user_attrs(study_id):
+            super().set_study_user_attr(study_id, key, value)  # of two at once the database takes the first
+
     def record_heartbeat(self, trial_id: int) -> None:
         """One heartbeat. A lost one is no failure: the next follows, and the trial itself waits for the database."""
         with suppress(SQLAlchemyError, StorageInternalError):
@@ -238,7 +244,7 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name in PATIENT:
-    setattr(SharedStorage, _name, _patient(getattr(RDBStorage, _name)))
+    setattr(SharedStorage, _name, _patient(getattr(SharedStorage, _name)))
 
 
 def _speak_utc(connection: Any, _: object) -> None:

@@ -127,6 +127,19 @@ def test_workers_that_begin_together_make_one_storage(server: Server) -> None:
     assert failed == [] and len(found) == 6 and all(holders == found[0] for holders in found)
 
 
+def test_what_a_study_is_about_is_said_by_the_first_worker(server: Server) -> None:
+    """Two that begin at once, on different devices, both find a study without a subject: one must be refused."""
+    import optuna
+
+    url = server.create("subjects")
+    one = optuna.create_study(storage=open_storage(url, create=True), study_name="study")
+    other = optuna.load_study(storage=open_storage(url, create=True), study_name="study")
+    for key, value in (("subject", "one"), ("tiling_subject", "one"), ("decision", "other")):
+        one.set_user_attr(key, "one")
+        other.set_user_attr(key, "other")
+        assert one.user_attrs[key] == other.user_attrs[key] == value
+
+
 def test_a_database_that_holds_no_study_is_refused_as_it_is(server: Server) -> None:
     import psycopg
 
