@@ -19,7 +19,7 @@ from autotune.claims import Claims
 from autotune.objective import DECODING_STAGES, Outputs, StageFailure, run_stages
 from autotune.results import StudyResult
 from autotune.seeding import Prediction, pilots
-from autotune.space import Candidate, decoding_space, default_candidate
+from autotune.space import Candidate, Space, decoding_space, default_candidate
 from autotune.storage import storage_url
 from autotune.strategies import SAMPLERS
 from hardware.files import UserError
@@ -43,15 +43,15 @@ def small(folder: Path, runner: MadeUp, **options: Any) -> StudyResult:
 class Watched(MadeUp):
     """Calls `before` with each method's name and the setting it is about, and notes the calls that were answered."""
 
-    def __init__(self, before: Callable[[str, str], None], **options: Any) -> None:
+    def __init__(self, before: Callable[[str, str], None], space: Space = SPACE, **options: Any) -> None:
         super().__init__(noise=0.0, **options)
         self.before, self.answered = before, list[tuple[str, str]]()
-        self.decoded: str = ""
+        self.space, self.settings = space, space.grid()
         ask = self.infeasible
         self.infeasible = lambda c: self._watched("infeasible", c, lambda: ask(c))
 
     def _watched(self, name: str, candidate: Candidate, answer: Callable[[], Any]) -> Any:
-        key = SPACE.key(candidate)
+        key = self.space.key(candidate)
         self.before(name, key)
         found = answer()
         self.answered.append((name, key))
@@ -68,12 +68,12 @@ class Watched(MadeUp):
     def measure(self, candidate: Candidate) -> tuple[Measurement, Outputs]:
         ask = super().measure
         record, _ = self._watched("measure", candidate, lambda: ask(candidate))
-        return record, [[SPACE.grid().index(candidate)]]  # so that `quality` knows what it judges
+        return record, [[self.settings.index(candidate)]]  # so that `quality` knows what it judges
 
     def quality(self, outputs: Outputs) -> dict[str, float]:
         [[index]] = outputs
         answer = {"divergence": 0.0, "exact_match": 0.5}
-        return self._watched("quality", SPACE.grid()[index], lambda: answer)  # type: ignore[no-any-return]
+        return self._watched("quality", self.settings[index], lambda: answer)  # type: ignore[no-any-return]
 
     def pair(self, default: Candidate, candidate: Candidate) -> tuple[float, float]:
         ask = super().pair
@@ -113,9 +113,10 @@ def test_an_interrupt_at_any_call_loses_nothing(tmp_path: Path, monkeypatch: pyt
     Each question is answered once, in a study that was interrupted at every one of them.
     """
     monkeypatch.setattr("autotune.strategies.SEEDS", 1)
-    trials = len(pilots(SPACE, default_candidate(SPACE, 2))) + 1
-    undisturbed = Watched(lambda *_: None)
-    expected = small(tmp_path / "undisturbed", undisturbed, trials=trials, rounds=6)
+    space = decoding_space(batch=1, cores=2, drafts=False)
+    trials = len(pilots(space, default_candidate(space, 2))) + 1
+    undisturbed = Watched(lambda *_: None, space)
+    expected = run(tmp_path / "undisturbed", undisturbed, subject(space=space), trials=trials, rounds=6)
     due = Counter(undisturbed.answered)
     last: list[tuple[str, str]] = []
 
@@ -126,10 +127,10 @@ def test_an_interrupt_at_any_call_loses_nothing(tmp_path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
         last.clear()
 
-    runner, interrupts, result = Watched(interrupt), 0, None
+    runner, interrupts, result = Watched(interrupt, space), 0, None
     while result is None:
         try:
-            result = small(tmp_path / "disturbed", runner, trials=trials, rounds=6)
+            result = run(tmp_path / "disturbed", runner, subject(space=space), trials=trials, rounds=6)
         except KeyboardInterrupt:
             interrupts += 1
     assert interrupts == len(undisturbed.answered) == trials * 5 + 6 and not +due
@@ -212,16 +213,13 @@ class Baton:
                 self.turns[self.draw.choice(self.alive)].release()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_workers_in_any_order_measure_each_setting_once(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_in_any_order_measure_each_setting_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three that take turns at every call and every wait. SQLite serves them here, as one is awake at a time."""
     import autotune.study as module
 
     small(tmp_path, MadeUp(), trials=1)  # makes the tables
     names = ["ann", "bob", "cleo"]
-    baton = Baton(names, seed)
+    baton = Baton(names, seed=0)
     monkeypatch.setattr(module, "sole_worker", lambda url: nullcontext())
     monkeypatch.setattr(module, "single_worker", lambda url: False)
     clock = SimpleNamespace(monotonic=module.time.monotonic, sleep=lambda seconds: baton.step())
@@ -346,11 +344,14 @@ def test_only_what_is_dominated_is_called_slower(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_strategy_tries_the_default_first_and_nothing_twice(sampler: Any, tmp_path: Path) -> None:
+def test_every_strategy_tries_the_default_first_and_nothing_twice(
+    sampler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autotune.strategies.SEEDS", 2)
     runner = MadeUp()
-    result = small(tmp_path, runner, trials=13, sampler=sampler, predict=oracle)
+    result = small(tmp_path, runner, trials=9, sampler=sampler, predict=oracle)
     keys = [SPACE.key(result.candidate(t)) for t in result.measured]
-    assert len(keys) == len(set(keys)) == 13
+    assert len(keys) == len(set(keys)) == 9
     assert result.trials[0].source == "default"
     sources = {t.source for t in result.measured}
     assert sources == (
@@ -387,5 +388,5 @@ def test_a_decision_says_what_it_prefers(gain: Any, words: str, kept: bool, tmp_
     def predict(candidate: Candidate, _: object) -> Prediction:
         return Prediction(gain(candidate, 1), 1.0, 1.0)
 
-    result = small(tmp_path, MadeUp(gain=gain, noise=0.0), trials=8, predict=predict)
+    result = small(tmp_path, MadeUp(gain=gain, noise=0.0), trials=6, predict=predict)
     assert result.decision and (result.decision.reason, result.decision.kept_default) == (words, kept)
