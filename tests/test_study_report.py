@@ -21,7 +21,7 @@ from autotune.space import Candidate, Value, decoding_space
 from hardware.files import UserError
 from runtime.config import Workload
 from runtime.measurement import Measurement
-from tests.made_up import MadeUp, run
+from tests.made_up import MadeUp, run, small_space, subject, unsynced
 
 SUBJECT = Subject("made-up", "0", {"device": "abacus"}, Workload(1), "prompts", decoding_space(batch=1, cores=2))
 
@@ -306,6 +306,7 @@ def test_the_decision_fits_into_the_time(
     """A pass of the default takes 9 made-up seconds: 8 rounds of two settings keep back almost 150 of them."""
     runner = Slow()
     monkeypatch.setattr("autotune.study.time", runner)
-    found = run(tmp_path, runner, seconds=seconds, rounds=8)
+    with unsynced():
+        found = run(tmp_path, runner, subject(space=small_space()), seconds=seconds, rounds=8)
     assert found.decision and least <= len(found.measured) <= most
     assert runner.now <= seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 import autotune.cli
 import autotune.tuning
 import ridgepoint
-from autotune.console import clock
+from autotune.console import clock, progress
 from autotune.effort import Budget
 from autotune.export.targets import TARGETS
 from autotune.local import Work
@@ -23,12 +23,21 @@ from autotune.replay import Recorded, Recording, Replay, write_recording
 from autotune.results import StudyResult
 from autotune.space import Space, Value, decoding_space
 from autotune.storage import read_studies
+from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial
+from autotune.tiling_runner import TilingWork
 from autotune.tuning import Request
 from hardware.files import UserError
 from hardware.profile import save_profile
 from runtime.deployment import load_deployment
-from tests.made_up import MadeUp, oracle, subject
+from tests.made_up import MadeUp, oracle, subject, unsynced
 from tests.perfmodel_cpu import made_up_cpu
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    with unsynced():
+        yield
+
 
 COARSE: dict[str, tuple[Value, ...]] = {
     "levels_count": (1,),
@@ -279,6 +288,61 @@ def test_the_budget_is_shared_over_the_buckets(monkeypatch: pytest.MonkeyPatch, 
     autotune.tuning.run(request, "sqlite://", tmp_path, None, budget, "")  # type: ignore[arg-type]
     assert given == [50.0, 70.0, 70.0]  # 150 / 3; 140 / 2; what is left, and at most 70
     assert budget.left_seconds == 0
+
+
+def tiled(kernel: str, slots: int, chosen: int) -> TilingResult:
+    """A decided search, tiling 0 being the default."""
+    about = TilingSubject(kernel, "zaya-nano", "0", {"device": "abacus"}, "bfloat16", 1, slots, 64, "recorded", "3.6.0")
+    tilings = [{"BLOCK": place} for place in range(3)]
+    trials = [TilingTrial(n, t, "correct", "micro_benchmark", "", 1.0 + n, (3.0 - n,)) for n, t in enumerate(tilings)]
+    kept = chosen == 0
+    decision = TilingDecision(tilings[chosen], tilings[0], 1.5, 1.4, 1.6, 20, "faster", kept, "", "2026-01-01")
+    return TilingResult(about.name, about, tuple(trials), decision)
+
+
+def test_a_gpu_tunes_tilings_first_and_decodes_with_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Half of the budget each; every kernel at every token count that samplers send, on the model's own routes."""
+    now, works, decoded = 0.0, list[TilingWork](), list[tuple[Work, float]]()
+
+    def tune_tilings(url: str, work: TilingWork, *, seconds: float, **_: Any) -> TilingResult:
+        nonlocal now
+        works.append(work)
+        now += seconds
+        return tiled(work.kernel, work.slots, chosen=1 if work.kernel != "cca" and work.slots == 17 else 0)
+
+    monkeypatch.setattr("autotune.tilings.tune_tilings", tune_tilings)
+    monkeypatch.setattr(autotune.tuning, "profile_of", lambda *_: None)
+    monkeypatch.setattr(
+        autotune.tuning, "_decoded", lambda request, url, work, seconds, *_: decoded.append((work, seconds))
+    )
+    kernels = ("experts", "grouped_experts", "cca")
+    request = Request(effort=autotune.cli.effort("quick"), device="cuda", kernels=kernels, contexts=(256, 512))
+    budget = Budget(40.0, clock=lambda: now)
+    with progress(budget, quiet=True) as show:
+        found = autotune.tuning.run(request, "sqlite://", tmp_path, show, budget, "")
+    tokens = sorted({w.problem.tokens for w in works})
+    assert tokens == [1, 5, 9, 17, 25, 51] and len(works) == 3 * len(tokens) == len(found.tilings)
+    assert {w.routing for w in works} == {"recorded:zaya-nano"} and {w.context for w in works} == {512}
+    assert all(w.decoding is not None and w.decoding.slots == w.slots for w in works)
+    # Where the default stays it is said beside a change of the same kernel: else the larger bucket's would serve there.
+    # Another engine's kernel is not ours to run, and one that changed nowhere is left out.
+    table = {"experts": {t: {"BLOCK": int(t == 17)} for t in tokens}}
+    assert [(w.context, w.tilings) for w, _ in decoded] == [(256, table), (512, table)]
+    assert [seconds for _, seconds in decoded] == [10.0, 20.0] and now == pytest.approx(20.0)
+    made_up = replace(request, random_weights=True, model="zaya1-8b", batches=(64,))
+    assert {w.routing for w in autotune.tuning.tiling_works(made_up)} == {"uniform"}
+
+
+def test_tilings_are_shown_and_reported(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune.cli, "_read", lambda source: ([], [tiled("experts", 5, 2)]))
+    code, out, _ = command("study", "show", "run")
+    assert code == 0 and out.startswith("zaya-nano experts tokens=5 bfloat16: BLOCK=2; 1.50x [1.40, 1.60]")
+    code, out, _ = command("study", "report", "run", "--json")
+    (told,) = json.loads(out)["tilings"]
+    assert told["outcomes"] == {"correct": 3} and told["rank_correlation"] == pytest.approx(-1)
+    assert told["tiling"] == {"BLOCK": 2} and told["default"] == {"BLOCK": 0}
+    code, out, _ = command("study", "report", "run")
+    assert code == 0 and "1.50x [1.40, 1.60]" in out
 
 
 def test_times_are_shown_as_a_clock_does() -> None:
