@@ -265,6 +265,14 @@ def test_efforts_rise_and_options_replace_their_fields() -> None:
             effort("quick").with_options(**bad)
 
 
+def test_the_presets_are_documented() -> None:
+    """docs/tuning.md: a row per option, a column per preset."""
+    page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
+    for name in vars(EFFORTS["quick"]):
+        figures = " | ".join(f"{getattr(e, name):g}" for e in EFFORTS.values())
+        assert re.search(rf"\(`--{name.replace('_', '-')}`\) \| {re.escape(figures)} \|", page), name
+
+
 def test_a_budget_is_shared_over_what_is_left_to_do() -> None:
     """Who ends early leaves the rest to the others, and the shares never come to more than there is."""
     now = 100.0
