@@ -122,8 +122,8 @@ def search_together(
                 session.skip(point(work), found)
             else:
                 searches.append(Search(work, child, found, list(found.tilings)))
-        select(session, searches, compilers, hardware)
-        compile_odd(searches, compilers)
+        select(session, searches, compilers, hardware, deadline)
+        compile_odd(searches, compilers, deadline)
         list(pool.map(lambda search: check(session, search, deadline), searches))
         for search in searches:
             measure(session, search, deadline)
@@ -167,9 +167,13 @@ def rank(search: Search, hardware: HardwareProfile | None, programs: dict[str, t
 
 
 def select(
-    session: Session, searches: Sequence[Search], compilers: Compilers, hardware: HardwareProfile | None
+    session: Session,
+    searches: Sequence[Search],
+    compilers: Compilers,
+    hardware: HardwareProfile | None,
+    deadline: float,
 ) -> None:
-    """Keep the default and the best predicted tilings that compile, fit and do not spill."""
+    """Keep the default and the best predicted tilings that compile, fit and do not spill, as far as there was time."""
     jobs: list[tuple[Search, dict[str, int], Job]] = []
     for search in searches:
         rank(search, hardware, {})
@@ -184,6 +188,8 @@ def select(
         if not result.usable:
             search.kept.remove(tiling)
             refused(session, search, tiling, result)
+        if time.monotonic() > deadline:
+            break
     for search in searches:
         rank(search, hardware, programs.get(id(search), {}))
         search.kept = search.kept[: 1 + KEPT]
@@ -195,7 +201,7 @@ def refused(session: Session, search: Search, tiling: dict[str, int], result: Co
     keep(session, search, tiling, {"outcome": outcome, "stage": "compile", "reason": result.outcome})
 
 
-def compile_odd(searches: Sequence[Search], compilers: Compilers) -> None:
+def compile_odd(searches: Sequence[Search], compilers: Compilers, deadline: float) -> None:
     """Compile what the checks of odd problems will start, side by side, into the cache where the JIT looks."""
     jobs = [
         Job(search.work.kernel, search.described.target, problem, search.work.dtype, tiling)
@@ -204,8 +210,9 @@ def compile_odd(searches: Sequence[Search], compilers: Compilers) -> None:
         for problem in odd_problems(search.work.problem)
         for tiling in search.kept
     ]
-    for _ in compilers.compile(jobs):
-        pass  # the check itself tells what came of it
+    for _ in compilers.compile(jobs):  # the check itself tells what came of it
+        if time.monotonic() > deadline:
+            break
 
 
 def check(session: Session, search: Search, deadline: float) -> None:

@@ -38,6 +38,7 @@ from runtime.engines import engine_of
 from runtime.statistics import paired_ratio
 
 TILINGS_SHARE, TABLE_SHARE = 0.5, 0.15  # of the part's time; the rest is decoding's
+TRIALS_SHARE = 0.75  # of a batch's time; the rest is for its pairs
 CALL_SECONDS, START_SECONDS = 150.0, 120.0  # the first trial of a batch compiles its kernels
 MODEL = "zaya-nano"
 
@@ -123,10 +124,11 @@ def search(session: Session, plan: Plan, batch: int, deadline: float) -> None:
         result, predict = begin(session, described)
         space, runner = result.subject.space, Isolated(child)
         default, guide = default_candidate(space, described.threads), Guide(space, predict)
+        until = time.monotonic() + TRIALS_SHARE * (deadline - time.monotonic())
 
         def run(candidate: Candidate, source: str) -> None:
             nonlocal result
-            if time.monotonic() < deadline or source == "default":
+            if time.monotonic() < until or source == "default":
                 predicted = predict(candidate, result.acceptance())
                 trial = run_one(session, result, candidate, source, predicted, runner)
                 result = replace(result, trials=(*result.trials, trial))
@@ -136,9 +138,11 @@ def search(session: Session, plan: Plan, batch: int, deadline: float) -> None:
         for candidate in guide.seeds(result.trials, result.acceptance(), size.seeds):
             run(candidate, "seed")
         for _ in range(size.guided):
-            candidate = guide.next(result.trials, result.acceptance())
-            if candidate is not None:
-                run(candidate, "guided")
+            late = time.monotonic() > until
+            candidate = None if late else guide.next(result.trials, result.acceptance())
+            if candidate is None:
+                break
+            run(candidate, "guided")
         decide(session, result, default, runner, deadline)
 
 
