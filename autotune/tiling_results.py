@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from autotune.objective import Outcome
 from autotune.results import spearman
 from hardware.fingerprint import fingerprint_key
+from runtime.statistics import paired_ratio
 
 TILING_SCHEMA = 1
 
@@ -137,3 +140,39 @@ class TilingResult:
     def rank_correlation(self) -> float | None:
         """Spearman's, of predicted and measured seconds; None for fewer than three, or all alike."""
         return spearman([(t.predicted_seconds, t.median_seconds) for t in self.correct if t.predicted_seconds])
+
+
+def decision_of(
+    default: dict[str, int],
+    best: dict[str, int],
+    pairs: Sequence[tuple[float, float]],
+    default_runs: bool,
+    broken: str,
+    measured: int,
+    command: str,
+) -> TilingDecision:
+    """What to run: the fastest right tiling if it beats the default in the pairs (seconds of default and of it).
+
+    broken: why there are no pairs where some were wanted: where the default does not run, the fastest that does serves;
+    where the comparison broke, the default stays.
+    """
+    ratio = low = high = None
+    kept, reason = default_runs, broken or "no right tiling measured faster than the default"
+    if pairs and not broken:
+        ratio, low, high = paired_ratio([a for a, _ in pairs], [b for _, b in pairs])
+        kept = low <= 1
+        reason = "the gain over the default is inside the noise" if kept else "faster than the default in pairs"
+    return TilingDecision(
+        tiling=default if kept else best,
+        default=default,
+        ratio=ratio,
+        low=low,
+        high=high,
+        rounds=len(pairs),
+        reason=reason,
+        kept_default=kept,
+        command=command,
+        date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        challenger=best,
+        measured=measured,
+    )

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 
 from autotune.objective import StageFailure
 from autotune.tiling_model import predicted_seconds
+from autotune.tiling_results import TilingSubject
 from hardware.files import UserError, known, plain
 from hardware.fingerprint import fingerprint
 from hardware.profile import HardwareProfile
 from runtime.config import DecodingConfig, ModelConfig, require
-from runtime.kernels.compiler import Program
+from runtime.kernels.compiler import Compiled, Program, judge
 from runtime.kernels.problem import Problem
 from runtime.kernels.registry import Kernel
 from runtime.kernels.target import TARGETS
+from runtime.kernels.target import target as target_named
 
 REGISTRY = "runtime.kernels.registry:KERNELS"
 ROUNDS = 10
@@ -130,6 +132,37 @@ class Described:
     flops: int
     routing: str
     loads: tuple[tuple[int, ...], ...] = field(default=())
+
+
+def subject_of(work: TilingWork, described: Described) -> TilingSubject:
+    """What the times of this work belong to on the device that was described."""
+    return TilingSubject(
+        work.kernel,
+        work.model,
+        work.config_hash,
+        described.device,
+        work.dtype,
+        work.batch,
+        work.slots,
+        work.context,
+        described.routing,
+        described.triton,
+        experts=work.config.num_experts,
+        expert_width=work.config.moe_intermediate_size,
+    )
+
+
+def compiled_facts(compiled: Compiled) -> dict[str, Any]:
+    """What came of compiling, to be stored: an outcome (`correct`: it may run), why, and registers and memory."""
+    outcome = "correct"
+    if not compiled.usable:
+        limits = judge(compiled.programs, target_named(compiled.job.target))
+        outcome = "infeasible" if compiled.programs and limits == compiled.outcome else "compile"
+    return {
+        "outcome": outcome,
+        "reason": "" if compiled.usable else compiled.outcome,
+        "programs": [plain(program) for program in compiled.programs],
+    }
 
 
 def prediction_of(

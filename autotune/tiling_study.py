@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,87 +12,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autotune.storage import database_errors, open_storage, storage_url
 from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial
-from autotune.tiling_runner import Described, TilingWork
-from hardware.files import UserError, build, plain
-from runtime.kernels.compiler import Compiled, judge
-from runtime.kernels.target import target as target_named
-from runtime.statistics import paired_ratio
+from hardware.files import UserError, build
 
 SUBJECT = "tiling_subject"  # the attribute by which a study is known to be one of tilings
 
 
-def decision_of(
-    default: dict[str, int],
-    best: dict[str, int],
-    pairs: Sequence[tuple[float, float]],
-    default_runs: bool,
-    broken: str,
-    measured: int,
-    command: str,
-) -> TilingDecision:
-    """What to run: the fastest right tiling if it beats the default in the pairs (seconds of default and of it).
-
-    broken: why there are no pairs where some were wanted: where the default does not run, the fastest that does serves;
-    where the comparison broke, the default stays.
-    """
-    ratio = low = high = None
-    kept, reason = default_runs, broken or "no right tiling measured faster than the default"
-    if pairs and not broken:
-        ratio, low, high = paired_ratio([a for a, _ in pairs], [b for _, b in pairs])
-        kept = low <= 1
-        reason = "the gain over the default is inside the noise" if kept else "faster than the default in pairs"
-    return TilingDecision(
-        tiling=default if kept else best,
-        default=default,
-        ratio=ratio,
-        low=low,
-        high=high,
-        rounds=len(pairs),
-        reason=reason,
-        kept_default=kept,
-        command=command,
-        date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        challenger=best,
-        measured=measured,
-    )
-
-
-def subject_of(work: TilingWork, described: Described) -> TilingSubject:
-    """What the times of this work belong to on the device that was described."""
-    return TilingSubject(
-        work.kernel,
-        work.model,
-        work.config_hash,
-        described.device,
-        work.dtype,
-        work.batch,
-        work.slots,
-        work.context,
-        described.routing,
-        described.triton,
-        experts=work.config.num_experts,
-        expert_width=work.config.moe_intermediate_size,
-    )
-
-
-def compiled_facts(compiled: Compiled) -> dict[str, Any]:
-    """What came of compiling, to be stored: an outcome (`correct`: it may run), why, and registers and memory."""
-    outcome = "correct"
-    if not compiled.usable:
-        limits = judge(compiled.programs, target_named(compiled.job.target))
-        outcome = "infeasible" if compiled.programs and limits == compiled.outcome else "compile"
-    return {
-        "outcome": outcome,
-        "reason": "" if compiled.usable else compiled.outcome,
-        "programs": [plain(program) for program in compiled.programs],
-    }
-
-
 def tiling_key(tiling: Mapping[str, int]) -> str:
+    """A name that equal tilings share."""
     return json.dumps(dict(tiling), sort_keys=True)
 
 
 def place_of(trial: FrozenTrial) -> int:
+    """Of its tiling among the study's; -1 before it is known."""
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     return int(params.get("place", -1))
 

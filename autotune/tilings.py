@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any, Protocol
 
 import optuna
@@ -25,27 +25,26 @@ from autotune.claims import Claims
 from autotune.isolation import Child
 from autotune.objective import Stage, StageFailure, run_stages
 from autotune.storage import database_errors, open_storage, retry_lost, shown, single_worker, sole_worker
-from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial
+from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial, decision_of
 from autotune.tiling_runner import (
     REGISTRY,
     Bucket,
     Described,
-    TilingRunner,
     TilingWork,
     buckets,
+    compiled_facts,
+    odd_problems,
     prediction_of,
+    subject_of,
     works_of,
 )
 from autotune.tiling_study import (
     SUBJECT,
-    compiled_facts,
-    decision_of,
     dropped,
     place_of,
     read_tiling_study,
     read_tiling_trial,
     read_tilings,
-    subject_of,
     tiling_key,
 )
 from hardware.files import UserError, plain
@@ -56,11 +55,8 @@ from runtime.measurement import INTERVAL_ROUNDS
 
 __all__ = [
     "Bucket",
-    "TilingDecision",
     "TilingResult",
-    "TilingRunner",
     "TilingSubject",
-    "TilingTrial",
     "TilingWork",
     "buckets",
     "read_tilings",
@@ -126,20 +122,14 @@ def tune_tilings(
     )
     end = float("inf") if seconds is None else time.monotonic() + seconds
     worker = worker or f"{socket.gethostname()}:{os.getpid()}"
-    child = start(work, call_seconds)
-    try:
-        with sole_worker(url), database_errors(url):
-            claims = Claims(url)
-            try:
-                tuner = _Tuner(url, work, child, claims, subject, hardware, worker)
-                with nullcontext(compilers) if compilers else Compilers() as used:
-                    tuner.compile(used, end, on_compile)
-                tuner.search(keep, end, on_trial)
-                return tuner.decide(rounds, command)
-            finally:
-                claims.close()
-    finally:
-        child.close()
+    with closing(start(work, call_seconds)) as child, sole_worker(url), database_errors(url):
+        with closing(Claims(url)) as claims:
+            tuner = _Tuner(url, work, child, claims, subject, hardware, worker)
+            with nullcontext(compilers) if compilers else Compilers() as used:
+                tuner.compile(used, end, on_compile)
+                tuner.compile_odd(used, keep, end)
+            tuner.search(keep, end, on_trial)
+            return tuner.decide(rounds, command)
 
 
 class _Dropped(Exception):
@@ -203,8 +193,8 @@ class _Tuner:
 
         Nothing is asked where the device is none of our targets, or the kernel none of ours: its first call compiles.
         """
-        target, work = self.described.target, self.work
-        if target is None or work.registry != REGISTRY:
+        target, work = self._target(), self.work
+        if target is None:
             return
         known = self._compiled()
         places = [place for place in range(len(self.tilings)) if place not in known]
@@ -212,6 +202,27 @@ class _Tuner:
         for done, (index, compiled) in enumerate(compilers.compile(jobs), 1):
             self.study.set_user_attr(f"compiled:{places[index]}", compiled_facts(compiled))
             progress(done / len(jobs))
+            if time.monotonic() >= end:
+                break
+
+    def _target(self) -> str | None:
+        """What is compiled for; None where nothing can be."""
+        return self.described.target if self.work.registry == REGISTRY else None
+
+    def compile_odd(self, compilers: Compilers, keep: int, end: float) -> None:
+        """Compile what the checks on odd problems will start: in the child, they would wait for one after the other."""
+        target, work = self._target(), self.work
+        if target is None:
+            return
+        compiled, tried = self._compiled(), [trial.tiling for trial in self.result().finished]
+        tilings = [self.tilings[p] for p in self.order(keep) if compiled.get(p, {}).get("outcome") == "correct"]
+        jobs = [
+            Job(work.kernel, target, problem, work.dtype, tiling)
+            for tiling in tilings
+            if tiling not in tried
+            for problem in odd_problems(work.problem)
+        ]
+        for _ in compilers.compile(jobs):  # the check itself tells what came of it
             if time.monotonic() >= end:
                 break
 

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 
 from autotune.export.step_times import COLUMNS
 from autotune.export.targets import TARGETS, write
-from autotune.tiling_runner import Described, TilingWork
-from autotune.tiling_study import subject_of
+from autotune.tiling_runner import Described, TilingWork, subject_of
 from hardware.files import UserError, plain
 from runtime.config import DecodingConfig, KernelConfig, model_config_from_json
 from runtime.deployment import load_deployment
@@ -556,6 +555,8 @@ def test_an_engine_that_takes_one_setting_is_given_one(target: str, tmp_path: Pa
     assert (setting["batch"], setting["context"]) == (8, 128)
     with pytest.raises(UserError, match=r"nothing was tuned for batch=3; known: zaya1-8b batch=1 context=128"):
         policy(*results).select(batch=3)
+    with_tiles = policy(*results, tiling(16), tiling(17)).select(batch=8)
+    assert len(with_tiles.studies) == 2 == len(with_tiles.tilings)  # tiles serve every bucket
 
 
 @pytest.mark.parametrize("target", sorted({*SETTINGS} - {"diffusion-gemma"}))

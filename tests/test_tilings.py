@@ -14,9 +14,8 @@ from sqlalchemy import Engine, event
 
 from autotune.objective import StageFailure
 from autotune.storage import open_storage, read_studies
-from autotune.tiling_results import TilingResult
-from autotune.tiling_runner import Described, TilingRunner, odd_problems, works_of
-from autotune.tiling_study import compiled_facts, decision_of
+from autotune.tiling_results import TilingResult, decision_of
+from autotune.tiling_runner import Described, TilingRunner, compiled_facts, odd_problems, works_of
 from autotune.tilings import Bucket, TilingWork, buckets, read_tilings, tune_tilings
 from hardware.files import UserError
 from hardware.profile import load_profile
