@@ -69,18 +69,22 @@ class Policy:
         return [*(s.name for s in self.studies), *(t.name for t in self.tilings)]
 
     def select(self, batch: int | None = None, context: int | None = None) -> Policy:
-        """Only the buckets of this batch or context, for engines that take one setting. UserError names those there."""
+        """Only the studies of this batch or context, for engines that take one setting. UserError names those there.
+
+        Tilings stay: a table of them serves whatever forwards come.
+        """
         if batch is None and context is None:
             return self
-        chosen = replace(
-            self,
-            studies=[s for s in self.studies if _asked(s.subject.workload.batch, s.subject.context, batch, context)],
-            tilings=[t for t in self.tilings if _asked(t.subject.batch, t.subject.context, batch, context)],
-        )
-        if not chosen.studies and not chosen.tilings:
+        found = [
+            s
+            for s in self.studies
+            if (batch is None or s.subject.workload.batch == batch)
+            and (context is None or s.subject.context == context)
+        ]
+        if not found:
             wanted = " ".join(f"{n}={v}" for n, v in (("batch", batch), ("context", context)) if v is not None)
-            raise UserError(f"nothing was tuned for {wanted}; known: {', '.join(self.names)}")
-        return chosen
+            raise UserError(f"nothing was tuned for {wanted}; known: {', '.join(s.name for s in self.studies)}")
+        return replace(self, studies=found)
 
     def chosen(self) -> list[Chosen]:
         """What was decided, by batch, then by context. UserError without a study, or where one is not decided."""
@@ -150,10 +154,6 @@ def _sizes(result: StudyResult | TilingResult) -> str:
 
 def _differ(one: StudyResult | TilingResult, other: StudyResult | TilingResult) -> UserError:
     return UserError(f"an export belongs to one model on one device, but {one.name!r} and {other.name!r} differ")
-
-
-def _asked(found: int, cached: int | None, batch: int | None, context: int | None) -> bool:
-    return (batch is None or found == batch) and (context is None or cached == context)
 
 
 def _chosen(study: StudyResult) -> Chosen:
