@@ -78,8 +78,7 @@ class Policy:
         found = [
             s
             for s in self.studies
-            if (batch is None or s.subject.workload.batch == batch)
-            and (context is None or s.subject.context == context)
+            if batch in (None, s.subject.workload.batch) and (context is None or context == s.subject.context)
         ]
         if not found:
             wanted = " ".join(f"{n}={v}" for n, v in (("batch", batch), ("context", context)) if v is not None)
