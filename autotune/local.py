@@ -5,7 +5,9 @@ The process that searches never loads the model: the runner lives in a child, wh
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +19,7 @@ from autotune.objective import Runner
 from autotune.results import StudyResult, Subject
 from autotune.seeding import Predictor
 from autotune.space import Candidate, decoding_space, default_candidate
-from hardware.files import UserError, known
+from hardware.files import UserError, known, plain
 from hardware.fingerprint import core_count, cpu_model, fingerprint, fingerprint_key
 from hardware.probe import probe
 from hardware.profile import HardwareProfile, list_profiles, load_profile, save_profile
@@ -284,8 +286,13 @@ def searched(work: Work, described: Described, plan: Plan) -> tuple[Subject, Can
         space=space,
         simulated=identity.simulated,
         context=work.context,
+        tilings=_digest(work.tilings) if work.tilings else None,
     )
     return subject, default_candidate(space, None if cores is None else min(described.threads, cores))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def predictor(

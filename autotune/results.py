@@ -36,6 +36,7 @@ class Subject:
     space: Space
     simulated: str | None = None
     context: int | None = None  # bucket: the most cached tokens that its rule serves; None: any
+    tilings: str | None = None  # hash of the tile table that forwards ran with; None: each kernel's default
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -65,8 +66,10 @@ class Subject:
                 return f"{what} {mine}, not {theirs}"
         if self.context != other.context:
             return f"context {self.context}, not {other.context}"
-        if self.prompts != other.prompts:
-            return f"prompts {self.prompts}, not {other.prompts}"
+        for name in ("prompts", "tilings"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} {mine or 'by default'}, not {theirs or 'by default'}"
         if self.space != other.space:
             return "another search space (lossless or not, other cores, another histogram, fewer samplers)"
         return None

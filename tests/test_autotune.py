@@ -199,6 +199,7 @@ def test_rank_correlation() -> None:
         ({"model_hash": "1"}, ["model weights 0", "1"]),
         ({"workload": Workload(1, prompt_tokens=7)}, ["workload", "prompt_tokens=7"]),
         ({"prompts": "others"}, ["prompts", "others"]),
+        ({"tilings": "3f"}, ["tilings by default", "3f"]),
         ({"space": decoding_space(batch=1, cores=2, lossless=True)}, ["another search space"]),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
