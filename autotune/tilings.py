@@ -122,14 +122,18 @@ def tune_tilings(
     )
     end = float("inf") if seconds is None else time.monotonic() + seconds
     worker = worker or f"{socket.gethostname()}:{os.getpid()}"
-    with closing(start(work, call_seconds)) as child, sole_worker(url), database_errors(url):
-        with closing(Claims(url)) as claims:
-            tuner = _Tuner(url, work, child, claims, subject, hardware, worker)
-            with nullcontext(compilers) if compilers else Compilers() as used:
-                tuner.compile(used, end, on_compile)
-                tuner.compile_odd(used, keep, end)
-            tuner.search(keep, end, on_trial)
-            return tuner.decide(rounds, command)
+    with (
+        closing(start(work, call_seconds)) as child,
+        sole_worker(url),
+        database_errors(url),
+        closing(Claims(url)) as claims,
+    ):
+        tuner = _Tuner(url, work, child, claims, subject, hardware, worker)
+        with nullcontext(compilers) if compilers else Compilers() as used:
+            tuner.compile(used, end, on_compile)
+            tuner.compile_odd(used, keep, end)
+        tuner.search(keep, end, on_trial)
+        return tuner.decide(rounds, command)
 
 
 class _Dropped(Exception):
