@@ -582,19 +582,26 @@ def test_what_was_not_decided_is_not_exported(target: str, tmp_path: Path) -> No
 
 def test_a_full_policy_has_its_tilings_and_says_where_they_come_from(tmp_path: Path) -> None:
     """Tilings that beat their default serve the rules of the engine that runs them; no speed is claimed for them."""
-    own = tiling(16, {"block": 64}, kernel="attention")
+    own = tiling(32, {"block": 64}, kernel="attention")
     results = [
         *(study(TWO_FORWARD, batch=b, context=c) for b in (1, 8) for c in (128, 768)),
         study(DecodingConfig(), KernelConfig(), batch=16),
-        *(own, tiling(32, kernel="attention", default=True), tiling(16)),
+        *(own, tiling(16, kernel="attention", default=True), tiling(16, kernel="router", default=True), tiling(16)),
     ]
     (path,) = write("native", policy(*results), tmp_path / "deployment.yaml")
     found = load_deployment(path)
     bounds = [(r.max_batch, r.max_context) for r in found.rules]
     assert bounds == [(1, 128), (1, 768), (8, 128), (8, 768), (16, None)]
-    assert [r.kernels.tilings for r in found.rules] == [{"attention": {16: {"block": 64}}}] * 4 + [{}]
+    # A kept default is said too: forwards of up to 16 tokens would take the tiling of 32 else.
+    tables = {"attention": {16: WIDE, 32: {"block": 64}}}
+    assert [r.kernels.tilings for r in found.rules] == [tables] * 4 + [{}]
+    assert found.rules[0].kernels.tiling("attention", 9) == WIDE
     assert found.rules[0].kernels.engine == GRAPHS.engine
-    (told,) = found.rules[0].evidence["tilings"]["kernels"]
-    assert (told["name"], told["ratio"], told["routing"]) == (own.name, 2.0, "recorded")
+    told = found.rules[0].evidence["tilings"]["kernels"]
+    assert [(t["kernel"], t["tokens"], t["kept_default"]) for t in told] == [
+        ("attention", 32, False),
+        ("attention", 16, True),
+    ]
+    assert (told[0]["name"], told[0]["ratio"], told[0]["routing"]) == (own.name, 2.0, "recorded")
     prefers = [r.evidence["prefers"] for r in found.rules]
     assert prefers[:4] == ["two_forward"] * 4 and prefers[4].startswith("autoregressive decoding")

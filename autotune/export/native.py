@@ -47,17 +47,16 @@ def _rule(chosen: Chosen, policy: Policy) -> Rule:
 
 
 def _tilings(kernels: KernelConfig, policy: Policy) -> list[TilingResult]:
-    """Those that beat their default, of kernels that this rule's engine runs."""
+    """Of the kernels that this rule's engine runs, those with a bucket that beats its default.
+
+    All their buckets: the runtime takes the next larger one, so that a kept default must be said where a larger bucket
+    has another tiling.
+    """
     if kernels.engine != "graphs":
         return []
-    return [
-        t
-        for t in policy.tilings
-        if t.decision
-        and not t.decision.kept_default
-        and t.subject.kernel in KERNELS
-        and t.subject.kernel != OTHER_ENGINES
-    ]
+    decided = [t for t in policy.tilings if t.decision and t.subject.kernel in KERNELS]
+    better = {t.subject.kernel for t in decided if t.decision and not t.decision.kept_default} - {OTHER_ENGINES}
+    return [t for t in decided if t.subject.kernel in better]
 
 
 def _tables(tilings: list[TilingResult]) -> dict[str, dict[int, dict[str, int]]]:
