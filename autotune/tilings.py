@@ -73,13 +73,11 @@ _STAGES = ("compile", "numerics", "micro_benchmark")
 
 
 class Caller(Protocol):
-    """An object in a process of its own, or a stand-in."""
+    """What `isolation.Child` is, or a stand-in."""
 
-    def call(self, method: str, *args: Any, seconds: float | None = None) -> Any:
-        """See `isolation.Child`."""
+    def call(self, method: str, *args: Any, seconds: float | None = None) -> Any: ...
 
-    def close(self) -> None:
-        """End it."""
+    def close(self) -> None: ...
 
 
 Start = Callable[[TilingWork, float], Caller]
@@ -111,9 +109,9 @@ def tune_tilings(
 
     subject: what the times belong to, refused where the device's process says otherwise; None: what it says.
     hardware: to rank by; None: the kernel's own order. seconds: start no further tiling after so long (the default is
-    measured in any case). rounds: pairs of the decision. compilers: those of several searches in turn; None: own ones,
-    which start and end with this search. on_trial: called with each finished tiling and how many there
-    are. UserError: a study of other kernels, sizes, routes, versions or device; what cannot run here at all.
+    measured in any case). rounds: pairs of the decision. compilers: shared by several searches; None: own ones.
+    on_trial: called with each finished tiling and how many there are. UserError: a study of other kernels, sizes,
+    routes, versions or device; what cannot run here at all.
     """
     require(keep >= 1, f"keep >= 1 must hold, but got {keep}")
     require(
