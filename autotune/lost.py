@@ -51,10 +51,11 @@ def unless_given_up() -> Iterator[None]:
 
 @contextmanager
 def unmasked() -> Iterator[None]:
-    """Raise what `Study.optimize` hides behind an assertion: why the storage did not take the end of a trial."""
+    """Raise what `Study.optimize` hides behind failures of its own: why the storage did not take the end of a trial."""
     try:
         yield
-    except AssertionError as error:
-        if str(error) == "Should not reach." and isinstance(error.__context__, Exception):
+    except (AssertionError, UnboundLocalError) as error:
+        masks = str(error) == "Should not reach." or "'updated_state'" in str(error)
+        if masks and isinstance(error.__context__, Exception):
             raise error.__context__  # noqa: B904  # `from` would cut off its own cause
         raise

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, PendingRollbackError
 
 from hardware.files import UserError
 
@@ -48,7 +48,7 @@ class Patience:
                 now = time.monotonic()
                 if self._given_up or now - (began or now) >= self.seconds:
                     self._given_up = True
-                    waited = f" (waited {self.seconds:g} s)" if self.seconds else ""
+                    waited = f" (waited {now - began:.0f} s)" if began is not None else ""
                     raise UserError(f"cannot reach the study storage {self.place}: {reason}{waited}") from error
                 if began is None:
                     began = now
@@ -71,6 +71,8 @@ class Patience:
 def passing(error: BaseException) -> str | None:
     """Why a database cannot be reached for now, in one line; None for an error that waiting does not mend."""
     for cause in causes(error):
+        if isinstance(cause, PendingRollbackError):  # Optuna has caught that a connection broke, and went on with it
+            return "the connection was lost"
         if not isinstance(cause, DBAPIError):
             continue
         state = getattr(cause.orig, "sqlstate", "")  # None: there was no connection that could have told one

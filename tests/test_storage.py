@@ -20,7 +20,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 import ridgepoint
 from autotune.claims import Claims
@@ -29,6 +29,7 @@ from autotune.patience import Patience, passing
 from autotune.storage import (
     PATIENT,
     SharedStorage,
+    database_errors,
     heartbeat_seconds,
     hide_passwords,
     open_storage,
@@ -247,6 +248,7 @@ def failure(text: str, sqlstate: str | None = None, *, cut: bool = False) -> Ope
         (failure("too many clients", "53300"), True),
         (failure("deadlock detected", "40P01"), True),
         (failure("broken off", "XX000", cut=True), True),
+        (PendingRollbackError("Can't reconnect until invalid transaction is rolled back."), True),
         (failure("FATAL: password authentication failed for user"), False),
         (failure('FATAL: database "x" does not exist'), False),
         (failure("failed to resolve host 'x'"), False),
@@ -285,7 +287,7 @@ def test_patience_ends_and_says_so_once(capsys: pytest.CaptureFixture[str]) -> N
         raise failure("connection refused")
 
     patience = Patience("the database", 0.3)
-    with pytest.raises(UserError, match=r"cannot reach .* the database: connection refused \(waited 0.3 s\)"):
+    with pytest.raises(UserError, match=r"cannot reach .* the database: connection refused \(waited 0 s\)"):
         patience.run(action)
     assert len(calls) > 2
     assert capsys.readouterr().err == "the database is away, waiting up to 0.3 s: connection refused\n"
@@ -420,6 +422,24 @@ def test_a_trial_that_others_gave_up_ends_quietly(when: str, study: optuna.Study
         raise ValueError("a bug")
     with pytest.raises(AssertionError, match="a bug"), unless_given_up():
         raise AssertionError("a bug")
+
+
+@pytest.mark.parametrize("gone", [["set_trial_state_values"], ["set_trial_state_values", "get_trial"]])
+def test_why_a_trial_could_not_end_is_said(
+    gone: list[str], study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna's loop then fails in ways of its own, over the reason."""
+
+    def away(*args: object, **options: object) -> None:
+        raise UserError("the database is away")
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        for name in gone:
+            monkeypatch.setattr(study._storage, name, away)
+        return 1.0, 0.0
+
+    with pytest.raises(UserError, match="is away"), database_errors("sqlite:///study.db"):
+        study.optimize(objective, n_trials=1)
 
 
 # --- workers
