@@ -21,6 +21,7 @@ class Shown:
 
     def __init__(self, bar: Any, task: Any, budget: Budget) -> None:
         self._bar, self._task, self._budget = bar, task, budget
+        self._said: set[str] = set()
 
     def update(self, label: str, share: float, remark: str = "") -> None:
         """Show what is being done now."""
@@ -32,6 +33,12 @@ class Shown:
             completed=min(share, 1.0),
             remark="; ".join([*filter(None, [remark]), *time_left]),
         )
+
+    def once(self, line: str) -> None:
+        """A line on stderr above the bar, the first time it is said."""
+        if line not in self._said:
+            self._said.add(line)
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def searching(self, name: str, trials: int, max_divergence: float) -> Callable[[TrialRecord, int], None]:
         """A call for each finished trial of a bucket: (trial, distinct settings so far)."""

@@ -225,6 +225,7 @@ def tune_local(
     simulated: str | None = None,
     isolated: bool = True,
     worker: str = "",
+    on_open: Callable[[Described], None] = lambda described: None,
     on_trial: OnTrial | None = None,
     on_compare: Callable[[float], None] = lambda share: None,
 ) -> StudyResult:
@@ -232,7 +233,8 @@ def tune_local(
 
     hardware: the profile of the device that does the work, for the predictions alone; None: the one that ships for a
     GPU of its name. simulated: what is not real about the model beside what `work` knows itself.
-    isolated: the model lives in a child process; off, in this one, which a crash then ends.
+    isolated: the model lives in a child process; off, in this one, which a crash then ends. on_open: called with what
+    is worked on, once it is known.
     """
     from autotune.study import tune
 
@@ -244,6 +246,7 @@ def tune_local(
     work = replace(work, command=command, simulated=simulated)
     runner, described = _opened(work, plan.trial_seconds, isolated)
     try:
+        on_open(described)
         subject, default = searched(work, described, plan)
         return tune(
             url,

@@ -19,7 +19,7 @@ from runtime.bench import Identity, dtype_of
 from runtime.bench_generation import GenerationSample, generation_record, sample_generation
 from runtime.config import DTYPE_BYTES, DecodingConfig, Engine, KernelConfig, ModelConfig, Workload, replace, require
 from runtime.conversion.tasks import Problem
-from runtime.engines import obstacle
+from runtime.engines import obstacle, unbuilt
 from runtime.measurement import Measurement
 from runtime.model.zaya import Zaya
 from runtime.numerics import REFERENCE, TOLERANCE, Reference
@@ -42,6 +42,7 @@ class Described:
     prompts: str  # hash of the token ids
     engine: Engine  # that runs the model by default
     threads: int
+    remark: str = ""  # why a faster engine was passed over
 
 
 class LocalRunner:
@@ -95,6 +96,7 @@ class LocalRunner:
             hashlib.sha256(json.dumps(self._prompts).encode()).hexdigest()[:12],
             self._engine.engine,
             torch.get_num_threads(),
+            unbuilt(self._model) or "",
         )
 
     def infeasible(self, candidate: Candidate) -> str | None:

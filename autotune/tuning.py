@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from autotune.console import Shown
     from autotune.local import Plan, Work
     from autotune.results import StudyResult, Subject
+    from autotune.runner import Described
     from autotune.seeding import Predict
     from autotune.tiling_results import TilingResult
     from autotune.tiling_runner import TilingWork
@@ -274,9 +275,16 @@ def _decoded(
         plan_of(request, seconds),
         engine=request.engine,
         command=command,
+        on_open=partial(_remark, show),
         on_trial=show.searching(bucket, request.effort.trials, request.max_divergence),
         on_compare=lambda share: show.update("deciding", share, "best against default, alternating"),
     )
+
+
+def _remark(show: Shown, described: Described) -> None:
+    """Why the default engine is not the fastest one there is, once."""
+    if described.remark:
+        show.once(f"ridgepoint: auto took the engine {described.engine}: {described.remark}")
 
 
 def predicted_recording(request: Request, about: Subject) -> Predict:

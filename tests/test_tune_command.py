@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -343,6 +344,24 @@ def test_tilings_are_shown_and_reported(command: Any, monkeypatch: pytest.Monkey
     assert told["tiling"] == {"BLOCK": 2} and told["default"] == {"BLOCK": 0}
     code, out, _ = command("study", "report", "run")
     assert code == 0 and "1.50x [1.40, 1.60]" in out
+
+
+def test_why_an_engine_was_passed_over_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For all buckets together, and beside a bar that is not there as beside one that is."""
+
+    def tune_local(*_: Any, on_open: Any, **options: Any) -> None:
+        on_open(SimpleNamespace(engine="eager", remark="the engine lean needs [a] C compiler"))
+
+    monkeypatch.setattr("autotune.local.tune_local", tune_local)
+    monkeypatch.setattr(autotune.tuning, "profile_of", lambda *_: None)
+    request = Request(effort=autotune.cli.effort("quick"), batches=(1, 2))
+    budget = Budget(None)
+    with progress(budget) as show:
+        autotune.tuning.run(request, "sqlite://", tmp_path, show, budget, "")
+    line = "ridgepoint: auto took the engine eager: the engine lean needs [a] C compiler\n"
+    assert capsys.readouterr() == ("", line)
 
 
 def test_times_are_shown_as_a_clock_does() -> None:
