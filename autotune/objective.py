@@ -17,6 +17,7 @@ from runtime.measurement import Measurement
 
 Outcome = Literal["correct", "infeasible", "compile", "timeout", "runtime", "incorrect", "slower"]
 Outputs = Sequence[Sequence[int]]
+DEVICE_ERRORS = (RuntimeError, MemoryError, OSError)  # what a device or its driver raises
 DECODING_STAGES = ("feasibility", "numerics", "micro_benchmark", "decode", "quality")
 # Share of a lossless setting's tokens that may differ from the autoregressive ones: a batched forward sums in another
 # order, so that near ties fall the other way. More than that is a broken kernel or sampler, however fast.
@@ -111,7 +112,7 @@ def run_stages(
                 findings |= failure.findings
         except UserError as error:
             result |= {"outcome": "infeasible", "reason": str(error)}
-        except (RuntimeError, MemoryError, OSError) as error:
+        except DEVICE_ERRORS as error:
             result |= {"outcome": "runtime", "reason": f"{type(error).__name__}: {error}"}
         else:
             if found:

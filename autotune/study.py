@@ -17,39 +17,32 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autotune.claims import Claims
 from autotune.lost import retry_lost, unless_given_up
-from autotune.objective import DECODING_STAGES, Comparison, Runner, decoding_stages, most_tokens_of, run_stages
+from autotune.objective import (
+    DECODING_STAGES,
+    DEVICE_ERRORS,
+    Comparison,
+    Runner,
+    StageFailure,
+    decoding_stages,
+    most_tokens_of,
+    run_stages,
+)
 from autotune.results import Decision, StudyResult, Subject, TrialRecord, comparison_of, decision_words
 from autotune.seeding import Predict
 from autotune.space import Candidate
-from autotune.storage import (
-    database_errors,
-    open_storage,
-    read_study,
-    read_trial,
-    shown,
-    single_worker,
-    sole_worker,
-)
+from autotune.storage import database_errors, open_storage, read_study, read_trial, shown, single_worker, sole_worker
 from autotune.strategies import Sampler, strategy
 from hardware.files import UserError, plain
 from runtime.config import require
 from runtime.measurement import INTERVAL_ROUNDS
 
 POLL_SECONDS = 1.0  # between looks at what other workers do
+_FAILURES = 3  # comparisons that end the decision: it is the default, or the device, that fails
 _REPEATS = 25  # settings in a row that are known or taken: the search has nothing new to ask
 _COPIED = (
-    "predicted_tokens_per_second",
-    "predicted_step_seconds",
-    "predicted_tokens_per_step",
-    "logit_error",
-    "step_seconds",
-    "tokens_per_second",
-    "divergence",
-    "exact_match",
-    "reason",
-    "stage",
-    "outcome",
-)
+    "predicted_tokens_per_second predicted_step_seconds predicted_tokens_per_step logit_error step_seconds"
+    " tokens_per_second divergence exact_match reason stage outcome"
+).split()
 
 T = TypeVar("T")
 OnTrial = Callable[[TrialRecord, int], None]
@@ -95,8 +88,9 @@ def tune(
         claims = Claims(url)
         try:
             found = _Worker(url, subject, runner, claims, default=default, predict=predict, seed=seed, name=worker)
+            found.on_compare = on_compare
             found.search(sampler, seed, trials, end, rounds, max_divergence, on_trial)
-            return found.decide(max_divergence, rounds, command, on_compare)
+            return found.decide(max_divergence, rounds, command)
         finally:
             claims.close()
 
@@ -121,6 +115,7 @@ class _Worker:
         name: str,
     ) -> None:
         self.runner, self.claims, self.default, self.predict, self.name = runner, claims, default, predict, name
+        self.on_compare: Callable[[float], None] = lambda share: None
         self.space, self.alone = subject.space, single_worker(url)
         self.storage = open_storage(url, create=True)
         self.study = self._open(subject.name)
@@ -287,58 +282,76 @@ class _Worker:
 
     # --- the decision
 
-    def decide(
-        self, max_divergence: float, rounds: int, command: str, progress: Callable[[float], None]
-    ) -> StudyResult:
+    def decide(self, max_divergence: float, rounds: int, command: str) -> StudyResult:
         """Compare the fastest allowed setting with the default, unless that was done for these trials already."""
         result = self.result()
         base = result.find(self.default)
         assert base is not None  # `search` does not end before
-        best = result.allowed(max_divergence)[0]
-        basis = best.number, len(result.measured), max_divergence
+        measured = len(result.measured)
 
         def decided() -> StudyResult | None:
             found = self.result()
             old = found.decision
-            enough = old is not None and (old.comparison is None or old.comparison.rounds >= rounds)
-            return found if old and enough and (old.challenger, old.measured, old.max_divergence) == basis else None
+            if old is None or (old.default_trial, old.max_divergence) != (base.number, max_divergence):
+                return None
+            enough = old.comparison is None or old.comparison.rounds >= rounds
+            return found if enough and old.measured >= measured else None
 
         def act() -> None:
-            comparison = self._compare(result, base, best, rounds, progress) if best != base else None
+            best, comparison, remarks = self._challenge(result, base, max_divergence, rounds)
             decision = Decision(
                 trial=best.number if comparison and comparison.low > 1 else base.number,
                 default_trial=base.number,
                 challenger=best.number,
-                reason=decision_words(result, base, best, comparison),
+                reason="; ".join([decision_words(result, base, best, comparison), *remarks]),
                 comparison=comparison,
                 max_divergence=max_divergence,
-                measured=len(result.measured),
+                measured=measured,
                 command=command,
                 date=_now(),
             )
             self.study.set_user_attr("decision", plain(decision))
 
-        key = "decision " + " ".join(map(str, (*basis, rounds)))
-        return self._take_turns(key, decided, act)
+        return self._take_turns(f"decision {measured} {base.number} {max_divergence} {rounds}", decided, act)
 
-    def _compare(
-        self,
-        result: StudyResult,
-        base: TrialRecord,
-        best: TrialRecord,
-        rounds: int,
-        progress: Callable[[float], None],
-    ) -> Comparison:
+    def _challenge(
+        self, result: StudyResult, base: TrialRecord, max_divergence: float, rounds: int
+    ) -> tuple[TrialRecord, Comparison | None, list[str]]:
+        """The fastest allowed setting beside the default. One that fails now, though it ran before, is left out."""
+        remarks: list[str] = []
+        for best in result.allowed(max_divergence):
+            if best == base:
+                break
+            try:
+                return best, self._compare(result, base, best, rounds), remarks
+            except StageFailure as failure:
+                remarks.append(f"trial {best.number} was left out, it failed beside the default ({failure})")
+            if len(remarks) == _FAILURES:
+                raise UserError(f"no setting could be compared with the default; {remarks[-1]}")
+        return base, None, remarks
+
+    def _compare(self, result: StudyResult, base: TrialRecord, best: TrialRecord, rounds: int) -> Comparison:
         """Alternating rounds, each stored when it is done; those of an earlier comparison of the two count."""
         name = f"pairs:{best.number}:{base.number}"
         pairs = list(self.study.user_attrs.get(name, []))
         challenger = result.candidate(best)
         while len(pairs) < rounds:
-            progress(len(pairs) / rounds)
-            pairs.append(self.runner.pair(self.default, challenger))
+            self.on_compare(len(pairs) / rounds)
+            pairs.append(self._pair(challenger))
             self.study.set_user_attr(name, pairs)
-        progress(1.0)
+        self.on_compare(1.0)
         return comparison_of(pairs)
+
+    def _pair(self, challenger: Candidate, *, again: bool = True) -> tuple[float, float]:
+        """One round. Once can be bad luck; StageFailure when it fails again: no setting to run."""
+        try:
+            return self.runner.pair(self.default, challenger)
+        except (StageFailure, *DEVICE_ERRORS) as error:
+            if again:
+                return self._pair(challenger, again=False)
+            if isinstance(error, StageFailure):
+                raise
+            raise StageFailure("runtime", f"{type(error).__name__}: {error}") from error
 
     def _take_turns(self, key: str, done: Callable[[], T | None], act: Callable[[], None]) -> T:
         """What is done once for all workers: one acts, the others wait for it, or take over if that one is lost.

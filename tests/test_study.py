@@ -390,3 +390,35 @@ def test_a_decision_says_what_it_prefers(gain: Any, words: str, kept: bool, tmp_
 
     result = small(tmp_path, MadeUp(gain=gain, noise=0.0), trials=6, predict=predict)
     assert result.decision and (result.decision.reason, result.decision.kept_default) == (words, kept)
+
+
+class Flaky(MadeUp):
+    """It fails beside the default, though every trial ran: always, or only the setting that is the fastest."""
+
+    def __init__(self, broken: Callable[[Candidate], bool]) -> None:
+        super().__init__(noise=0.0)
+        self.broken = broken
+
+    def pair(self, default: Candidate, candidate: Candidate) -> tuple[float, float]:
+        if self.broken(candidate):
+            raise (
+                RuntimeError("CUDA error: an illegal memory access")
+                if candidate.kernels.threads == 1
+                else StageFailure("timeout", "pair took longer than 60 s")
+            )
+        return super().pair(default, candidate)
+
+
+def test_a_setting_that_fails_beside_the_default_is_left_out(tmp_path: Path) -> None:
+    """The next one is taken, and the decision says why; when nothing can be compared, that is said."""
+    first = small(tmp_path / "good", MadeUp(noise=0.0), trials=8)
+    assert first.decision
+    fastest = first.candidate(first.trial(first.decision.challenger))
+    result = small(tmp_path / "flaky", Flaky(lambda c: c == fastest), trials=8)
+    assert result.decision and result.decision.challenger != first.decision.challenger
+    assert not result.decision.kept_default
+    assert f"trial {first.decision.challenger} was left out" in result.decision.reason
+    again = MadeUp()
+    assert small(tmp_path / "flaky", again, trials=8) == result and again.compared == []
+    with pytest.raises(UserError, match="no setting could be compared with the default; trial"):
+        small(tmp_path / "broken", Flaky(lambda c: True), trials=8)
