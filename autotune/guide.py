@@ -100,8 +100,8 @@ class Guide:
     def seeds(self, trials: Sequence[TrialRecord], acceptance: Acceptance | None, count: int) -> list[Candidate]:
         """The first `count` new settings of the Pareto fronts of expected speed and divergence, front after front.
 
-        Within one, the fastest first. Settings that differ in K alone are at least _APART apart, and none has a
-        confidence threshold: when one ends a block is not predicted.
+        Within one, the fastest first; each further one has at most a quarter of the divergence. Settings that differ in
+        K alone are at least _APART apart, and none has a confidence threshold: when one ends a block is not predicted.
         """
         table = self._table_for(acceptance)
         if not table.settings:
@@ -123,10 +123,11 @@ class Guide:
                 k, alike = table.settings[i].decoding.draft_tokens, drafts.setdefault(others, [])
                 if any(abs(k - other) < _APART for other in alike):
                     continue
-                if expected.divergence[i] >= least:  # another of this front is no slower and no further away
+                far = float(expected.divergence[i])
+                if far >= least or far > least / 4:  # another of this front is no slower, and as near or nearly so
                     rest.append(i)
                     continue
-                least = float(expected.divergence[i])
+                least = far
                 alike.append(k)
                 found.append(i)
             left = rest
@@ -144,8 +145,10 @@ class Guide:
             return None
         expected = self._expected(table, acceptance, trials)
         hoped = expected.log_speed + _HOPE * expected.deviation
+        counted = max((trial.tokens[0] for trial in trials if trial.tokens), default=math.inf)
+        most = max_divergence + math.sqrt(max_divergence / counted)  # of which a count of so many tokens is certain
         for i, setting in enumerate(table.settings):
-            if not setting.decoding.lossless and not 0 < max_divergence >= expected.divergence[i]:
+            if not setting.decoding.lossless and not 0 < most >= expected.divergence[i]:
                 hoped[i] = -math.inf
         for key in self._done(trials):
             if key in table.keys:
@@ -244,7 +247,8 @@ class Guide:
 class _DivergencePrior:
     """Divergence of a setting before any other but the pilots is known.
 
-    Judged drafts: between the pilots' mixing weights. Others: what the pilot without a verification gave, or 1.
+    Judged drafts: between the pilots' mixing weights. Others: in proportion to K, as the pilot that nothing verified
+    had it (without one 1): a draft is the more often wrong the further it is from what is decided.
     """
 
     def __init__(self, trials: Sequence[TrialRecord], space: Space) -> None:
@@ -255,13 +259,13 @@ class _DivergencePrior:
                 if judged(decoding) and not decoding.lossless:
                     self._by_weight[decoding.mixing_weight] = trial.divergence
                 elif not decoding.lossless:
-                    self._kept = trial.divergence
+                    self._kept = trial.divergence / decoding.draft_tokens
 
     def __call__(self, decoding: DecodingConfig) -> float:
         if decoding.lossless:
             return 0.0
         if not judged(decoding):
-            return self._kept
+            return min(1.0, self._kept * decoding.draft_tokens)
         weights = sorted(self._by_weight)
         return float(np.interp(decoding.mixing_weight, weights, [self._by_weight[w] for w in weights]))
 

@@ -25,6 +25,17 @@ FORMAT = "ridgepoint-recording-1"
 
 
 @dataclass(frozen=True)
+class Head:
+    """The first line of a recording: what all its settings are about."""
+
+    format: str
+    subject: Subject
+    command: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
 class Recorded:
     """One setting: what was set, the speed of each round, and what does not change from round to round.
 
@@ -101,7 +112,7 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
     head = _parse(path, 1, lines[0])
     require(head.get("format") == FORMAT, f"{path} line 1: format must be {FORMAT!r}, but is {head.get('format')!r}")
     settings: dict[str, Recorded] = {}
-    about = build(_Head, head, f"{path} line 1")
+    about = build(Head, head, f"{path} line 1")
     for number, line in enumerate(lines[1:], 2):
         setting = build(Recorded, _parse(path, number, line), f"{path} line {number}")
         try:
@@ -119,7 +130,7 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
 def write_recording(path: Path, recording: Recording) -> None:
     """Write it, what is at its default left out; replaced at once, so that a reader never sees half of it."""
     defaults = {f.name: plain(f.default) for f in fields(Recorded)}
-    head = plain(_Head(FORMAT, recording.subject, recording.command, recording.commit, recording.date))
+    head = plain(Head(FORMAT, recording.subject, recording.command, recording.commit, recording.date))
     rows = [
         head,
         *({k: v for k, v in plain(setting).items() if v != defaults.get(k, ())} for setting in recording.settings),
@@ -236,17 +247,6 @@ class Replay:
     def _wait(self, seconds: float) -> None:
         if self._pace:
             time.sleep(self._pace * seconds)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The first line."""
-
-    format: str
-    subject: Subject
-    command: str
-    commit: str
-    date: str
 
 
 def _parse(path: str | os.PathLike[str], number: int, line: str) -> dict[str, Any]:

@@ -103,3 +103,63 @@ def _unbroken(line: Sequence[tuple[float, float | None]]) -> list[list[tuple[flo
         else:
             parts[-1].append((x, y))
     return [part for part in parts if part]
+
+
+Band = tuple[Sequence[float], Sequence[float], Sequence[float]]
+
+
+def bands(
+    panels: dict[str, dict[str, Band]],
+    title: str,
+    x_label: str,
+    y_label: str,
+    *,
+    across: float,
+    along: float,
+    least: float = 0.5,
+) -> str:
+    """Panels side by side: by name a line with a band about it (lower, line, upper), over 1, 2, 3 ...
+
+    Axes: x logarithmic to base 2, y from `least` to 1. across, along: where dashed lines cross the axes of x and y.
+    """
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    most = max(len(line) for panel in panels.values() for _, line, _ in panel.values())
+    wide, high = 1.7 * WIDTH, 1.7 * HEIGHT
+    width, height = LEFT + len(panels) * (wide + GAP), TOP + high + GAP + 4
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif" '
+        'font-size="11" fill="#222">',
+        f'<rect width="{width:.0f}" height="{height:.0f}" fill="white"/>',
+        f'<text x="{LEFT}" y="18" font-size="14">{escape(title)}</text>',
+        *_legend(names, "", ""),
+    ]
+    for i, (heading, panel) in enumerate(panels.items()):
+        x0 = LEFT + i * (wide + GAP)
+
+        def at(x: float, y: float, x0: float = x0) -> str:
+            share = (max(y, least) - least) / (1 - least)
+            return f"{x0 + math.log2(x) / math.log2(most) * wide:.1f},{TOP + high * (1 - share):.1f}"
+
+        out.append(f'<text x="{x0}" y="{TOP - 6}" font-weight="bold">{escape(heading)}</text>')
+        for tick in range(round(least * 10), 11):
+            out.append(f'<polyline points="{at(1, tick / 10)} {at(most, tick / 10)}" stroke="#ddd"/>')
+            y = at(1, tick / 10).split(",")[1]
+            out.append(f'<text x="{x0 - 5}" y="{y}" dy="4" text-anchor="end">{tick / 10:g}</text>')
+        for power in range(math.floor(math.log2(most)) + 1):
+            x = at(2**power, least).split(",")[0]
+            out.append(f'<text x="{x}" y="{TOP + high + 14:.1f}" text-anchor="middle">{2**power}</text>')
+        for dashed in (f"{at(across, least)} {at(across, 1)}", f"{at(1, along)} {at(most, along)}"):
+            out.append(f'<polyline points="{dashed}" stroke="#222" stroke-dasharray="3 3"/>')
+        for name, (lower, line, upper) in panel.items():
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            edge = [*enumerate(upper, 1), *reversed([*enumerate(lower, 1)])]
+            points = " ".join(at(x, y) for x, y in edge)
+            out.append(f'<polygon points="{points}" fill="{colour}" fill-opacity="0.18"/>')
+            points = " ".join(at(x, y) for x, y in enumerate(line, 1))
+            out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    out.append(f'<text x="{width / 2:.0f}" y="{height - 8:.0f}" text-anchor="middle">{escape(x_label)}</text>')
+    middle = TOP + high / 2
+    out.append(
+        f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
+    return "\n".join([*out, "</svg>"]) + "\n"

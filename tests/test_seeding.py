@@ -182,7 +182,7 @@ def test_seeds_are_successive_fronts_of_expected_speed_and_divergence() -> None:
     assert len({space.key(c) for c in found}) == 12
     grid = space.grid({"mixing_weight": (1.0, 0.5), "confidence_threshold": ("none",)})
     lossless = [c for c in found if c.decoding.lossless]
-    assert 3 <= len(lossless) < 12
+    assert 3 <= len(lossless) <= 6
     assert speed(lossless[0]) > 0.97 * max(speed(c) for c in grid if c.decoding.lossless)
     assert speed(found[0]) > 0.97 * max(map(speed, grid))
     assert all(c.decoding.confidence_threshold is None for c in found)
@@ -252,7 +252,7 @@ def test_only_what_may_be_chosen_is_proposed() -> None:
     """Without verification all is faster; whether it is close enough is expected from what was measured of its like."""
     space = decoding_space(batch=1, cores=2)
     guide = Guide(space, oracle)
-    for far, allowed in ((0.3, 0.1), (0.05, 0.1)):
+    for far, allowed in ((0.9, 0.1), (0.05, 0.1)):
         tried = [
             trial(i, c, source="pilot", divergence=far if c.decoding.drafts and not judged(c.decoding) else 0.0)
             for i, c in enumerate(pilots(space, default_candidate(space, 2)))
