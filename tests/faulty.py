@@ -89,12 +89,16 @@ slow_start = partial(time.sleep, 60)
 
 @dataclass(frozen=True)
 class Machine:
-    """A made-up machine on which some numbers of drafts are faulty. log: gets a line for every call."""
+    """A made-up machine on which some numbers of drafts are faulty. log: gets a line for every call.
+
+    pair_crashes: how many calls that compare two settings end the process.
+    """
 
     log: str
+    pair_crashes: int = 0
 
     def __call__(self) -> FaultyRunner:
-        return FaultyRunner(self.log)
+        return FaultyRunner(self.log, self.pair_crashes)
 
 
 class FaultyRunner:
@@ -102,19 +106,18 @@ class FaultyRunner:
 
     CRASHES, HANGS, FILLS_MEMORY, BREAKS_DEVICE, CHANGES_TOKENS, DOES_NOT_COMPILE = 2, 3, 4, 5, 6, 7
 
-    def __init__(self, log: str) -> None:
-        self._log = log
+    def __init__(self, log: str, pair_crashes: int) -> None:
+        self._log, self._pair_crashes = log, pair_crashes
         self._broken = False
-        self._drafts = 0
 
     def _enter(self, call: str, candidate: Candidate) -> int:
         """Note the call. A device that broke stays broken for this process."""
-        self._drafts = candidate.decoding.draft_tokens if candidate.decoding.drafts else 0
+        drafts = candidate.decoding.draft_tokens if candidate.decoding.drafts else 0
         with open(self._log, "a") as stream:
-            stream.write(f"{call} {self._drafts}\n")
+            stream.write(f"{call} {drafts}\n")
         if self._broken:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return self._drafts
+        return drafts
 
     def infeasible(self, candidate: Candidate) -> str | None:
         return None
@@ -151,7 +154,10 @@ class FaultyRunner:
         return {"divergence": 0.3 if outputs[0][0] == self.CHANGES_TOKENS else 0.0}
 
     def pair(self, default: Candidate, candidate: Candidate) -> tuple[float, float]:
-        return 100.0, 100.0 + self._enter("pair", candidate)
+        drafts = self._enter("pair", candidate)
+        if Path(self._log).read_text().count("pair") <= self._pair_crashes:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 100.0, 100.0 + drafts
 
     def close(self) -> None:
         pass

@@ -78,6 +78,24 @@ def test_a_sweep_survives_every_fault(tmp_path: Path) -> None:
     assert again.starts == 0
 
 
+def test_a_crash_in_the_comparison_is_not_the_end(tmp_path: Path) -> None:
+    """A setting that fails twice beside the default is not chosen, however fast it was."""
+    space = space_of(drafts=1)
+    with Child(Machine(str(tmp_path / "log"), pair_crashes=2), seconds=30) as child:
+        result = tune(
+            storage_url(tmp_path),
+            subject(space=space),
+            Isolated(child),
+            default=default_candidate(space, 1),
+            predict=blind,
+            trials=2,
+            rounds=6,
+            sampler="grid",
+        )
+    assert result.decision and result.decision.kept_default and "SIGKILL" in result.decision.reason
+    assert len(result.allowed(0.0)) == 2 and result.allowed(0.0)[0].params["draft_tokens"] == 1
+
+
 def test_what_is_wrong_at_odd_sizes_alone_is_found_out(tmp_path: Path) -> None:
     """The real runner on zaya-nano in a child: a mode that is always wrong, one that is wrong where no batch of the
     workload comes to, and the engine that tells its right numbers apart from those."""
