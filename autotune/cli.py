@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # exit code
 STORAGE_VARIABLE = "RIDGEPOINT_STORAGE"
+COMMAND_VARIABLE = "RIDGEPOINT_COMMAND"
 study_app = typer.Typer(help="What tuning has measured so far.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Source = Annotated[str, typer.Argument(help="The folder, the SQLite file or the database URL of a tuning run.")]
@@ -315,7 +317,8 @@ def _run_workers(places: Sequence[Mapping[str, str]], url: str) -> int:
     program = Path(__file__).parents[1] / "ridgepoint.py"  # beside this package, in a checkout or installed
     command = [sys.executable, str(program), *words, "--workers", "1"]
     note(f"{len(places)} workers; `ridgepoint study show` shows what they have found so far")
-    return run_workers([command] * len(places), [{**p, STORAGE_VARIABLE: url} for p in places])
+    shared = {STORAGE_VARIABLE: url, COMMAND_VARIABLE: _command()}
+    return run_workers([command] * len(places), [{**p, **shared} for p in places])
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:
@@ -359,7 +362,8 @@ def _command() -> str:
     """The command as typed, for the record; passwords are left out."""
     from autotune.storage import hide_passwords
 
-    return shlex.join(["ridgepoint", *map(hide_passwords, sys.argv[1:])])
+    typed = os.environ.get(COMMAND_VARIABLE)  # of the process that has started this worker
+    return typed or shlex.join(["ridgepoint", *map(hide_passwords, sys.argv[1:])])
 
 
 def _print_json(place: str, studies: Sequence[StudyResult], tilings: Sequence[TilingResult]) -> None:

@@ -226,13 +226,13 @@ def decoding_works(request: Request) -> list[Work]:
     wanted = request.effort
     return [
         Work(
-            request.model,
-            batch,
-            context,
-            request.device,
-            wanted.prompts,
-            wanted.new_tokens,
-            wanted.repeats,
+            model=request.model,
+            batch=batch,
+            context=context,
+            device=request.device,
+            prompts=wanted.prompts,
+            new_tokens=wanted.new_tokens,
+            repeats=wanted.repeats,
             random=request.random_weights,
         )
         for batch, context in request.buckets

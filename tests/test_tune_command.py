@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -258,6 +259,10 @@ def test_workers_get_the_command_and_no_password_on_it(command: Any, monkeypatch
     assert Path(commands[0][1]).name == "ridgepoint.py" and Path(commands[0][1]).is_file()
     assert [e["CUDA_VISIBLE_DEVICES"] for e in environments] == ["0", "1", "2"]
     assert {e["RIDGEPOINT_STORAGE"] for e in environments} == {url}
+    recorded = {e["RIDGEPOINT_COMMAND"] for e in environments}  # what was typed, but for the password
+    assert recorded == {shlex.join(["ridgepoint", *words, "--json"]).replace(url, f"'{url.replace('se:cret', '***')}'")}
+    monkeypatch.setenv("RIDGEPOINT_COMMAND", "ridgepoint tune --workers 3")
+    assert autotune.cli._command() == "ridgepoint tune --workers 3"
 
 
 @pytest.mark.parametrize("code", [130, 2])
