@@ -24,7 +24,6 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from autotune.lost import retry, unmasked
-from autotune.lost import retry_lost as retry_lost  # for those who look for it here
 from autotune.patience import Patience
 from autotune.results import Decision, StudyResult, Subject, TrialRecord
 from autotune.space import Space, Value

@@ -18,13 +18,13 @@ from contextlib import closing, nullcontext
 from typing import Any, Protocol
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.claims import Claims
 from autotune.isolation import Child
+from autotune.lost import retry_lost, unless_given_up
 from autotune.objective import Stage, StageFailure, run_stages
-from autotune.storage import database_errors, open_storage, retry_lost, shown, single_worker, sole_worker
+from autotune.storage import database_errors, open_storage, shown, single_worker, sole_worker
 from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial, decision_of
 from autotune.tiling_runner import (
     REGISTRY,
@@ -281,13 +281,11 @@ class _Tuner:
     def _run_one(self) -> TilingTrial | None:
         """Run a queued tiling. None when it is another worker's."""
         ran: list[FrozenTrial] = []
-        try:
+        with unless_given_up():
             self.study.optimize(
                 self._objective, n_trials=1, catch=(_Dropped,), callbacks=[lambda _, trial: ran.append(trial)]
             )
-        except (UpdateFinishedTrialError, ValueError) as error:  # as in study.py: given up by others, it is theirs now
-            if isinstance(error, ValueError) and "Cannot tell" not in str(error):
-                raise
+        if not ran:
             return None
         record = read_tiling_trial(ran[0], self.tilings, self.study.study_name)
         return record if record.outcome else None
@@ -349,18 +347,15 @@ class _Tuner:
         turns: optuna.Study | None = None
         while True:
             result = self.result()
-            best, old = result.best, result.decision
-            if best is None:
-                return result
-            basis = best.tiling, len(result.finished)
-            enough = old is not None and (old.ratio is None or old.rounds >= rounds)
-            if old is not None and enough and (old.challenger, old.measured) == basis:
+            best = result.best
+            if best is None or _is_decided(result, rounds):
                 return result
             turns = turns or self._open(f"{self.study.study_name} turns")
             if not turns.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 key = f"{tiling_key(best.tiling)} {len(result.finished)} {rounds}"
                 turn = functools.partial(self._turn, turns, key, result, rounds, command)
-                turns.optimize(turn, n_trials=1, catch=(_Dropped,))
+                with unless_given_up():
+                    turns.optimize(turn, n_trials=1, catch=(_Dropped,))
             else:
                 self._wait(turns)
 
@@ -372,7 +367,8 @@ class _Tuner:
             gone = turns.get_trials(deepcopy=False)[holder].state != TrialState.RUNNING
             if not gone or not self.claims.take_over(turns.study_name, key, holder, trial.number):
                 raise _Dropped
-        self.study.set_user_attr("decision", plain(self._decided(result, rounds, command)))
+        if not _is_decided(self.result(), rounds):  # by the one whose turn has just ended
+            self.study.set_user_attr("decision", plain(self._decided(result, rounds, command)))
         return 0.0
 
     def _decided(self, result: TilingResult, rounds: int, command: str) -> TilingDecision:
@@ -398,3 +394,11 @@ class _Tuner:
             pairs.append(self.child.call("pair", default, tiling))
             self.study.set_user_attr(name, pairs)
         return pairs
+
+
+def _is_decided(result: TilingResult, rounds: int) -> bool:
+    """Whether there is a decision on all that was tried, in that many rounds."""
+    best, old = result.best, result.decision
+    if best is None or old is None or (old.ratio is not None and old.rounds < rounds):
+        return False
+    return (old.challenger, old.measured) == (best.tiling, len(result.finished))
