@@ -310,7 +310,8 @@ class _Worker:
                 command=command,
                 date=_now(),
             )
-            self.study.set_user_attr("decision", plain(decision))
+            if decided() is None:  # nor on more settings, by one that had waited for their last
+                self.study.set_user_attr("decision", plain(decision))
 
         return self._take_turns(f"decision {measured} {base.number} {max_divergence} {rounds}", decided, act)
 
