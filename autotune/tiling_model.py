@@ -1,9 +1,14 @@
 """How long a kernel should take with a tiling: to rank tilings before any of them runs.
 
 A few formulas over what is known without running: the sizes of tiles, the routes, what the compiler made of it, and the
-device's data file. No GPU has scored them yet (November 2026); each search stores predicted beside measured seconds and
-reports their rank correlation. Not modelled: the rate of each kind of matrix instruction, bank conflicts, partial
-cache lines, clocks that fall under load, blocks of a grid that find nothing to do.
+device's data file. Nothing in them is fitted, and no GPU of ours has scored them yet (November 2026); each search
+stores predicted beside measured seconds and reports their rank correlation. Of vLLM's published tile files
+`python -m benchmarks.tile_files` (684 tilings of H100, H200 and MI300X at 0c0fdae) says where the fastest of a search
+stands in this ranking, in the median: from 513 tokens on among the first 3%, predicted within 5% of the predicted best;
+up to 64 tokens on NVIDIA among the first 6 to 38%, where most tilings are predicted within 2% of the best. (The commit
+is of the publisher's fork of vLLM.) The rules of concurrent row blocks and of whole fetches were added in sight of
+these files. Not modelled: the rate of each kind of matrix instruction, bank conflicts, clocks that fall under load,
+blocks of a grid that find nothing to do.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hardware.profile import HardwareProfile
 from perfmodel.kernels.call import main_bandwidth
@@ -25,7 +30,8 @@ class Limits:
     """What the warps of one compute unit share. registers: 32-bit ones of a unit, allocated to a thread in `step`s.
 
     reserved_bytes: of shared memory, taken by every block besides its own. latency_cycles: of a load from main memory
-    that finds the device idle; under load it is longer.
+    that finds the device idle; under load it is longer. fetch_bytes: that the cache gives at least for a request.
+    most_registers: of a thread; what needs more spills.
     """
 
     warps: int
@@ -34,16 +40,20 @@ class Limits:
     step: int
     reserved_bytes: int
     latency_cycles: float
+    fetch_bytes: int
+    most_registers: int
 
 
 # Hopper and Blackwell: https://docs.nvidia.com/cuda/cuda-c-programming-guide/ (technical specifications by compute
 # capability). CDNA3: 4 SIMDs of 8 waves, 512 registers per lane each:
-# https://rocm.docs.amd.com/en/latest/reference/gpu-arch-specs.html. Latencies of H100 and MI300X: sample results of
-# https://github.com/caps-tum/mt4g (834 cycles at 1.98 GHz; 900 at 2.1 GHz).
+# https://rocm.docs.amd.com/en/latest/reference/gpu-arch-specs.html. Latencies and the second
+# cache's fetch granularity of H100 and MI300X: sample results of https://github.com/caps-tum/mt4g (834 cycles at 1.98
+# GHz, 32 B; 900 at 2.1 GHz, 128 B).
 LIMITS = {
-    "NVIDIA": Limits(64, 32, 65_536, 8, 1024, 834.0),
-    "AMD": Limits(32, 32, 4 * 512 * 64, 8, 0, 900.0),
+    "NVIDIA": Limits(64, 32, 65_536, 8, 1024, 834.0, 32, 255),
+    "AMD": Limits(32, 32, 4 * 512 * 64, 8, 0, 900.0, 128, 512),
 }
+_OTHER_REGISTERS = 64  # of a thread, besides its accumulators, where no compiler was asked
 _CLOCK_HERTZ = 1.9e9  # where the data file names none
 _SHARED_BYTES_PER_CYCLE = 128  # that a unit reads of its shared memory, of both vendors (sources as above)
 _LOADED_BYTES = 64  # that a thread has on its way where no tile tells: four loads of 16 bytes
@@ -175,37 +185,44 @@ def product_shape(
 ) -> LaunchShape:
     """The launch of a product, mean over forwards with these loads (tokens of each expert, the skip expert's last).
 
-    A row block reads all weights of its expert. Of an expert's blocks the first reads them from memory, the others from
-    the cache, unless more than the cache holds passes in between; a group's blocks pass them together. Every column of
-    blocks reads the rows again.
+    A row block reads all weights of its expert. Where the largest cache holds these, the expert's first block reads
+    them from memory and the others from the cache; where it does not, so does the first of those that pass a column at
+    the same time: a group's, or all that are resident. Every column of blocks reads the rows again. Rows of a tile
+    that are narrower than what the cache fetches at once cost a whole fetch.
     """
-    size, p = DTYPE_BYTES[dtype], product
-    hit = [[n for n in row[:-1] if n] for row in loads]
-    tokens = statistics.fmean(sum(row) for row in hit)
-    distinct = statistics.fmean(len(row) for row in hit)
-    rows = statistics.fmean(sum(-(-n // p.m) for n in row) for row in hit)
+    size, p, limits = DTYPE_BYTES[dtype], product, _limits(hardware)
+    hit = [[-(-n // p.m) for n in row[:-1] if n] for row in loads]  # row blocks of the experts that are hit
+    tokens = statistics.fmean(sum(row[:-1]) for row in loads)
+    rows = statistics.fmean(map(sum, hit))
     columns = -(-p.columns // p.n)
-    weights = p.columns * p.inner * size
-    again = (rows - distinct) * weights
-    cached = p.group > 1 or weights <= hardware.memory[0].capacity_bytes
-    moved = distinct * weights + tokens * (p.inner + p.written) * size
-    vector, stages = p.m == 1, tiling["num_stages"]
+    vector, stages, warps = p.m == 1, tiling["num_stages"], tiling["num_warps"]
     ahead = max(1, stages - 1)
     tile = ((0 if vector else p.m) + p.n) * p.k * size
     held = 0 if vector and stages == 1 else tile * (ahead if hardware.vendor == "AMD" else stages)
-    return LaunchShape(
+    accumulators = 0 if vector else p.m * p.n // (warps * hardware.warp_size)
+    shape = LaunchShape(
         blocks=rows * columns,
-        warps=tiling["num_warps"],
-        moved_bytes=moved + (0 if cached else again),
-        cached_bytes=tokens * (columns - 1) * p.inner * size + (again if cached else 0),
+        warps=warps,
+        moved_bytes=0.0,
+        cached_bytes=0.0,
         flops=2 * rows * p.m * columns * p.n * p.inner,
         operand_bytes=0 if vector else rows * columns * (p.m + p.n) * p.inner * size,
-        flight_bytes=min(ahead * tile, -(-p.inner // p.k) * tile),
+        flight_bytes=min(ahead, -(-p.inner // p.k)) * tile,
         shared_bytes=program.shared_bytes if program else held,
-        registers=program.registers if program else 128,
+        registers=program.registers if program else min(accumulators + _OTHER_REGISTERS, limits.most_registers),
         staged=stages > 1,
         matrix=not vector,
     )
+    weights = p.columns * p.inner * size
+    together = max(p.group, hardware.compute_units * resident_blocks(shape, hardware) // columns)
+    if weights <= max(level.capacity_bytes for level in hardware.memory[:-1] or hardware.memory):
+        passes = statistics.fmean(map(len, hit))
+    else:
+        passes = statistics.fmean(sum(-(-n // together) for n in row) for row in hit)
+    fetched = max(1.0, limits.fetch_bytes / (p.k * size))
+    again = (rows - passes) * weights + tokens * (columns - 1) * p.inner * size
+    moved = passes * weights + tokens * (p.inner + p.written) * size
+    return replace(shape, moved_bytes=moved, cached_bytes=again * fetched)
 
 
 def general_shape(

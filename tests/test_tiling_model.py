@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from autotune.tiling_model import (
     product_shape,
     resident_blocks,
 )
+from benchmarks import tile_files
+from hardware.files import UserError
 from hardware.profile import HardwareProfile, MemoryLevel, load_profile
 from runtime.config import ModelConfig, replace
 from runtime.kernels.compiler import Program
@@ -143,10 +147,26 @@ def test_weights_are_read_once_from_memory_and_again_from_the_cache() -> None:
     assert two.blocks == 2 * one.blocks and two.flops == 2 * one.flops
     assert weights < one.moved_bytes < two.moved_bytes < 1.1 * weights
     assert two.cached_bytes - 2 * one.cached_bytes == pytest.approx(weights)
-    small = replace(hopper, memory=(replace(hopper.memory[0], capacity_bytes=weights / 2), *hopper.memory[1:]))
+    cache = replace(hopper.memory[0], capacity_bytes=weights / 2)
+    small = replace(hopper, compute_units=1, memory=(cache, *hopper.memory[1:]))  # that holds few blocks at once
     alone = product_shape(replace(first, group=1), even(32, 1), "bfloat16", tiling, small)
     together = product_shape(replace(first, group=4), even(32, 1), "bfloat16", tiling, small)
     assert alone.moved_bytes - together.moved_bytes == pytest.approx(weights)
+    resident = product_shape(
+        replace(first, group=1), even(32, 1), "bfloat16", tiling, replace(small, compute_units=132)
+    )
+    assert resident.moved_bytes == together.moved_bytes
+
+
+def test_narrow_rows_of_a_tile_cost_whole_fetches() -> None:
+    """On AMD the cache gives 128 bytes at a time, so that rows of 16 two-byte values are a quarter of what is read."""
+    device, problem = load_profile("mi300x"), Problem(CONFIG, 128, 1)
+    tiling = KERNELS["experts"].tilings(TARGETS["gfx942"], problem)[0]
+    first, _ = expert_products("experts", problem, tiling)
+    wide, narrow = (
+        product_shape(replace(first, k=k), even(128, 16), "bfloat16", tiling, device).cached_bytes for k in (64, 16)
+    )
+    assert narrow == 4 * wide > 0
 
 
 def test_skipped_tokens_cost_nothing() -> None:
@@ -179,3 +199,17 @@ def test_nothing_is_predicted_of_unknown_launches() -> None:
         is None
     )
     assert call("attention", problem, {"num_warps": 4}, load_profile("h200")) > 0
+
+
+def test_published_tilings_are_ranked_in_their_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1, "num_warps": 8}
+    tile, poor = {**good, "num_stages": 4}, {**good, "BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "num_stages": 2}
+    file = tmp_path / "E=8,N=14336,device_name=NVIDIA_H200.json"
+    file.write_text(json.dumps({"triton_version": "3.6.0", "4096": tile, "4095": poor}))
+    (tmp_path / "E=8,N=14336,device_name=NVIDIA_H200,dtype=fp8_w8a8.json").write_text("{}")
+    assert tile_files.main(["--files", str(tmp_path), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["device"], first["model"], first["tokens"], first["tiling"]) == ("h200", "Mixtral-8x7B", 4096, tile)
+    assert first["faster"] < second["faster"] and 0 <= first["excess"] < second["excess"]
+    with pytest.raises(UserError, match="must hold tile files"):
+        tile_files.main(["--files", str(tmp_path / "none")])
