@@ -96,6 +96,7 @@ class Guide:
         self._for: Acceptance | None = None
         self._table: _Table | None = None
         self._rows: dict[str, Numbers] = {}  # of covariance with the table, by setting
+        self._known: dict[int, tuple[Candidate, dict[str, Value]]] = {}  # settings of trials
 
     def seeds(self, trials: Sequence[TrialRecord], acceptance: Acceptance | None, count: int) -> list[Candidate]:
         """The first `count` new settings of the Pareto fronts of expected speed and divergence, front after front.
@@ -108,7 +109,7 @@ class Guide:
             return []
         expected = self._expected(table, acceptance, trials)
         done = self._done(trials)
-        known = set(table.keys[key] for key in done if key in table.keys)
+        known = {table.keys[key] for key in done if key in table.keys}
         left = [
             i
             for i in np.argsort(-expected.log_speed, kind="stable").tolist()
@@ -166,7 +167,7 @@ class Guide:
 
     def _done(self, trials: Sequence[TrialRecord]) -> set[str]:
         """What was tried, or is being tried."""
-        return {self._space.key(self._space.candidate(t.params)) for t in trials if t.params}
+        return {self._space.key(self._space.candidate(t.params)) for t in trials if self._space.complete(t.params)}
 
     def _table_for(self, acceptance: Acceptance | None) -> _Table:
         if self._table is None or self._for != acceptance:
@@ -214,8 +215,7 @@ class Guide:
         for trial in trials:
             if trial.outcome is None or trial.same_as is not None:
                 continue
-            candidate = self._space.candidate(trial.params)
-            given = self._space.encode(candidate)
+            candidate, given = self._setting(trial)
             at = table.keys.get(json.dumps(given, sort_keys=True))
             prediction = self._predict(candidate, acceptance) if at is None else table.predictions[at]
             ratio = None if prediction is None else _log_ratio(trial, prediction)

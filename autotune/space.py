@@ -166,6 +166,10 @@ class Space:
         prefill = KernelConfig().experts[_ANY_TOKENS]
         return Candidate(decoding, KernelConfig({tokens: mode, _ANY_TOKENS: prefill}, given.get("threads")))
 
+    def complete(self, params: Mapping[str, Value]) -> bool:
+        """Whether every parameter that applies has a value; those of a trial that was ended while it was drawn lack."""
+        return all(p.name in params for p in self.parameters if _active(p, params))
+
     def levels(self, count: Value, draft_tokens: int) -> tuple[int, ...] | None:
         """The proposal levels that a `levels_count` stands for; None: all of them, as also for a count beyond K.
 

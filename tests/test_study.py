@@ -19,7 +19,7 @@ from autotune.claims import Claims
 from autotune.objective import DECODING_STAGES, Outputs, StageFailure, run_stages
 from autotune.results import StudyResult
 from autotune.seeding import Prediction, pilots
-from autotune.space import Candidate, Space, decoding_space, default_candidate
+from autotune.space import Candidate, Parameter, Space, decoding_space, default_candidate
 from autotune.storage import storage_url
 from autotune.strategies import SAMPLERS
 from hardware.files import UserError
@@ -146,6 +146,27 @@ def test_an_interrupt_at_any_call_loses_nothing(tmp_path: Path, monkeypatch: pyt
 
     assert found(result) == found(expected) and len(result.measured) == trials
     assert result.decision and expected.decision and result.decision.comparison == expected.decision.comparison
+
+
+def test_an_interrupt_while_a_setting_is_drawn_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial with some of its parameters is in nobody's way, be it queued or the search's own."""
+    draw, due = Parameter.suggest, {"threads": [0, 6], "experts_block": [2, 12]}
+
+    def suggest(self: Parameter, trial: Any) -> Any:
+        if trial.number in due.get(self.name, []):
+            raise KeyboardInterrupt
+        return draw(self, trial)
+
+    monkeypatch.setattr("autotune.strategies.SEEDS", 2)
+    monkeypatch.setattr(Parameter, "suggest", suggest)
+    interrupts, result = 0, None
+    while result is None:
+        try:
+            result = small(tmp_path, MadeUp(), trials=10)
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts >= 3 and len(result.measured) == 10 and result.decision
+    assert sum(not SPACE.complete(t.params) for t in result.trials) == interrupts
 
 
 def test_a_killed_process_costs_one_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
