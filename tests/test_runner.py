@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autotune.isolation import Child, Isolated
-from autotune.local import Work
+from autotune.local import Work, _opened
 from autotune.space import Candidate, Parameter, Space, Value, default_candidate
 from autotune.storage import storage_url
 from autotune.study import tune
@@ -101,24 +101,26 @@ def test_what_is_wrong_at_odd_sizes_alone_is_found_out(tmp_path: Path) -> None:
     workload comes to, and the engine that tells its right numbers apart from those."""
     space = space_of(2, modes=("loop", "grouped", "dense", "gather"))
     work = Work("zaya-nano", 2, prompts=2, new_tokens=12, repeats=1, threads=1)
-    with Child(WrongExperts(work), seconds=120, grace_seconds=300) as child:
-        described = child.call("describe")
+    runner, described = _opened(WrongExperts(work), 120.0, isolated=True)  # type: ignore[arg-type]
+    try:
         assert described.workload.batch == 2 and described.identity.model == "zaya-nano"
         about = subject(batch=2, space=space, workload=described.workload, prompts=described.prompts)
         default = default_candidate(space, 1)
         result = tune(
             storage_url(tmp_path),
             about,
-            Isolated(child),
+            runner,
             default=default,
             predict=blind,
             trials=4,
             rounds=6,
             sampler="grid",
         )
-        assert child.starts == 1
+        assert isinstance(runner, Isolated) and runner._child.starts == 1
         candidate = Candidate(DecodingConfig(), replace(default.kernels, engine="graphs"))
-        assert "on a GPU" in child.call("infeasible", candidate)
+        assert "on a GPU" in (runner.infeasible(candidate) or "")
+    finally:
+        runner.close()
     found = {t.params["experts_single"]: t for t in result.measured}
     assert {mode: t.outcome for mode, t in found.items() if t.stage == "numerics"} == {
         "grouped": "incorrect",
