@@ -38,9 +38,10 @@ def plan_workers(text: str, url: str, device: str, *, replay: bool) -> list[dict
         raise UserError(f"workers must not time each other: {there}, but --workers is {count}")
     places = places[:count]
     if len(places) > 1 and single_worker(url):
+        asked = f"--workers is {text}" + (f" and {len(places)} GPUs are visible" if text == "auto" else "")
         raise UserError(
-            f"SQLite serves one worker, but --workers {text} means {len(places)}: give --storage postgresql://..., "
-            f"which all share (docs/distributed.md), or --workers 1; the storage is {shown(url)}"
+            f"SQLite serves one worker, but {asked}: give --storage postgresql://..., which any number share "
+            f"(docs/distributed.md), or --workers 1; the storage is {shown(url)}"
         )
     return places
 

@@ -27,7 +27,17 @@ class Server:
         password = folder / "password"
         password.write_text(PASSWORD)
         password.chmod(0o644)
-        self._run("initdb", "-U", "tuner", "--auth=scram-sha-256", f"--pwfile={password}", "--no-sync", "-E", "UTF8")
+        self._run(
+            "initdb",
+            "--no-locale",
+            "-U",
+            "tuner",
+            "--auth=scram-sha-256",
+            f"--pwfile={password}",
+            "--no-sync",
+            "-E",
+            "UTF8",
+        )
         with (self._data / "postgresql.conf").open("a") as config:
             config.write(f"{_FAST}unix_socket_directories='{folder}'\n")
 
