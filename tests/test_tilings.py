@@ -349,6 +349,17 @@ def test_pairs_alternate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == [made_up.FAST, made_up.SLOW, made_up.SLOW, made_up.FAST]
 
 
+def test_an_error_of_the_device_reaches_the_process_that_judges_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an exception with its text, by which `isolation` knows that the process is spoilt; no outcome hides it."""
+
+    def broken(x: Any, *, tiling: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(made_up.MadeUp, "triton", lambda self: broken)
+    with pytest.raises(RuntimeError, match="CUDA error: an illegal memory access"):
+        runner("pair").check({"FAULT": made_up.FAST})
+
+
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(UserError, match="unknown kernel 'scale'; known: every, pair, routed"):
         runner("scale")
