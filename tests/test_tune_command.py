@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import autotune.cli
+import autotune.local
 import autotune.tuning
 import ridgepoint
 from autotune.console import clock, progress
@@ -28,10 +29,12 @@ from autotune.storage import read_studies
 from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial
 from autotune.tiling_runner import TilingWork
 from autotune.tuning import Request
-from hardware.files import UserError
 from hardware.profile import save_profile
+from runtime.checkpoint import save_model
+from runtime.config import ENGINES
 from runtime.deployment import load_deployment
 from tests.made_up import MadeUp, oracle, subject, unsynced
+from tests.models import TINY, noisy_model
 from tests.perfmodel_cpu import made_up_cpu
 
 
@@ -41,6 +44,7 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+TINY_TEXT = replace(TINY, vocab_size=264, pad_token_id=256, bos_token_id=257, eos_token_id=258, mask_token_id=259)
 COARSE: dict[str, tuple[Value, ...]] = {
     "levels_count": (1,),
     "denoising_steps": (1, 4),
@@ -196,6 +200,13 @@ def test_the_formats_are_listed(command: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        ("tune --model gpt-17", ["gpt-17", "known"]),
+        ("tune --batch 0", ["--batch", "0"]),
+        ("tune --batch 1,x", ["--batch", "1,x"]),
+        ("tune --trials 0", ["trials >= 1", "0"]),
+        ("tune --storage nonsense", ["sqlite:///FILE"]),
+        ("tune --kernels experts,abacus", ["unknown kernel 'abacus'", "experts"]),
+        ("tune --acceptance-histogram 1,x", ["--acceptance-histogram", "1,x"]),
         ("tune --effort lazy", ["unknown effort 'lazy'", "quick, standard, thorough"]),
         ("tune --budget soon", ["90s, 15m, 2h", "'soon'"]),
         ("tune --what tiles", ["'tiles'", "known: both, decoding, tilings"]),
@@ -214,7 +225,9 @@ def test_the_formats_are_listed(command: Any) -> None:
         ("tune --workers many", ["--workers", "'many'"]),
         ("tune --workers 2 --replay {}", ["SQLite serves one worker", "postgresql://"]),
         ("tune --workers 2", ["must not time each other"]),
+        ("study show nowhere", ["nowhere/study.db", "ridgepoint tune"]),
         ("study report nowhere", ["nowhere/study.db"]),
+        ("export --study nowhere", ["nowhere/study.db"]),
         ("study report nowhere --out report.pdf", ["'.pdf'", "known: .html, .md, .txt"]),
         ("export", ["--study"]),
         ("export --format abacus", ["'abacus'", "known: ", "native"]),
@@ -373,6 +386,36 @@ def test_times_are_shown_as_a_clock_does() -> None:
     assert [clock(s) for s in (0.4, 61, 3599.6, 3723)] == ["0:00", "1:01", "1:00:00", "1:02:03"]
 
 
-def test_a_request_is_checked_before_it_is_run() -> None:
-    with pytest.raises(UserError, match="names a profile for the predictions"):
-        Request(effort=autotune.cli.effort("quick"), engine="lean")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_runs_is_no_profile(engine: str, command: Any, tmp_path: Path) -> None:
+    """Before anything is probed or written; the line says where the name belongs."""
+    code, out, said = command("tune", "--engine", engine)
+    assert (code, out, len(said.splitlines())) == (2, "", 1) and not list(tmp_path.iterdir())
+    assert f"got {engine!r}" in said and "--engine of bench and generate" in said
+
+
+@pytest.mark.parametrize("words", [["--storage", "{}"], ["--storage={}"]])
+def test_a_recorded_command_has_no_password(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = [word.format("postgresql://tuner:se:cret@host:5432/studies") for word in words]
+    monkeypatch.setattr(sys, "argv", ["ridgepoint", "tune", *typed])
+    recorded = autotune.cli._command()
+    assert "cret" not in recorded and "postgresql://tuner:***@host:5432/studies" in recorded
+
+
+def test_a_real_model_is_tuned_bucket_by_bucket(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole command on a tiny model, in this process: that a child runs it is tested with the runner."""
+    opened, profile = autotune.local._opened, tmp_path / "cpu.yaml"
+    monkeypatch.setattr("autotune.local._opened", lambda work, seconds, isolated: opened(work, seconds, False))
+    monkeypatch.setattr("autotune.local.core_count", lambda: 1)  # several busy threads take minutes on a busy machine
+    save_profile(made_up_cpu(), profile)
+    save_model(noisy_model(TINY_TEXT), tmp_path / "tiny")
+    tune = ("tune", "--model", tmp_path / "tiny", "--hardware", profile, "--effort", "quick", "--lossless")
+    tune += ("--prompts", 2, "--new-tokens", 4, "--trials", 2, "--batch", "2,1", "--context", "96")
+    code, out, err = command(*tune, "--json")
+    studies = json.loads(out)["studies"]
+    assert (code, err, [s["name"] for s in studies]) == (0, "", ["tiny batch=2 context=96", "tiny batch=1 context=96"])
+    assert all(s["measured"] == 2 and s["decision"]["reason"] for s in studies)
+    assert all(s["decision"]["command"].startswith("ridgepoint tune --model") for s in studies)
+    code, out, err = command("export", "--study", "runs/tune", "--batch", 2, "--context", 96)
+    (rule,) = load_deployment(tmp_path / "deployment.yaml").rules
+    assert (code, err) == (0, "") and (rule.max_batch, rule.max_context) == (2, 96)
