@@ -96,7 +96,7 @@ class Guide:
         self._for: Acceptance | None = None
         self._table: _Table | None = None
         self._rows: dict[str, Numbers] = {}  # of covariance with the table, by setting
-        self._known: dict[int, tuple[Candidate, dict[str, Value]]] = {}  # settings of trials
+        self._known: dict[str, tuple[Candidate, dict[str, Value]]] = {}  # settings of trials
 
     def seeds(self, trials: Sequence[TrialRecord], acceptance: Acceptance | None, count: int) -> list[Candidate]:
         """The first `count` new settings of the Pareto fronts of expected speed and divergence, front after front.
@@ -167,7 +167,16 @@ class Guide:
 
     def _done(self, trials: Sequence[TrialRecord]) -> set[str]:
         """What was tried, or is being tried."""
-        return {self._space.key(self._space.candidate(t.params)) for t in trials if self._space.complete(t.params)}
+        whole = (trial.params for trial in trials if self._space.complete(trial.params))
+        return {json.dumps(self._setting(params)[1], sort_keys=True) for params in whole}
+
+    def _setting(self, params: dict[str, Value]) -> tuple[Candidate, dict[str, Value]]:
+        """What a trial runs, and the parameters that all equal settings have."""
+        name = json.dumps(params)
+        if name not in self._known:
+            candidate = self._space.candidate(params)
+            self._known[name] = candidate, self._space.encode(candidate)
+        return self._known[name]
 
     def _table_for(self, acceptance: Acceptance | None) -> _Table:
         if self._table is None or self._for != acceptance:
@@ -215,7 +224,7 @@ class Guide:
         for trial in trials:
             if trial.outcome is None or trial.same_as is not None:
                 continue
-            candidate, given = self._setting(trial)
+            candidate, given = self._setting(trial.params)
             at = table.keys.get(json.dumps(given, sort_keys=True))
             prediction = self._predict(candidate, acceptance) if at is None else table.predictions[at]
             ratio = None if prediction is None else _log_ratio(trial, prediction)
