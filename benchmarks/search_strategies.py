@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from autotune.replay import Recording, Replay, read_recording
-from autotune.seeding import Predictor
+from autotune.seeding import Acceptance, Predict, Prediction, Predictor
+from autotune.space import Candidate
 from autotune.storage import storage_url
 from autotune.strategies import SAMPLERS, Sampler
 from autotune.study import tune
@@ -226,7 +227,7 @@ def _lines(about: dict[str, Any], results: dict[str, dict[str, dict[str, Any]]])
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: Path, hardware: str, engine: str | None) -> tuple[Recording, Predictor]:
+def _loaded(path: Path, hardware: str, engine: str | None) -> tuple[Recording, Predict]:
     """Once in a process. Made-up trials would wait for the disk at every commit, so that SQLite is told not to."""
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
@@ -234,7 +235,16 @@ def _loaded(path: Path, hardware: str, engine: str | None) -> tuple[Recording, P
     event.listen(Engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF"))
     recording = read_recording(path)
     about = recording.subject
-    return recording, Predictor(load_spec(about.model), load_profile(hardware), about.workload, engine)
+    predict = Predictor(load_spec(about.model), load_profile(hardware), about.workload, engine)
+    known: dict[str, Prediction | None] = {}
+
+    def remembered(candidate: Candidate, acceptance: Acceptance | None) -> Prediction | None:
+        name = f"{candidate} {acceptance}"  # the pilots of a recording always accept the same
+        if name not in known:
+            known[name] = predict(candidate, acceptance)
+        return known[name]
+
+    return recording, remembered
 
 
 def _memory() -> str | None:
