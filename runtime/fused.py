@@ -299,7 +299,8 @@ class FusedForward:
         if self._whole is not None:
             return self._whole(tokens, layout, lengths, active, row)
         ops, w = self.ops, self.weights
-        residual = ops.embed(tokens.reshape(-1), w.table, w.bias, w.scale)
+        ids = tokens.reshape(-1).contiguous()  # a column of a wider tensor stays strided, and kernels read on
+        residual = ops.embed(ids, w.table, w.bias, w.scale)
         residual, normed = ops.residual_norm(None, residual, None, w.first_norm, w.eps)
         state: Tensor | None = None
         routes = []
