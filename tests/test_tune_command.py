@@ -59,7 +59,7 @@ def coarse(space: Space) -> Space:
         if parameter.kind == "choice" and parameter.name in COARSE:
             parameter = replace(parameter, choices=COARSE[parameter.name])
         elif parameter.name == "draft_tokens":
-            parameter = replace(parameter, low=21)
+            parameter = replace(parameter, low=23)
         elif parameter.name == "mixing_weight":
             parameter = replace(parameter, step=0.25)
         if parameter.when and parameter.when[0] == "denoising_steps":
