@@ -94,7 +94,8 @@ def postgres_server() -> Iterator[Server]:
         try:
             yield server
         finally:
-            server.stop("immediate")
+            if (folder / "data" / "postmaster.pid").exists():
+                server.stop("immediate")
     finally:
         shutil.rmtree(folder)
 

@@ -58,10 +58,12 @@ class Workers:
         lines = "".join(self.text(name, "diary") for name in names or self.processes).splitlines()
         return Counter(line.partition(" ")[2] for line in lines if line.startswith(f"{what} "))
 
-    def wait_until(self, condition: Callable[[], bool]) -> None:
+    def wait_until(self, condition: Callable[[], bool], *busy: str) -> None:
+        """... while these workers go on."""
         end = time.monotonic() + 60
         while not condition():
-            assert time.monotonic() < end, {name: self.text(name, "err") for name in self.processes}
+            ended = [name for name in busy if self.processes[name].poll() is not None]
+            assert not ended and time.monotonic() < end, "".join(self.text(name, "err") for name in self.processes)
             time.sleep(0.02)
 
 
@@ -70,7 +72,7 @@ def test_a_killed_worker_a_stranger_and_a_restart_cost_nothing(server: Server, t
     try:
         victim = workers.start("victim", hang=2, together=3)
         others = [workers.start(name, together=3) for name in ("ann", "bob")]
-        workers.wait_until(lambda: len(workers.diary("began", "victim")) == 2)
+        workers.wait_until(lambda: len(workers.diary("began", "victim")) == 2, "victim", "ann", "bob")
         victim.kill()
         stranger = workers.start("stranger", device="slide rule")
         assert stranger.wait(60) == 2
@@ -78,7 +80,8 @@ def test_a_killed_worker_a_stranger_and_a_restart_cost_nothing(server: Server, t
         assert "slide rule" in refusal and "abacus" in refusal and refusal.count("\n") == 1
         assert workers.text("stranger", "diary") == ""
         server.stop("immediate")
-        workers.wait_until(lambda: any("is away, waiting" in workers.text(name, "err") for name in ("ann", "bob")))
+        told = "is away, waiting"
+        workers.wait_until(lambda: told in workers.text("ann", "err") + workers.text("bob", "err"), "ann", "bob")
         server.start()
         assert [worker.wait(60) for worker in others] == [0, 0], workers.text("ann", "err")
     finally:
