@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from hardware.files import known, write_atomic
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 60
+_COLUMNS = 110  # of sentences
 _MOST_ROWS = 20  # of a front or a curve in words; all of them are in the JSON
 
 
@@ -41,7 +43,8 @@ def as_text(parts: Sequence[Section]) -> str:
     """For the terminal."""
     blocks = []
     for part in parts:
-        lines = [part.title, ("=" if part.level == 1 else "-") * len(part.title), *part.sentences]
+        lines = [part.title, ("=" if part.level == 1 else "-") * len(part.title)]
+        lines += [line for sentence in part.sentences for line in textwrap.wrap(sentence, _COLUMNS)]
         lines += table(part.table) if part.table else []
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -227,9 +230,10 @@ def _tilings(tilings: Sequence[TilingReport]) -> Section:
         gain = "-" if t.ratio is None else f"{t.ratio:.2f}x [{t.low or 0:.2f}, {t.high or 0:.2f}]"
         chosen = "-" if t.tiling is None else setting_text(t.tiling)
         ended = ", ".join(f"{count} {outcome}" for outcome, count in sorted(t.outcomes.items()))
-        rows.append((t.name, gain, _number(t.rank_correlation, ".2f"), ended, chosen, t.reason))
-    head = ("kernel and bucket", "against the default", "rank correlation", "tilings", "to run", "decision")
-    return Section("Tilings", (), (head, *rows), level=1)
+        rows.append((t.name, t.routing or "-", gain, _number(t.rank_correlation, ".2f"), ended, chosen, t.reason))
+    head = ("kernel and bucket", "routes", "against the default", "rank correlation", "tilings", "to run", "decision")
+    said = sorted({t.simulated for t in tilings if t.simulated})
+    return Section("Tilings", tuple(f"Simulated: {what}." for what in said), (head, *rows), level=1)
 
 
 def _plain_markdown(text: str) -> str:
