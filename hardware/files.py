@@ -6,6 +6,7 @@ It lives in the lowest package so that every other package may use it. Nothing h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -193,10 +194,16 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """A class's annotations as types: Python compiles each again at every call."""
+    return typing.get_type_hints(cls)
+
+
 def _convert_dataclass(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: must be a mapping, but is {data!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in data:
         if key not in fields:
