@@ -47,13 +47,13 @@ class Seeded:
         return [(c, "default" if c == self._default else "pilot") for c in settings]
 
     def next(self, result: StudyResult) -> list[Proposal]:
-        """The seeds, once in a study; then, every second time, what is expected to be the fastest."""
+        """The seeds, once in a study; then, two times of three, what is expected to be the fastest."""
         trials, acceptance = result.trials, result.acceptance()
         if not any(t.source == "seed" for t in trials):
             found = self._guide.seeds(trials, acceptance, SEEDS)
             if found:
                 return [(c, "seed") for c in found]
-        if len(trials) % 2:
+        if len(trials) % 3 == 2:
             return []
         guided = self._guide.next(trials, acceptance, self._max_divergence)
         return [] if guided is None else [(guided, "guided")]
