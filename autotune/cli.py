@@ -26,7 +26,8 @@ STORAGE_VARIABLE = "RIDGEPOINT_STORAGE"
 COMMAND_VARIABLE = "RIDGEPOINT_COMMAND"
 study_app = typer.Typer(help="What tuning has measured so far.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Source = Annotated[str, typer.Argument(help="The folder, the SQLite file or the database URL of a tuning run.")]
+_SOURCE = "The folder, the SQLite file or the database URL of a tuning run, or a tilings.json of benchmarks/gpu.sh."
+Source = Annotated[str, typer.Argument(help=_SOURCE)]
 _PRESETS = "; ".join(f"{name}: {e.trials} settings or {e.seconds:g} s a bucket" for name, e in EFFORTS.items())
 
 
@@ -210,11 +211,10 @@ def tune(
 def show(source: Source, as_json: Json = False) -> None:
     """Show the trials, the Pareto front, the decision, and how well the predictions ranked what was measured."""
     from autotune.console import print_study, print_tilings
-    from autotune.storage import shown, storage_url
 
     studies, tilings = _read(source)
     if as_json:
-        return _print_json(shown(storage_url(source)), studies, tilings)
+        return _print_json(_place(source), studies, tilings)
     for result in studies:
         print_study(result)
     print_tilings(tilings)
@@ -231,7 +231,6 @@ def report(
     """Say how good the predictions were by stage, where trials ended, what mattered, and what the model was worth."""
     from autotune.render import as_text, check_format, sections, write
     from autotune.report import info, study_report, tiling_report
-    from autotune.storage import shown, storage_url
 
     if out is not None:
         check_format(out)
@@ -240,15 +239,13 @@ def report(
     if out is not None:
         write(parts, out)
     if as_json:
-        print(json.dumps({"storage": shown(storage_url(source)), **info(studies, tilings)}, indent=2))
+        print(json.dumps({"storage": _place(source), **info(studies, tilings)}, indent=2))
     else:
         print(as_text(parts) if out is None else f"written: {out}")
 
 
 def export(
-    study: Annotated[
-        str | None, typer.Option(help="The folder, the SQLite file or the database URL of a tuning run.")
-    ] = None,
+    study: Annotated[str | None, typer.Option(help=_SOURCE)] = None,
     out: Annotated[
         Path | None, typer.Option(help="File or folder to write (default: deployment.yaml; others by format).")
     ] = None,
@@ -299,10 +296,20 @@ def _list_formats(as_json: bool) -> None:
 def _read(source: str) -> tuple[list[StudyResult], list[TilingResult]]:
     """Everything that is there; UserError when it is nothing."""
     from autotune.storage import read_studies
+    from autotune.tiling_results import read_tilings_file
     from autotune.tiling_study import read_tilings
 
+    if source.endswith(".json"):
+        return [], read_tilings_file(source)
     tilings = read_tilings(source)
     return read_studies(source, least=0 if tilings else 1), tilings
+
+
+def _place(source: str) -> str:
+    """What was read, without a password."""
+    from autotune.storage import shown, storage_url
+
+    return source if source.endswith(".json") else shown(storage_url(source))
 
 
 def _run_workers(places: Sequence[Mapping[str, str]], url: str) -> int:

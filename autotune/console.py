@@ -130,6 +130,7 @@ def print_tilings(results: Sequence[TilingResult]) -> None:
             print(f"{result.name}: {len(result.finished)} tilings tried, not decided yet")
             continue
         line = f"{result.name}: {setting_text(decision.tiling)}" + (" (the default)" if decision.kept_default else "")
+        line += f" (simulated: {result.subject.simulated})" if result.subject.simulated else ""
         if decision.ratio is not None:
             line += f"; {decision.ratio:.2f}x [{cell(decision.low, '.2f')}, {cell(decision.high, '.2f')}]"
             line += f" in {decision.rounds} rounds"

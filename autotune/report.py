@@ -113,9 +113,14 @@ class StudyReport:
 
 @dataclass(frozen=True)
 class TilingReport:
-    """A kernel's tilings in one bucket of tokens: the one to run beside the default, and how well the model ranked."""
+    """A kernel's tilings in one bucket of tokens: the one to run beside the default, and how well the model ranked.
+
+    routing: where the experts' routes came from; "" for a kernel without. simulated: what of them was not real.
+    """
 
     name: str
+    routing: str
+    simulated: str | None
     outcomes: dict[str, int]
     rank_correlation: float | None
     tiling: dict[str, int] | None
@@ -157,6 +162,8 @@ def tiling_report(result: TilingResult) -> TilingReport:
     decision = result.decision
     return TilingReport(
         name=result.name,
+        routing=result.subject.routing,
+        simulated=result.subject.simulated,
         outcomes=dict(Counter(str(t.outcome) for t in result.trials if t.outcome)),
         rank_correlation=result.rank_correlation(),
         tiling=decision.tiling if decision else None,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from autotune.objective import Outcome
 from autotune.results import spearman
+from hardware.files import UserError, build
 from hardware.fingerprint import fingerprint_key
 from runtime.statistics import paired_ratio
 
 TILING_SCHEMA = 1
+FOREIGN_KERNEL = "grouped_experts"  # tiled like other engines' own, for their files: our forward does not run it
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,13 @@ class TilingSubject:
     schema_version: int = TILING_SCHEMA
     experts: int = 0  # of the model, by which other engines name their tile files; 0: not said
     expert_width: int = 0  # behind the gate
+
+    @property
+    def simulated(self) -> str | None:
+        """What of the routes was chosen by no model; None where nothing was, or there are none."""
+        if self.routing == "uniform":
+            return "uniform routing"
+        return "routes of random tokens" if "random tokens" in self.routing else None
 
     @property
     def tokens(self) -> int:
@@ -79,11 +91,7 @@ class TilingTrial:
     @property
     def median_seconds(self) -> float:
         """Median of the samples; infinite without any."""
-        ordered = sorted(self.seconds)
-        middle = len(ordered) // 2
-        if not ordered:
-            return float("inf")
-        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        return statistics.median(self.seconds) if self.seconds else float("inf")
 
 
 @dataclass(frozen=True)
@@ -176,3 +184,31 @@ def decision_of(
         challenger=best,
         measured=measured,
     )
+
+
+def tile_table(results: Iterable[TilingResult]) -> dict[str, dict[int, dict[str, int]]]:
+    """What was decided for the kernels of our forward, by tokens, as a `KernelConfig` takes it.
+
+    Of a kernel where the default stays everywhere nothing is said. Elsewhere it is: without, the next larger bucket's
+    tiling would serve there.
+    """
+    table: dict[str, dict[int, dict[str, int]]] = {}
+    changed = set[str]()
+    for result in results:
+        kernel, decision = result.subject.kernel, result.decision
+        if decision is not None and kernel != FOREIGN_KERNEL:
+            table.setdefault(kernel, {})[result.subject.tokens] = decision.tiling
+            changed |= set() if decision.kept_default else {kernel}
+    return {kernel: found for kernel, found in table.items() if kernel in changed}
+
+
+def read_tilings_file(path: str | Path) -> list[TilingResult]:
+    """The searches of a `tilings.json` of benchmarks/gpu.sh. UserError for what is none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{path} must hold a list of searches of tilings")
+    facts = [{k: v for k, v in one.items() if k != "rank_correlation"} for one in found]  # which follows from the rest
+    return [build(TilingResult, one, f"{path}, search {place}") for place, one in enumerate(facts, 1)]

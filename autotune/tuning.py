@@ -30,15 +30,13 @@ if TYPE_CHECKING:
 What = Literal["decoding", "tilings", "both"]
 WHAT: tuple[What, ...] = ("decoding", "tilings", "both")
 Bucket = tuple[int, int | None]
-STEP_KERNELS = ("experts", "grouped_experts", "attention", "cca", "router")  # what a step spends its time on
-# Tiled like other engines' own kernel, for their files: our forward does not run it.
-FOREIGN_KERNELS = ("grouped_experts",)
 # Whose forwards tilings are tuned for: a token, blocks of few and of many drafts, and drafts for several counts ahead.
 SENDERS = (
     DecodingConfig(),
     *(DecodingConfig("two_forward", draft_tokens=k) for k in (4, 8, 16, 24)),
     DecodingConfig("single_forward", draft_tokens=16, proposal_levels=(0, 8)),
 )
+STEP_KERNELS = ("experts", "grouped_experts", "attention", "cca", "router")  # what a step spends its time on
 DEFAULT_CONTEXT = 1024  # cached tokens at which attention is timed, unless a bucket says another
 
 
@@ -123,6 +121,8 @@ def run(request: Request, url: str, folder: Path, show: Shown, budget: Budget, c
     profile = profile_of(request, folder, lambda label, share: show.update("probing", share, label))
     tilings: list[TilingResult] = []
     if request.tilings:
+        from autotune.tiling_results import tile_table
+
         part = budget.part(1 + request.decoding)
         tilings = _tiled(request, url, profile, show, part, command)
         table = tile_table(tilings)
@@ -132,22 +132,6 @@ def run(request: Request, url: str, folder: Path, show: Shown, budget: Budget, c
         limit = earlier(request.effort.seconds, budget.share(len(works) - len(studies)))
         studies.append(_decoded(request, url, work, limit, profile, show, command))
     return Found(studies, tilings)
-
-
-def tile_table(results: Sequence[TilingResult]) -> dict[str, dict[int, dict[str, int]]]:
-    """What was decided for the kernels of our forward, by tokens, as a `KernelConfig` takes it.
-
-    Of a kernel where the default stays everywhere nothing is said. Elsewhere it is: without, the next larger bucket's
-    tiling would serve there.
-    """
-    table: dict[str, dict[int, dict[str, int]]] = {}
-    changed = set()
-    for result in results:
-        kernel, decision = result.subject.kernel, result.decision
-        if decision is not None and kernel not in FOREIGN_KERNELS:
-            table.setdefault(kernel, {})[result.subject.tokens] = decision.tiling
-            changed |= set() if decision.kept_default else {kernel}
-    return {kernel: found for kernel, found in table.items() if kernel in changed}
 
 
 def tiling_works(request: Request) -> list[TilingWork]:

@@ -174,11 +174,6 @@ class Session:
         path = self.out / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    def document(self, name: str) -> list[dict[str, Any]]:
-        """The list in NAME.json; none before it is written."""
-        path = self.out / f"{name}.json"
-        return list(json.loads(path.read_text())) if path.is_file() else []
-
     def check(self, name: str, passed: bool, **facts: Any) -> None:
         """Keep the outcome of one correctness check."""
         self.write("correctness", check=name, passed=passed, **facts)

@@ -12,24 +12,29 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
 from autotune.isolation import Child
 from autotune.objective import StageFailure, run_stages
-from autotune.tiling_model import predicted_seconds
-from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial
-from autotune.tiling_runner import Described, TilingWork, buckets, odd_problems, works_of
+from autotune.tiling_results import TilingDecision, TilingResult, TilingTrial, decision_of
+from autotune.tiling_runner import (
+    Described,
+    TilingWork,
+    buckets,
+    compiled_facts,
+    odd_problems,
+    prediction_of,
+    subject_of,
+    works_of,
+)
+from autotune.tuning import STEP_KERNELS
 from benchmarks.gpu_parts import device_profile
 from benchmarks.gpu_session import Plan, Session
 from hardware.files import UserError, plain, write_atomic
 from hardware.profile import HardwareProfile
 from runtime.config import DecodingConfig
-from runtime.kernels.compiler import Compiled, Compilers, Job, Program
-from runtime.statistics import paired_ratio
+from runtime.kernels.compiler import Compilers, Job, Program
 
-KERNELS = ("experts", "grouped_experts", "attention", "cca", "router")  # what a step spends its time on
-FOREIGN = "grouped_experts"  # tiled for other engines: no part of our own tile table
 ROUTING = "uniform"  # nothing has recorded routes of the full size
 TOGETHER = 9  # searches whose processes hold memory of the device at once
 KEPT = 8  # tilings of a search that are run, the default besides
@@ -68,7 +73,7 @@ def wanted(session: Session, plan: Plan) -> list[TilingWork]:
     """The forwards of autoregressive and two_forward decoding at each batch; the dearest kernels of all come first."""
     decodings = [DecodingConfig(), DecodingConfig("two_forward", plan.drafts)]
     found = works_of(
-        KERNELS,
+        STEP_KERNELS,
         plan.name,
         plan.model,
         buckets(plan.tuning.batches, decodings),
@@ -77,7 +82,7 @@ def wanted(session: Session, plan: Plan) -> list[TilingWork]:
         context=plan.context,
         routing=ROUTING,
     )
-    return sorted(found, key=lambda work: KERNELS.index(work.kernel) > KERNELS.index("attention"))
+    return sorted(found, key=lambda work: STEP_KERNELS.index(work.kernel) > STEP_KERNELS.index("attention"))
 
 
 def tune_tilings(session: Session, plan: Plan, deadline: float) -> list[TilingResult]:
@@ -144,26 +149,15 @@ def rank(search: Search, hardware: HardwareProfile | None, programs: dict[str, t
     """Put what the model takes to be the fastest behind the default. Without a profile the kernel's own order stays."""
     if hardware is None:
         return
-    facts, work = search.described, search.work
-    for tiling, grid in zip(facts.tilings, facts.grids, strict=True):
-        search.predicted[key(tiling)] = predicted_seconds(
-            work.kernel,
-            work.problem,
-            work.dtype,
-            tiling,
-            hardware,
-            grids=grid,
-            moved_bytes=facts.moved_bytes,
-            flops=facts.flops,
-            loads=facts.loads,
-            programs=programs.get(key(tiling), ()),
-        )
+    for place, tiling in enumerate(search.described.tilings):
+        found = prediction_of(search.work, search.described, place, hardware, programs.get(key(tiling), ()))
+        search.predicted[key(tiling)] = found
 
-    def place(tiling: dict[str, int]) -> tuple[bool, float]:
+    def order(tiling: dict[str, int]) -> tuple[bool, float]:
         predicted = search.predicted.get(key(tiling))
         return tiling != search.default, predicted if predicted is not None else float("inf")
 
-    search.kept.sort(key=place)
+    search.kept.sort(key=order)
 
 
 def select(
@@ -187,18 +181,13 @@ def select(
         programs.setdefault(id(search), {})[key(tiling)] = result.programs
         if not result.usable:
             search.kept.remove(tiling)
-            refused(session, search, tiling, result)
+            facts = compiled_facts(result)
+            keep(session, search, tiling, {"stage": "compile", **{n: facts[n] for n in ("outcome", "reason")}})
         if time.monotonic() > deadline:
             break
     for search in searches:
         rank(search, hardware, programs.get(id(search), {}))
         search.kept = search.kept[: 1 + KEPT]
-
-
-def refused(session: Session, search: Search, tiling: dict[str, int], result: Compiled) -> None:
-    """Keep a tiling that the compiler or its judge refused."""
-    outcome = "infeasible" if len(result.programs) == len(search.described.grids[0]) else "compile"
-    keep(session, search, tiling, {"outcome": outcome, "stage": "compile", "reason": result.outcome})
 
 
 def compile_odd(searches: Sequence[Search], compilers: Compilers, deadline: float) -> None:
@@ -256,22 +245,9 @@ def keep(session: Session, search: Search, tiling: dict[str, int], found: dict[s
 
 def decided(session: Session, search: Search, deadline: float) -> TilingResult:
     """The search as it ends: the fastest right tiling against the default in alternating pairs, if there was time."""
-    facts, work, finished = search.described, search.work, search.finished
-    subject = TilingSubject(
-        work.kernel,
-        work.model,
-        work.config_hash,
-        facts.device,
-        work.dtype,
-        work.batch,
-        work.slots,
-        work.context,
-        facts.routing,
-        facts.triton,
-        experts=work.config.num_experts,
-        expert_width=work.config.moe_intermediate_size,
-    )
-    result = TilingResult(subject.name, subject, finished, untried=len(facts.tilings) - len(finished))
+    work, finished = search.work, search.finished
+    subject, untried = subject_of(work, search.described), len(search.described.tilings) - len(finished)
+    result = TilingResult(subject.name, subject, finished, untried=untried)
     if not any(t.tiling == search.default for t in result.correct):
         session.skip(point(work), "the default tiling was not timed, so that there is nothing to compare with")
         return result
@@ -281,40 +257,17 @@ def decided(session: Session, search: Search, deadline: float) -> TilingResult:
     except StageFailure as failure:
         session.skip(f"pairs of {point(work)}", str(failure))
         return result
-    session.say(f"  {best.median_seconds * 1e6:10.2f} us  {point(work)}: {decision.reason}")
+    gain = "" if decision.ratio is None else f" {decision.ratio:.3f} times [{decision.low:.3f}, {decision.high:.3f}],"
+    session.say(f"  {best.median_seconds * 1e6:10.2f} us  {point(work)}:{gain} {decision.reason}")
     return replace(result, decision=decision)
 
 
 def judge(search: Search, best: TilingTrial, command: str, deadline: float) -> TilingDecision:
-    """A gain within the pairs' noise keeps the default; so do pairs that the deadline cut short."""
-    date = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    default, chosen = search.default, search.default
-    ratio, low, high, pairs = None, None, None, list[tuple[float, float]]()
-    reason = "no other tiling was faster than the default"
-    if best.tiling != default:
+    """By the tuner's rule; pairs that the deadline cut short keep the default."""
+    pairs: list[tuple[float, float]] = []
+    if best.tiling != search.default:
         while len(pairs) < PAIRS and time.monotonic() < deadline:
-            pairs.append(search.child.call("pair", default, best.tiling))
-        reason = f"out of time after {len(pairs)} pairs"
-    if len(pairs) == PAIRS:
-        ratio, low, high = paired_ratio(*zip(*pairs, strict=True))
-        chosen = best.tiling if low > 1 else default
-        reason = f"{ratio:.3f} times as fast as the default [{low:.3f}, {high:.3f}] in pairs"
-    kept = chosen == default
-    return TilingDecision(
-        chosen, default, ratio, low, high, len(pairs), reason, kept, command, date, best.tiling, len(search.finished)
-    )
-
-
-def tile_table(results: Iterable[TilingResult]) -> dict[str, dict[int, dict[str, int]]]:
-    """Our kernels' decided tilings by tokens, as a `KernelConfig` takes them, of the kernels where any default falls.
-
-    A bucket where the default stays is in it too: without, the next larger bucket's tiling would serve it.
-    """
-    table: dict[str, dict[int, dict[str, int]]] = {}
-    changed = set[str]()
-    for result in results:
-        kernel, decision = result.subject.kernel, result.decision
-        if decision is not None and kernel != FOREIGN:
-            table.setdefault(kernel, {})[result.subject.tokens] = decision.tiling
-            changed |= set() if decision.kept_default else {kernel}
-    return {kernel: table[kernel] for kernel in table if kernel in changed}
+            pairs.append(search.child.call("pair", search.default, best.tiling))
+    late = best.tiling != search.default and len(pairs) < PAIRS
+    broken = f"out of time after {len(pairs)} pairs" if late else ""
+    return decision_of(search.default, best.tiling, pairs, True, broken, len(search.finished), command)

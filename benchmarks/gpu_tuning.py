@@ -23,11 +23,11 @@ from autotune.results import StudyResult, Subject, TrialRecord
 from autotune.runner import Described
 from autotune.seeding import Predict, Prediction, Predictor, pilots
 from autotune.space import Candidate, decoding_space, default_candidate
-from autotune.tiling_results import TilingResult
+from autotune.tiling_results import read_tilings_file, tile_table
 from benchmarks.gpu_parts import device_profile
 from benchmarks.gpu_session import RANDOM, Plan, Session
-from benchmarks.gpu_tilings import PAIRS, tile_table, tune_tilings
-from hardware.files import UserError, build, plain
+from benchmarks.gpu_tilings import PAIRS, tune_tilings
+from hardware.files import UserError, plain
 from perfmodel.model_spec import spec_from_config
 from perfmodel.steps import title
 from runtime.bench import token_rows
@@ -219,8 +219,8 @@ def tilings_table(session: Session) -> Iterator[str]:
     """Every search of tilings that was decided, as Markdown."""
     yield "| kernel | tokens | timed | default | fastest | times the default in pairs | decided | rank correlation |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |"
-    for one in session.document("tilings"):
-        result: TilingResult = build(TilingResult, {k: v for k, v in one.items() if k != "rank_correlation"}, "tilings")
+    path = session.out / "tilings.json"
+    for result in read_tilings_file(path) if path.is_file() else ():
         decision, timed = result.decision, [t for t in result.trials if t.seconds]
         if decision is None:
             continue

@@ -117,7 +117,8 @@ def route_rows(
 
     routing: `recorded:MODEL` (a checkpoint, run now), `measured:FILE` (drawn like those of which the file has the
     facts, see `drawn`), or `uniform`. decoding: whose slots they are; None: one decoded token, or a block and its
-    verification. UserError for routes of another number of experts: who chooses among 8 says nothing of 16.
+    verification. A model of another vocabulary than our tokenizer's reads random tokens, and the source says so.
+    UserError for routes of another number of experts: who chooses among 8 says nothing of 16.
     """
     kind, _, name = routing.partition(":")
     if routing == "uniform":
@@ -136,7 +137,8 @@ def route_rows(
     require(decoding.slots == slots, f"{decoding.sampler} must send the slots, but sends {decoding.slots}, not {slots}")
     found = record(model, prefixes(model, max(batch, rows // 4), seed), decoding)
     kinds = [routes for routes in found.values() if routes.shape[2] == slots]
-    return RouteRows(_forwards(kinds, batch, rows, seed), f"recorded:{name} ({decoding.sampler})")
+    text = "" if model.config.vocab_size == VOCABULARY else ", behind random tokens"
+    return RouteRows(_forwards(kinds, batch, rows, seed), f"recorded:{name} ({decoding.sampler}{text})")
 
 
 def _same_experts(experts: int, name: str, config: ModelConfig) -> None:

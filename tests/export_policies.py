@@ -51,7 +51,7 @@ def study(
         "zaya1-8b",
         "0123456789abcdef",
         GPU,
-        Workload(batch, 100, 50),
+        Workload(batch, 100, 50, "bfloat16"),
         "prompts",
         decoding_space(batch=batch, cores=1),
         simulated=simulated,

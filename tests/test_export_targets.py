@@ -20,8 +20,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ridgepoint
 from autotune.export.step_times import COLUMNS
 from autotune.export.targets import TARGETS, write
+from autotune.tiling_results import read_tilings_file
 from autotune.tiling_runner import Described, TilingWork, subject_of
 from hardware.files import UserError, plain
 from runtime.config import DecodingConfig, KernelConfig, model_config_from_json
@@ -143,12 +145,7 @@ def read_schedule(folder: Path, most: int) -> list[int]:
     if not (folder / "speculative-config.json").exists():
         return [0] * most
     config = strict_json(folder / "speculative-config.json")
-    assert set(config) == {
-        "method",
-        "num_speculative_tokens",
-        "num_speculative_tokens_per_batch_size",
-        "tidar_diff_temperature",
-    }
+    assert set(config) <= {*SPECULATIVE, "num_speculative_tokens_per_batch_size"}
     entries = config["num_speculative_tokens_per_batch_size"]
     assert entries and all(len(entry) == 3 and all(type(n) is int for n in entry) for entry in entries)
     last = 0
@@ -186,6 +183,11 @@ def test_a_schedule_gives_each_batch_the_drafts_of_its_rule(
     expected = [rules.rule_for(batch, 100).decoding for batch in range(1, 15)]
     assert read_schedule(folder / "out", 14) == [d.draft_tokens if d.drafts else 0 for d in expected]
     assert strict_json(folder / "out" / "sampling.json") == {"temperature": temperature}
+    if any(drafts.values()):  # what the fork alone would be told of such a batch
+        told = strict_json(folder / "out" / "speculative-config.json")
+        assert told.get("tidar_ar_temperature", 0.0) == temperature
+        write("tidar-vllm", policy(next(r for r in results if r.trials[-1].number)), folder / "one")
+        assert (folder / "one" / "environment").read_text() == (folder / "out" / "environment").read_text()
 
 
 @pytest.mark.parametrize(
@@ -396,6 +398,7 @@ def test_sglang_finds_its_tiles(tmp_path: Path) -> None:
     [
         ({"device": GPU | {"device": "NVIDIA H200 NVL"}}, "E=16,N=2048,device_name=NVIDIA_H200.json"),
         ({"device": GPU | {"device": "AMD Instinct MI300X"}}, "E=16,N=2048,device_name=AMD_Instinct_MI300X.json"),
+        ({"device": GPU | {"device": "AMD Instinct MI300X VF"}}, "E=16,N=2048,device_name=AMD_Instinct_MI300X.json"),
         ({"dtype": "float32"}, "E=16,N=2048,device_name=NVIDIA_H100_80GB_HBM3,dtype=float32.json"),
         ({"dtype": "float16"}, "E=16,N=2048,device_name=NVIDIA_H100_80GB_HBM3.json"),
     ],
@@ -505,9 +508,8 @@ def test_what_was_simulated_stays_labelled_and_other_files_stay(target: str, tmp
     out = tmp_path / "out" if TARGETS[target].file.startswith("a folder") else tmp_path / "out.json"
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    results = [FITTING[target]]
-    if target.endswith("-moe"):
-        results.append(study(TWO_FORWARD, simulated="made up"))
+    tiles = target.endswith("-moe")  # of which the decoding study beside them says nothing
+    results = [tiling(routing="uniform"), study(TWO_FORWARD, simulated="other")] if tiles else [FITTING[target]]
     paths = write(target, policy(*results), out)
     assert (tmp_path / "out" / "mine").read_text() == "kept"
     assert not [p for p in tmp_path.rglob(".*")]  # nothing half written
@@ -516,7 +518,8 @@ def test_what_was_simulated_stays_labelled_and_other_files_stay(target: str, tmp
     if target == "native":
         assert document["rules"][0]["evidence"]["simulated"] == "made up"
         return
-    assert document["simulated"] == "made up" and document["command"] == "ridgepoint export"
+    assert document["simulated"] == ("uniform routing" if tiles else "made up")
+    assert document["command"] == "ridgepoint export"
     if said.suffix == ".yaml":
         assert document["schema"] == "ridgepoint-provenance-1" and document["target"] == target and document["says"]
         assert (document["model"], document["fingerprint"]) == ("zaya1-8b", GPU)
@@ -587,12 +590,14 @@ def test_a_full_policy_has_its_tilings_and_says_where_they_come_from(tmp_path: P
         *(study(TWO_FORWARD, batch=b, context=c) for b in (1, 8) for c in (128, 768)),
         study(DecodingConfig(), KernelConfig(), batch=16),
         *(own, tiling(16, kernel="attention", default=True), tiling(16, kernel="router", default=True), tiling(16)),
+        tiling(32, {"block": 8}, kernel="attention", dtype="float32"),
     ]
     (path,) = write("native", policy(*results), tmp_path / "deployment.yaml")
     found = load_deployment(path)
     bounds = [(r.max_batch, r.max_context) for r in found.rules]
     assert bounds == [(1, 128), (1, 768), (8, 128), (8, 768), (16, None)]
     # A kept default is said too: forwards of up to 16 tokens would take the tiling of 32 else.
+    # What was tuned in another dtype is not this model's.
     tables = {"attention": {16: WIDE, 32: {"block": 64}}}
     assert [r.kernels.tilings for r in found.rules] == [tables] * 4 + [{}]
     assert found.rules[0].kernels.tiling("attention", 9) == WIDE
@@ -605,3 +610,22 @@ def test_a_full_policy_has_its_tilings_and_says_where_they_come_from(tmp_path: P
     assert (told[0]["name"], told[0]["ratio"], told[0]["routing"]) == (own.name, 2.0, "recorded")
     prefers = [r.evidence["prefers"] for r in found.rules]
     assert prefers[:4] == ["two_forward"] * 4 and prefers[4].startswith("autoregressive decoding")
+
+
+def test_the_gpu_scripts_tilings_are_exported_from_their_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tilings.json`, as benchmarks/gpu.sh leaves it, is read like a tuning run's storage."""
+    file = tmp_path / "tilings.json"
+    file.write_text(json.dumps([plain(tiling()) | {"rank_correlation": 0.5}, plain(tiling(272, WIDE))]))
+    assert read_tilings_file(file) == [tiling(), tiling(272, WIDE)]
+    export = ["export", "--study", str(file), "--format", "vllm-moe", "--out", str(tmp_path / "out")]
+    assert ridgepoint.main([*export, "--json"]) == 0
+    (written, _) = json.loads(capsys.readouterr().out)["paths"]
+    assert list(strict_json(Path(written))) == ["triton_version", "16", "272"]
+    assert ridgepoint.main(["study", "show", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["storage"] == str(file)
+    for text in ("", "{}", '[{"name": "x"}]'):
+        file.write_text(text)
+        assert ridgepoint.main(export) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

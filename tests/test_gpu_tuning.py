@@ -11,10 +11,10 @@ import pytest
 
 import benchmarks.gpu_tilings as searched
 from autotune.objective import StageFailure
-from autotune.tiling_results import TilingResult
+from autotune.tiling_results import FOREIGN_KERNEL, TilingResult, tile_table
 from autotune.tiling_runner import Described, TilingWork
 from benchmarks.gpu_session import FULL, RANDOM, SMALL, Session
-from benchmarks.gpu_tilings import FOREIGN, KEPT, PAIRS, key, tile_table, tune_tilings
+from benchmarks.gpu_tilings import KEPT, PAIRS, key, tune_tilings
 from benchmarks.gpu_tuning import compare_table, pairs_table, tilings_table
 from hardware.profile import load_profile
 from runtime.config import replace
@@ -73,8 +73,8 @@ class MadeUp:
 def compiled(_: Compilers, jobs: Iterable[Job]) -> Iterator[tuple[int, Compiled]]:
     """Everything compiles; what has five stages spills."""
     for place, job in enumerate(jobs):
-        programs = tuple(Program("f", 64, 0, 0, 1024, {}) for _ in range(4))
         spills = job.tiling["num_stages"] == 5
+        programs = tuple(Program("f", 64, 0, 8 * spills, 1024, {}) for _ in range(4))
         yield place, Compiled(job, programs, "spills 8 B per thread" if spills else USABLE)
 
 
@@ -129,7 +129,7 @@ def _problem(result: TilingResult) -> Any:
 def test_the_table_holds_every_bucket_of_kernels_with_a_gain(results: list[TilingResult]) -> None:
     """Where the default stays it is written out, or a larger bucket's tiling would serve; nothing of other engines."""
     table = tile_table(results)
-    assert FOREIGN not in table and set(table["experts"]) == {1, 17}
+    assert FOREIGN_KERNEL not in table and set(table["experts"]) == {1, 17}
     [kept] = [r for r in results if (r.subject.kernel, r.subject.tokens) == ("experts", 17)]
     assert kept.decision is not None and table["experts"][17] == kept.decision.default
     assert tile_table([kept]) == {}

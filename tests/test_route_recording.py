@@ -39,13 +39,14 @@ def test_recorded_rows_are_forwards_of_the_model(checkpoint: Path, batch: int, s
         routes = kinds[place % len(kinds)][place // len(kinds) % TINY.num_hidden_layers]
         sequences = {tuple(sequence) for sequence in routes}
         assert all(tuple(sequence) in sequences for sequence in row.reshape(batch, slots))
-    assert found.source == f"recorded:{checkpoint} ({decoding.sampler})"
+    # TINY has another vocabulary than the text that we have.
+    assert found.source == f"recorded:{checkpoint} ({decoding.sampler}, behind random tokens)"
 
 
 def test_a_sampler_records_the_slots_that_it_sends(checkpoint: Path) -> None:
     single = DecodingConfig("single_forward", 3, proposal_levels=(0, 2))
     found = route_rows(f"recorded:{checkpoint}", TINY, 2, single.slots, decoding=single, rows=4)
-    assert found.rows.shape == (4, 2 * 12) and found.source.endswith("(single_forward)")
+    assert found.rows.shape == (4, 2 * 12) and "(single_forward" in found.source
     with pytest.raises(UserError, match="single_forward must send the slots, but sends 12, not 5"):
         route_rows(f"recorded:{checkpoint}", TINY, 2, 5, decoding=single)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from autotune.export.policy import Chosen, Policy, not_carried
+from autotune.export.policy import Chosen, Policy, not_carried, simulated
 from autotune.tiling_results import TilingResult
 from hardware.files import UserError, plain, write_atomic
 
@@ -72,6 +72,7 @@ def tiling_evidence(result: TilingResult) -> dict[str, Any]:
         "seconds": list(best.seconds) if best else [],
         **{k: v for k, v in plain(decision).items() if k != "tiling"},
         "routing": result.subject.routing,
+        "simulated": result.subject.simulated,
         "triton": result.subject.triton,
     }
 
@@ -97,7 +98,7 @@ def provenance(
         "command": policy.command,
         "model": subject.model,
         "fingerprint": subject.device,
-        "simulated": policy.simulated,
+        "simulated": simulated([*(c.study for c in settings), *tilings]),
         "says": list(says),
         "settings": [
             {

@@ -7,12 +7,9 @@ from typing import Any
 
 from autotune.export.evidence import evidence_of, now, tiling_evidence
 from autotune.export.policy import Chosen, Policy, Target
-from autotune.tiling_results import TilingResult
-from runtime.config import KernelConfig, replace
+from autotune.tiling_results import TilingResult, tile_table
+from runtime.config import replace
 from runtime.deployment import Deployment, Rule, save_deployment
-from runtime.kernels.registry import KERNELS
-
-OTHER_ENGINES = "grouped_experts"  # laid out for other engines' tile files; the runtime does not run it
 
 
 def deployment(policy: Policy) -> Deployment:
@@ -33,10 +30,10 @@ def write(policy: Policy, out: Path) -> list[Path]:
 
 
 def _rule(chosen: Chosen, policy: Policy) -> Rule:
-    kernels, tilings = chosen.kernels, _tilings(chosen.kernels, policy)
+    kernels, tilings = chosen.kernels, _tilings(chosen, policy)
     evidence: dict[str, Any] = evidence_of(chosen)
     if tilings:
-        merged = {name: {**kernels.tilings.get(name, {}), **buckets} for name, buckets in _tables(tilings).items()}
+        merged = {name: {**kernels.tilings.get(name, {}), **found} for name, found in tile_table(tilings).items()}
         kernels = replace(kernels, tilings={**kernels.tilings, **merged})
         # The study may have run with others: its speed is not claimed for them together.
         evidence["tilings"] = {
@@ -46,26 +43,13 @@ def _rule(chosen: Chosen, policy: Policy) -> Rule:
     return Rule(chosen.decoding, kernels, max_batch=chosen.batch, max_context=chosen.context, evidence=evidence)
 
 
-def _tilings(kernels: KernelConfig, policy: Policy) -> list[TilingResult]:
-    """Of the kernels that this rule's engine runs, those with a bucket that beats its default.
-
-    All their buckets: the runtime takes the next larger one, so that a kept default must be said where a larger bucket
-    has another tiling.
-    """
-    if kernels.engine != "graphs":
+def _tilings(chosen: Chosen, policy: Policy) -> list[TilingResult]:
+    """Of the kernels that this rule's engine runs, in its dtype, those with a bucket that beats its default."""
+    if chosen.kernels.engine != "graphs":
         return []
-    decided = [t for t in policy.tilings if t.decision and t.subject.kernel in KERNELS]
-    better = {t.subject.kernel for t in decided if t.decision and not t.decision.kept_default} - {OTHER_ENGINES}
+    decided = [t for t in policy.tilings if t.decision and t.subject.dtype == chosen.study.subject.workload.dtype]
+    better = tile_table(decided)
     return [t for t in decided if t.subject.kernel in better]
-
-
-def _tables(tilings: list[TilingResult]) -> dict[str, dict[int, dict[str, int]]]:
-    """Kernel -> tokens -> tiling."""
-    found: dict[str, dict[int, dict[str, int]]] = {}
-    for tiling in tilings:
-        assert tiling.decision is not None  # `_tilings` keeps decided ones
-        found.setdefault(tiling.subject.kernel, {})[tiling.subject.tokens] = tiling.decision.tiling
-    return found
 
 
 TARGET = Target(

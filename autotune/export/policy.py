@@ -102,12 +102,6 @@ class Policy:
             )
         return found[0]
 
-    @property
-    def simulated(self) -> str | None:
-        """What was not real about any of the evidence; None where all was."""
-        said = dict.fromkeys(s.subject.simulated for s in self.studies if s.subject.simulated)
-        return "; ".join(said) or None
-
     def check(self) -> None:
         """UserError unless all of it belongs to one model on one device."""
         results: list[StudyResult | TilingResult] = [*self.studies, *self.tilings]
@@ -122,6 +116,11 @@ class Policy:
             same_device = fingerprint_key(result.subject.device) == fingerprint_key(first.subject.device)
             if not same_device or result.subject.model != first.subject.model:
                 raise _differ(result, first)
+
+
+def simulated(results: Sequence[StudyResult | TilingResult]) -> str | None:
+    """What was not real about any of them; None where all was."""
+    return "; ".join(dict.fromkeys(r.subject.simulated for r in results if r.subject.simulated)) or None
 
 
 def refusal(target: str, chosen: Chosen, setting: str, value: Any, why: str) -> UserError:

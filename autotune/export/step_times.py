@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune.export.evidence import now
-from autotune.export.policy import Policy, Target
+from autotune.export.policy import Policy, Target, simulated
 from autotune.results import StudyResult, TrialRecord
 from hardware.files import UserError, plain, write_atomic
 from hardware.fingerprint import fingerprint_key
@@ -59,7 +59,12 @@ def write(policy: Policy, out: Path) -> list[Path]:
     if not timed:
         raise UserError(f"no step was timed in {', '.join(policy.names)}: there is no table to write")
     if out.suffix == ".json":
-        document = {"schema": SCHEMA, "written": now(), "command": policy.command, "simulated": policy.simulated}
+        document = {
+            "schema": SCHEMA,
+            "written": now(),
+            "command": policy.command,
+            "simulated": simulated(policy.studies),
+        }
         return [write_atomic(out, json.dumps({**document, "columns": COLUMNS, "rows": timed}, indent=2) + "\n")]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

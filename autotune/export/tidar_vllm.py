@@ -5,7 +5,8 @@ What the fork reads, by its sources and notes (v0.16, branch jinzhao/tidar_SF): 
 `VLLM_TIDAR_PROPOSAL_ACC_LEVELS`; logits are mixed where `TIDAR_MIX_DRAFT_TARGET_V1` is 1, with
 `TIDAR_MIX_LOGIT_TARGET_WEIGHT` as w (the weight alone does nothing), and only for requests that sample. The target's
 temperature is the request's; `tidar_ar_temperature` is that of the log-probabilities it returns. A single forward needs
-the attention backend FLEX_ATTENTION: without it drafts are silently never accepted.
+the attention backend FLEX_ATTENTION: without it drafts are silently never accepted. After n accepted drafts it goes
+on from the level nearest to n, which may be one above it (`select_proposal_index`); ours from the nearest below.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ def write(policy: Policy, out: Path) -> list[Path]:
     files = {"sampling.json": json.dumps({"temperature": decoding.temperature}, indent=2) + "\n"}
     if decoding.drafts:
         files["speculative-config.json"] = json.dumps(speculative_config(chosen), indent=2) + "\n"
-        files["environment"] = "".join(f"{name}={value}\n" for name, value in environment(chosen).items())
+        files["environment"] = environment_file(chosen)
         says = [
             "needs the publisher's fork of vLLM: no release knows the method tidar",
             "set -a; . ./environment; set +a",
             f'vllm serve MODEL {SAMPLING} --speculative-config "$(cat speculative-config.json)"'
             + (" --attention-backend FLEX_ATTENTION" if decoding.sampler == "single_forward" else ""),
         ]
+        if len(decoding.levels) < decoding.draft_tokens + 1 and decoding.sampler == "single_forward":
+            says.append("between two levels the fork takes the nearest, ours the one below: acceptance may differ")
     else:
         says = [
             "autoregressive decoding was fastest here: there is nothing to set",
@@ -71,6 +74,11 @@ def environment(chosen: Chosen) -> dict[str, str]:
         "TIDAR_MIX_DRAFT_TARGET_V1": "1" if mixed else "0",
         "TIDAR_MIX_LOGIT_TARGET_WEIGHT": repr(float(decoding.mixing_weight)),
     }
+
+
+def environment_file(chosen: Chosen) -> str:
+    """The variables, a line each, as a shell sources them."""
+    return "".join(f"{name}={value}\n" for name, value in environment(chosen).items())
 
 
 def _check(chosen: Chosen) -> None:

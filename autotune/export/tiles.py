@@ -11,21 +11,20 @@ import re
 from pathlib import Path
 
 from autotune.export.policy import Policy
-from autotune.tiling_results import TilingResult
+from autotune.tiling_results import FOREIGN_KERNEL, TilingResult
 from hardware.files import UserError
 
-KERNEL = "grouped_experts"  # the one that is structured as theirs
 REQUIRED = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 OPTIONAL = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")  # on ROCm
 
 
 def tiles(target: str, policy: Policy) -> list[TilingResult]:
     """The decided tilings of the shared kernel, by token count. UserError where there are none, or not of one dtype."""
-    found = [t for t in policy.tilings if t.subject.kernel == KERNEL]
+    found = [t for t in policy.tilings if t.subject.kernel == FOREIGN_KERNEL]
     if not found:
         there = ", ".join(policy.names)
         raise UserError(
-            f"{target} needs tilings of the kernel {KERNEL}, which has these engines' parameters; got: {there}"
+            f"{target} needs tilings of the kernel {FOREIGN_KERNEL}, which has these engines' parameters; got: {there}"
         )
     by_tokens: dict[int, TilingResult] = {}
     for tile in found:
@@ -51,7 +50,7 @@ def left_out(policy: Policy) -> list[str]:
     others = [
         f"tilings of {t.subject.kernel} ({t.name}): of another kernel"
         for t in policy.tilings
-        if t.subject.kernel != KERNEL
+        if t.subject.kernel != FOREIGN_KERNEL
     ]
     return [*others, *(f"decoding settings of {s.name}: not a tile" for s in policy.studies)]
 

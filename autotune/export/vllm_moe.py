@@ -1,7 +1,8 @@
 """Tiles of vLLM's fused-MoE kernel: `E=..,N=..,device_name=...json`, found through VLLM_TUNED_CONFIG_FOLDER.
 
 By its sources (model_executor/layers/fused_moe): every key of the file but `triton_version` must be a whole number, or
-loading it fails; so what it rests on lies beside it. All devices of the H200 family are named NVIDIA_H200. A file that
+loading it fails; so what it rests on lies beside it. All devices of the H200 family are named NVIDIA_H200, and the
+virtual functions of an AMD Instinct like the whole device. A file that
 vLLM ships for the same E and N may be of another hidden size: a folder per model keeps them apart.
 """
 
@@ -36,6 +37,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
 def file_name(experts: int, width: int, device: str, dtype: str) -> str:
     """Without the suffix."""
     family = "NVIDIA_H200" if "H200" in device.split("_") else device
+    family = family.removesuffix("_VF") if family.startswith("AMD_Instinct_") else family
     return f"E={experts},N={width},device_name={family}{dtype}"
 
 

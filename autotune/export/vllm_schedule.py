@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from autotune.export import tidar_vllm
 from autotune.export.evidence import provenance, write_files
 from autotune.export.policy import Chosen, Policy, Target, refusal, refuse_cpu
-from autotune.export.tidar_vllm import SAMPLING
 from hardware.files import UserError
 
 NAME = "vllm-schedule"
@@ -36,35 +36,37 @@ def write(policy: Policy, out: Path) -> list[Path]:
     drafting = [c for c in chosen if c.decoding.drafts]
     files = {"sampling.json": json.dumps({"temperature": temperature}, indent=2) + "\n"}
     if drafting:
-        config = speculative_config(chosen, _common(drafting, "draft_temperature"))
+        _common(drafting, "draft_temperature")
+        config = speculative_config(chosen, drafting[0])
         files["speculative-config.json"] = json.dumps(config, indent=2) + "\n"
-        files["environment"] = "VLLM_TIDAR_TWO_FORWARD=1\nTIDAR_MIX_DRAFT_TARGET_V1=0\n"
+        files["environment"] = tidar_vllm.environment_file(drafting[0])
         says = [
             "needs a vLLM with the method tidar (the publisher's fork) and num_speculative_tokens_per_batch_size (a "
             "release): none has both yet",
             "set -a; . ./environment; set +a",
-            f'vllm serve MODEL {SAMPLING} --speculative-config "$(cat speculative-config.json)"',
+            f'vllm serve MODEL {tidar_vllm.SAMPLING} --speculative-config "$(cat speculative-config.json)"',
         ]
     else:
         says = [
             "autoregressive decoding was fastest at every batch: there is nothing to set",
-            f"vllm serve MODEL {SAMPLING}    # without --speculative-config",
+            f"vllm serve MODEL {tidar_vllm.SAMPLING}    # without --speculative-config",
         ]
     files[f"{NAME}.provenance.yaml"] = provenance(NAME, policy, says=says, settings=chosen)
     return write_files(out, files, absent=("speculative-config.json", "environment"))
 
 
-def speculative_config(chosen: list[Chosen], draft_temperature: float) -> dict[str, Any]:
-    """The value of --speculative-config: a range of batches per tuned one, up to it; K = 0 where drafts do not pay."""
+def speculative_config(chosen: list[Chosen], drafting: Chosen) -> dict[str, Any]:
+    """The value of --speculative-config: a range of batches per tuned one, up to it; K = 0 where drafts do not pay.
+
+    drafting: any of those that draft, for what they have in common.
+    """
     schedule, first = [], 1
     for each in chosen:
         schedule.append([first, each.batch, each.decoding.draft_tokens if each.decoding.drafts else 0])
         first = each.batch + 1
-    return {
-        "method": "tidar",
+    return tidar_vllm.speculative_config(drafting) | {
         "num_speculative_tokens": max(k for _, _, k in schedule),
         "num_speculative_tokens_per_batch_size": schedule,
-        "tidar_diff_temperature": draft_temperature,
     }
 
 
