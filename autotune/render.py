@@ -9,13 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autotune.console import setting_text, table
-from autotune.report import Importance, Improvement, Score, Seeding, StageCount, StudyReport, TilingReport
+from autotune.report import (
+    MODEL_SOURCES,
+    Importance,
+    Improvement,
+    Score,
+    Seeding,
+    StageCount,
+    StudyReport,
+    TilingReport,
+)
 from autotune.results import TrialRecord
 from hardware.files import known, write_atomic
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 60
 _COLUMNS = 110  # of sentences
+_LEAST_COMPARED = 5  # settings of either kind: the best of fewer says nothing
 _MOST_ROWS = 20  # of a front or a curve in words; all of them are in the JSON
 
 
@@ -201,27 +211,27 @@ def _seeding(found: Seeding) -> Section:
     title = "What the search would have missed without the model"
     if found.best is None:
         return Section(title, ("No allowed setting ran.",))
-    sentences = []
-    if found.count:
+    sentences = [
+        f"The fastest that may be chosen is trial {found.best_trial}, {_speed(found.best)}: {found.best_source}."
+    ]
+    if found.best_source not in MODEL_SOURCES:
+        sentences.append("It is none of the model's choices: without these it would have been found, too.")
+    elif found.without is None:
+        sentences.append("Without the model's choices none would be left.")
+    else:
+        sentences.append(
+            f"Without the model's choices ({', '.join(MODEL_SOURCES)}) the fastest of these trials ran at "
+            f"{_speed(found.without)}, {1 - found.without / found.best:.1%} slower. A search without the model would "
+            "have tried others in their place, and these are speeds of single trials: see docs/search.md."
+        )
+    if found.count >= _LEAST_COMPARED and found.seeded is not None and found.others is not None:
         sentences.append(
             f"The first {found.count} settings that the model chose came to {_speed(found.seeded)}; the first "
-            f"{found.count} of the search's own, which had seen those, to {_speed(found.others)}."
+            f"{found.count} of the search's own, which had seen results of those, to {_speed(found.others)}."
         )
-    else:
-        sentences.append("The search proposed none of its own, or the model none: there is nothing to compare.")
-    sentences.append(
-        f"The best setting, trial {found.best_trial} at {_speed(found.best)}, has the source {found.best_source!r}."
-    )
-    if found.without is None:
-        sentences.append("Without the model's choices there is none.")
-    elif found.without < found.best:
-        sentences.append(
-            f"Of the settings that the model did not choose the best ran at {_speed(found.without)}, "
-            f"{1 - found.without / found.best:.1%} slower."
-        )
-    else:
-        sentences.append("Nothing: the best setting is not one of the model's choices.")
-    return Section(title, tuple(sentences))
+    rows = [(s.source, str(s.settings), str(s.allowed), _number(s.tokens_per_second, ",.0f")) for s in found.sources]
+    head = ("proposed by", "settings", "may be chosen", "fastest, tokens/s")
+    return Section(title, tuple(sentences), (head, *rows))
 
 
 def _tilings(tilings: Sequence[TilingReport]) -> Section:
@@ -244,8 +254,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _speed(value: float | None) -> str:
-    return "nothing that ran" if value is None else f"{value:,.0f} tokens/s"
+def _speed(value: float) -> str:
+    return f"{value:,.0f} tokens/s"
 
 
 def _seconds(value: float | None) -> str:

@@ -72,15 +72,26 @@ class Importance:
 
 
 @dataclass(frozen=True)
+class SourceBest:
+    """Who proposed how many settings, how many of them may be chosen, and the fastest of these (None: none)."""
+
+    source: str
+    settings: int
+    allowed: int
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
 class Seeding:
     """What the model's choices were worth, among the allowed settings (tokens per second; None: there was none).
 
     count: settings of either kind that are compared, the first ones. seeded: the best of the model's; others: the best
     of as many that the search library proposed, which had seen the results of the model's: this favours it.
     best_source: who proposed the best setting of all. without: the best of everything but
-    the model's choices.
+    the model's choices. They are speeds of single trials, and a search without the model would have tried others.
     """
 
+    sources: tuple[SourceBest, ...]
     count: int
     seeded: float | None
     others: float | None
@@ -246,7 +257,14 @@ def _seeding(result: StudyResult, max_divergence: float) -> Seeding:
     others = [t for t in result.measured if t.source == "search"]
     count = min(len(seeds), len(others))
     fastest = best(result.measured)
+    by_source: dict[str, list[TrialRecord]] = {}
+    for trial in result.measured:
+        by_source.setdefault(trial.source, []).append(trial)
     return Seeding(
+        sources=tuple(
+            SourceBest(source, len(trials), sum(t.number in allowed for t in trials), speed(best(trials)))
+            for source, trials in by_source.items()
+        ),
         count=count,
         seeded=speed(best(seeds[:count])),
         others=speed(best(others[:count])),

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from perfmodel.experts import ExpertCoverage
     from perfmodel.model_spec import ModelSpec
 
-_APART = 4  # drafts
-_DRAFTS = (1, 2, 3, *range(4, MAX_DRAFT_TOKENS + 1, 2))  # finer, a prediction tells no difference
 _PILOT_MIXING_WEIGHTS = (1.0, 0.5, LEAST_MIXING_WEIGHT)
 
 

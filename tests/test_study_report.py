@@ -157,7 +157,19 @@ def test_what_the_models_choices_were_worth() -> None:
     assert (found.count, found.seeded, found.others) == (2, 300.0, 250.0)
     assert (found.best_trial, found.best_source, found.best, found.without) == (3, "seed", 400.0, 250.0)
     text = as_text(sections([study_report(study(*trials))]))
-    assert "37.5% slower" in text
+    assert "37.5% slower" in text and "The first 2 settings" not in text  # of two the best says nothing
+    lossy = replace(trial(6, speed=900.0, source="guided"), params=trial(6).params | {"mixing_weight": 0.5})
+    told = study_report(study(*trials, lossy)).seeding.sources
+    assert [(s.source, s.settings, s.allowed, s.tokens_per_second) for s in told] == [
+        ("default", 1, 1, 100.0),
+        ("seed", 3, 3, 400.0),
+        ("search", 2, 2, 250.0),
+        ("guided", 1, 0, None),
+    ]
+    many = [trial(n, speed=100.0 + n, source="seed" if n % 2 else "search") for n in range(10)]
+    assert "The first 5 settings that the model chose came to 109 tokens/s" in as_text(
+        sections([study_report(study(*many))])
+    )
     found = study_report(study(*(replace(t, source="pilot") for t in trials))).seeding
     assert (found.count, found.seeded, found.others, found.without) == (0, None, None, 400.0)
     assert study_report(study(failed(0, "decode", "runtime"))).seeding.best is None
