@@ -157,7 +157,7 @@ def drawn(results: dict[str, dict[str, dict[str, Any]]], recording: Recording) -
     """The figure."""
     rows = len(recording.settings)
     panels = {
-        limit: {name: (s["lower_quartile"], s["median"], s["upper_quartile"]) for name, s in found.items()}
+        limit: {n: (s["lower_quartile"], s["median"], s["upper_quartile"]) for n, s in reversed(found.items())}
         for limit, found in results.items()
     }
     return bands(
