@@ -103,11 +103,14 @@ class Guide:
 
         Within one, the fastest first; each further one has at most a quarter of the divergence. Settings that differ in
         K alone are at least _APART apart, and none has a confidence threshold: when one ends a block is not predicted.
+        Of n tokens without a difference less than 1 / n is not believed, so that each front reaches a lossless setting.
         """
         table = self._table_for(acceptance)
         if not table.settings:
             return []
         expected = self._expected(table, acceptance, trials)
+        lossless = np.array([c.decoding.lossless for c in table.settings])
+        divergence = np.where(lossless, 0.0, np.maximum(expected.divergence, 1 / _counted(trials)))
         done = self._done(trials)
         known = {table.keys[key] for key in done if key in table.keys}
         left = [
@@ -124,7 +127,7 @@ class Guide:
                 k, alike = table.settings[i].decoding.draft_tokens, drafts.setdefault(others, [])
                 if any(abs(k - other) < _APART for other in alike):
                     continue
-                far = float(expected.divergence[i])
+                far = float(divergence[i])
                 if far >= least or far > least / 4:  # another of this front is no slower, and as near or nearly so
                     rest.append(i)
                     continue
@@ -146,8 +149,9 @@ class Guide:
             return None
         expected = self._expected(table, acceptance, trials)
         hoped = expected.log_speed + _HOPE * expected.deviation
-        counted = max((trial.tokens[0] for trial in trials if trial.tokens), default=math.inf)
-        most = max_divergence + math.sqrt(max_divergence / counted)  # of which a count of so many tokens is certain
+        most = max_divergence + math.sqrt(
+            max_divergence / _counted(trials)
+        )  # of which a count of so many tokens is certain
         for i, setting in enumerate(table.settings):
             if not setting.decoding.lossless and not 0 < most >= expected.divergence[i]:
                 hoped[i] = -math.inf
@@ -277,6 +281,11 @@ class _DivergencePrior:
             return min(1.0, self._kept * decoding.draft_tokens)
         weights = sorted(self._by_weight)
         return float(np.interp(decoding.mixing_weight, weights, [self._by_weight[w] for w in weights]))
+
+
+def _counted(trials: Sequence[TrialRecord]) -> float:
+    """Tokens of a pass, by which divergence is counted; infinite before any."""
+    return max((float(trial.tokens[0]) for trial in trials if trial.tokens), default=math.inf)
 
 
 def _log_ratio(trial: TrialRecord, prediction: Prediction) -> float | None:

@@ -195,6 +195,27 @@ def test_seeds_are_successive_fronts_of_expected_speed_and_divergence() -> None:
     assert not tried_keys.intersection(map(space.key, found))
 
 
+def test_lossless_settings_are_seeded_where_mixed_ones_showed_no_difference() -> None:
+    """None in a few hundred tokens proves nothing: settings that are no faster must not stand before lossless ones."""
+    space = decoding_space(batch=1, cores=2)
+
+    def alike(candidate: Candidate, acceptance: Acceptance | None) -> Prediction:
+        decoding = candidate.decoding
+        if judged(decoding):
+            decoding = replace(decoding, mixing_weight=1.0)
+        found = oracle(Candidate(decoding, candidate.kernels), acceptance)
+        assert found is not None
+        return found
+
+    tried = [
+        trial(i, c, source="pilot", tokens=(500,), tokens_per_second=alike(c, ACCEPTANCE).tokens_per_second)
+        for i, c in enumerate(pilots(space, default_candidate(space, 2)))
+    ]
+    tried[-1] = replace(tried[-1], divergence=0.03)  # of the block that nothing verifies
+    found = Guide(space, alike).seeds(tried, ACCEPTANCE, 8)
+    assert any(c.decoding.lossless for c in found[:3]) and sum(c.decoding.lossless for c in found) >= 2
+
+
 def test_without_predictions_nothing_is_proposed() -> None:
     space = decoding_space(batch=1, cores=2)
     guide = Guide(space, blind)
