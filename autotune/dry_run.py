@@ -58,6 +58,7 @@ class DryRun:
     bucket_seconds: float | None
     buckets: list[Outlook]
     tilings: list[tuple[str, int]]
+    routing: str = ""  # of the tilings: where the experts' routes come from
     nothing_stored: str = ""  # why, where the storage holds no study yet
 
     def data(self) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def dry_run(request: Request, url: str, folder: Path, budget_seconds: float | No
         earlier(request.effort.seconds, share),
         buckets,
         [(work.kernel, work.batch * work.slots) for work in tilings],
+        tilings[0].routing if tilings else "",
         nothing,
     )
 
@@ -164,11 +166,13 @@ def lines(found: DryRun) -> list[str]:
     """For people."""
     wanted, limit = found.effort, found.bucket_seconds
     time = "" if limit is None else f", at most {clock(limit)} each"
+    buckets = "1 bucket" if len(found.buckets) == 1 else f"{len(found.buckets)} buckets"
     said = [
-        f"{len(found.buckets)} buckets: up to {wanted.trials} settings{time}; each decodes {wanted.prompts} prompts of "
+        f"{buckets}: up to {wanted.trials} settings{time}; each decodes {wanted.prompts} prompts of "
         f"up to {wanted.new_tokens} new tokens {wanted.repeats} times; the best meets the default in {wanted.rounds} "
         "rounds"
     ]
+    said = said if found.buckets else []
     if found.budget_seconds is not None:
         said.append(f"the budget is {clock(found.budget_seconds)} for all of it")
     said += [found.nothing_stored] if found.nothing_stored else []
@@ -192,7 +196,7 @@ def lines(found: DryRun) -> list[str]:
             "",
             f"tilings of {', '.join(kernels)} at {', '.join(map(str, tokens))} tokens: the default and the best",
         ]
-        said[-1] += f" {wanted.tilings} by the model of each, {len(found.tilings)} searches"
+        said[-1] += f" {wanted.tilings} by the model of each, {len(found.tilings)} searches; routing {found.routing}"
     return said
 
 

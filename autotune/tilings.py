@@ -28,41 +28,20 @@ from autotune.storage import database_errors, open_storage, shown, single_worker
 from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial, decision_of
 from autotune.tiling_runner import (
     REGISTRY,
-    Bucket,
     Described,
     TilingWork,
-    buckets,
     compiled_facts,
     odd_problems,
     prediction_of,
     subject_of,
-    works_of,
 )
-from autotune.tiling_study import (
-    SUBJECT,
-    dropped,
-    place_of,
-    read_tiling_study,
-    read_tiling_trial,
-    read_tilings,
-    tiling_key,
-)
+from autotune.tiling_study import SUBJECT, dropped, place_of, read_tiling_study, read_tiling_trial, tiling_key
 from hardware.files import UserError, plain
 from hardware.profile import HardwareProfile
 from runtime.config import require
 from runtime.kernels.compiler import Compilers, Job, Program
 from runtime.measurement import INTERVAL_ROUNDS
 
-__all__ = [
-    "Bucket",
-    "TilingResult",
-    "TilingSubject",
-    "TilingWork",
-    "buckets",
-    "read_tilings",
-    "tune_tilings",
-    "works_of",
-]
 KEEP = 12
 PAIRS = 20
 CALL_SECONDS = 120.0  # of one check, with its compiling, or one timing

@@ -15,8 +15,18 @@ from sqlalchemy import Engine, event
 from autotune.objective import StageFailure
 from autotune.storage import open_storage, read_studies
 from autotune.tiling_results import TilingResult, decision_of
-from autotune.tiling_runner import Described, TilingRunner, compiled_facts, odd_problems, works_of
-from autotune.tilings import Bucket, TilingWork, buckets, read_tilings, tune_tilings
+from autotune.tiling_runner import (
+    Bucket,
+    Described,
+    TilingRunner,
+    TilingWork,
+    buckets,
+    compiled_facts,
+    odd_problems,
+    works_of,
+)
+from autotune.tiling_study import read_tilings
+from autotune.tilings import tune_tilings
 from hardware.files import UserError
 from hardware.profile import load_profile
 from runtime.config import DecodingConfig

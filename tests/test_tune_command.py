@@ -352,6 +352,14 @@ def test_a_gpu_tunes_tilings_first_and_decodes_with_them(monkeypatch: pytest.Mon
     assert {w.routing for w in autotune.tuning.tiling_works(made_up)} == {"uniform"}
 
 
+def test_a_dry_run_of_tilings_alone_says_whose_routes_they_are_timed_on(command: Any) -> None:
+    """And nothing of decoding, which is not searched."""
+    code, out, _ = command(
+        *("tune", "--dry-run", "--device", "cuda", "--what", "tilings", "--model", "zaya1-8b", "--random-weights")
+    )
+    assert code == 0 and "routing uniform" in out and "bucket" not in out
+
+
 def test_tilings_are_shown_and_reported(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune.cli, "_read", lambda source: ([], [tiled("experts", 5, 2)]))
     code, out, _ = command("study", "show", "run")
@@ -361,7 +369,12 @@ def test_tilings_are_shown_and_reported(command: Any, monkeypatch: pytest.Monkey
     assert told["outcomes"] == {"correct": 3} and told["rank_correlation"] == pytest.approx(-1)
     assert told["tiling"] == {"BLOCK": 2} and told["default"] == {"BLOCK": 0}
     code, out, _ = command("study", "report", "run")
-    assert code == 0 and "1.50x [1.40, 1.60]" in out
+    assert code == 0 and "1.50x [1.40, 1.60]" in out and "Simulated" not in out
+    made_up = tiled("experts", 5, 2)
+    made_up = replace(made_up, subject=replace(made_up.subject, routing="uniform"))
+    monkeypatch.setattr(autotune.cli, "_read", lambda source: ([], [made_up]))
+    assert "Simulated: uniform routing." in command("study", "report", "run")[1]
+    assert "(simulated: uniform routing)" in command("study", "show", "run")[1]
 
 
 def test_why_an_engine_was_passed_over_is_said_once(
