@@ -211,9 +211,8 @@ def _seeding(found: Seeding) -> Section:
     title = "What the search would have missed without the model"
     if found.best is None:
         return Section(title, ("No allowed setting ran.",))
-    sentences = [
-        f"The fastest that may be chosen is trial {found.best_trial}, {_speed(found.best)}: {found.best_source}."
-    ]
+    fastest = f"trial {found.best_trial} with {_speed(found.best)} (source: {found.best_source})"
+    sentences = [f"The fastest that may be chosen is {fastest}."]
     if found.best_source not in MODEL_SOURCES:
         sentences.append("It is none of the model's choices: without these it would have been found, too.")
     elif found.without is None:

@@ -122,6 +122,8 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
         require(key not in settings, f"{path} line {number}: a setting must be recorded once, but {key} is twice")
         settings[key] = setting
     what = f"replayed from {Path(path).name}"
+    if all(len(setting.samples) < 2 for setting in settings.values()):
+        what += ", of one round: intervals of ratios mean nothing"
     simulated = f"{about.subject.simulated}; {what}" if about.subject.simulated else what
     subject = replace(about.subject, simulated=simulated)
     return Recording(subject, about.command, about.commit, about.date, tuple(settings.values()))

@@ -612,6 +612,13 @@ def test_a_full_policy_has_its_tilings_and_says_where_they_come_from(tmp_path: P
     assert prefers[:4] == ["two_forward"] * 4 and prefers[4].startswith("autoregressive decoding")
 
 
+def main_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that a command fails with."""
+    assert ridgepoint.main([*words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
 def test_the_gpu_scripts_tilings_are_exported_from_their_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -621,11 +628,12 @@ def test_the_gpu_scripts_tilings_are_exported_from_their_file(
     assert read_tilings_file(file) == [tiling(), tiling(272, WIDE)]
     export = ["export", "--study", str(file), "--format", "vllm-moe", "--out", str(tmp_path / "out")]
     assert ridgepoint.main([*export, "--json"]) == 0
-    (written, _) = json.loads(capsys.readouterr().out)["paths"]
+    (written, beside) = json.loads(capsys.readouterr().out)["paths"]
     assert list(strict_json(Path(written))) == ["triton_version", "16", "272"]
+    assert "more than 272 tokens, prefills among them" in " ".join(yaml.safe_load(Path(beside).read_text())["says"])
+    assert main_error(capsys, *export, "--batch", "16").endswith(f"known: {tiling().name}, {tiling(272).name}")
     assert ridgepoint.main(["study", "show", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["storage"] == str(file)
     for text in ("", "{}", '[{"name": "x"}]'):
         file.write_text(text)
-        assert ridgepoint.main(export) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert main_error(capsys, *export)

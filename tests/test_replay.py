@@ -67,6 +67,8 @@ def test_a_recording_is_read_as_it_was_written_and_says_that_it_is_replayed(tmp_
     write_recording(file, random)
     assert read_recording(file).subject.simulated == "random weights; replayed from table.jsonl"
     assert found.default.kernels.threads == 2 and found.default.decoding == DecodingConfig()
+    write_recording(file, replace(written, settings=tuple(replace(s, samples=s.samples[:1]) for s in written.settings)))
+    assert "of one round: intervals of ratios mean nothing" in str(read_recording(file).subject.simulated)
     assert found.spread() == pytest.approx(0.035, abs=0.01)  # between rounds of 0.98, 1 and 1.05
 
 

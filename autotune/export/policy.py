@@ -82,7 +82,7 @@ class Policy:
         ]
         if not found:
             wanted = " ".join(f"{n}={v}" for n, v in (("batch", batch), ("context", context)) if v is not None)
-            raise UserError(f"nothing was tuned for {wanted}; known: {', '.join(s.name for s in self.studies)}")
+            raise UserError(f"nothing was tuned for {wanted}; known: {', '.join(self.names)}")
         return replace(self, studies=found)
 
     def chosen(self) -> list[Chosen]:

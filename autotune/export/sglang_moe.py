@@ -28,6 +28,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
     name = f"E={experts},N={width},device_name={tiles.device_name(found)}{tiles.dtype_part(found)}"
     folder = f"{model}/configs/{version}"
     says = [f"SGLANG_MOE_CONFIG_DIR={model} python -m sglang.launch_server ...    # the folder, by its absolute path"]
+    says.append(tiles.beyond(found))
     files = {
         f"{folder}/{name}.json": tiles.to_json(dict(tiles.table(found))),
         f"{model}/{name}.provenance.yaml": provenance(

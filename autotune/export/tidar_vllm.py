@@ -65,7 +65,7 @@ def environment(chosen: Chosen) -> dict[str, str]:
     """Every variable that decides between settings, also where it has its default: a shell may hold another value."""
     decoding = chosen.decoding
     single = decoding.sampler == "single_forward"
-    found = {"VLLM_TIDAR_TWO_FORWARD": "0" if single else "1"}
+    found = {"VLLM_TIDAR_TWO_FORWARD": "0" if single else "1", "VLLM_TIDAR_NO_BONUS": "0"}
     if single:
         found["VLLM_TIDAR_PROPOSAL_ACC_LEVELS"] = ",".join(map(str, decoding.levels))
         found["VLLM_ATTENTION_BACKEND"] = "FLEX_ATTENTION"

@@ -84,6 +84,15 @@ def folder_name(model: str) -> str:
     return name
 
 
+def beyond(found: list[TilingResult]) -> str:
+    """What a file of few token counts does to forwards that are larger than all of them."""
+    most = max(t.subject.tokens for t in found)
+    return (
+        f"engines take the nearest token count, so that every forward of more than {most} tokens, prefills among them, "
+        f"runs with the tile of {most}: tune larger batches too where that matters"
+    )
+
+
 def to_json(data: dict[str, object]) -> str:
     """As the engines' tuning scripts write them."""
     return json.dumps(data, indent=4) + "\n"

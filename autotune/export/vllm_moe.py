@@ -25,6 +25,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
     name = file_name(*tiles.sizes(found), tiles.device_name(found), tiles.dtype_part(found))
     version = {"triton_version": subject.triton} if subject.triton else {}
     says = [f"VLLM_TUNED_CONFIG_FOLDER={folder} vllm serve MODEL    # the folder, by its absolute path"]
+    says.append(tiles.beyond(found))
     files = {
         f"{folder}/{name}.json": tiles.to_json({**version, **tiles.table(found)}),
         f"{folder}/{name}.provenance.yaml": provenance(
