@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any, NoReturn, cast
 
-from autotune.objective import Outcome, Outputs, StageFailure
+from autotune.objective import Outcome, Outputs, StageFailure, Unavailable
 from autotune.space import Candidate
 from hardware.files import UserError
 from runtime.measurement import Measurement
@@ -34,6 +35,7 @@ _STICKY = (
 )
 # The parent's module search path is the child's; its own program is never run again, as it would be by a fork or spawn.
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from autotune.isolation import serve; serve({number})"
+_START_AGAIN_SECONDS = 2.0  # later: a device may hold the memory of a killed process for a moment
 _TAIL_BYTES = 20_000  # of what the child printed: more than a crash's report
 
 
@@ -63,13 +65,13 @@ class Child:
         """The object's method on these arguments. seconds: another limit for this call.
 
         StageFailure: raised inside; or "timeout" over the limit, "runtime" for a process that died and for any other
-        exception inside. UserError: raised inside.
+        exception inside. UserError: raised inside. Unavailable: no process starts.
         """
         limit = self._seconds if seconds is None else seconds
         if self._process is not None and self._process.poll() is not None:
             self.close()  # it ended between two calls: no fault of this one
         if self._process is None:
-            self._start()
+            self._start_or_refuse()
         return self._ask((method, args), limit, f"{method} took longer than {limit:g} s")
 
     def close(self) -> None:
@@ -82,6 +84,19 @@ class Child:
             connection.close()
         if printed is not None:
             printed.close()
+
+    def _start_or_refuse(self) -> None:
+        try:
+            try:
+                self._start()
+            except StageFailure as failure:
+                if failure.outcome == "timeout":
+                    raise
+                time.sleep(_START_AGAIN_SECONDS)
+                self._start()
+        except (StageFailure, UserError) as error:
+            reason = error.reason if isinstance(error, StageFailure) else str(error)
+            raise Unavailable(reason) from error
 
     def _start(self) -> None:
         ours, theirs = Pipe()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autotune.isolation import Child, Isolated
-from autotune.objective import Runner
+from autotune.objective import Runner, StageFailure
 from autotune.results import StudyResult, Subject
 from autotune.seeding import Predictor
 from autotune.space import Candidate, decoding_space, default_candidate
@@ -124,7 +124,15 @@ class Work:
             tuned = load(self.model, device=self.device, dtype=self._dtype)
             name, model, tokenizer = tuned.name, tuned.model, tuned.tokenizer
             problems = mixed_problems(count)
-            room = None if self.context is None else self.context - self.new_tokens
+            room = None
+            if self.context is not None:
+                room = self.context - self.new_tokens
+                longest = max(len(lengthened(problem, model.config, tokenizer, None)) for problem in problems)
+                require(
+                    longest <= room,
+                    f"--context >= {longest + self.new_tokens} must hold for a prompt of {longest} tokens and "
+                    f"--new-tokens {self.new_tokens}, but got {self.context}",
+                )
             prompts = [lengthened(problem, model.config, tokenizer, room) for problem in problems]
         said = [self.simulated, RANDOM_WEIGHTS if self.random else None]
         simulated = "; ".join(part for part in said if part) or None
@@ -194,7 +202,7 @@ def mixed_problems(count: int, seed: int = 0) -> list[Problem]:
 
 
 def lengthened(problem: Problem, config: ModelConfig, tokenizer: Tokenizer, room: int | None) -> list[int]:
-    """A problem's prompt, behind as many solved ones of its family as fit: at most `room` tokens (None: the prompt).
+    """A problem's prompt, behind as many solved ones of its family as fit into `room` tokens (None: none).
 
     Whole problems only, as the model has learnt them, so that up to a problem's length of the room is left.
     """
@@ -202,7 +210,6 @@ def lengthened(problem: Problem, config: ModelConfig, tokenizer: Tokenizer, room
     prompt = [*first, *tokenizer.encode(problem.prompt)]
     if room is None:
         return prompt
-    require(len(prompt) <= room, f"a prompt of {len(prompt)} tokens must fit context - new_tokens, but that is {room}")
     solved = 1 + room // max(1, len(prompt) + len(tokenizer.encode(problem.solution)) + 1)
     before: list[int] = []
     for earlier in evaluation_problems(problem.family, solved + _EARLIER, seed=1):
@@ -315,6 +322,9 @@ def _opened(work: Work, seconds: float, isolated: bool) -> tuple[Runner, Describ
     child = Child(work, seconds, LOAD_SECONDS)
     try:
         return Isolated(child), child.call("describe")
+    except StageFailure as failure:
+        child.close()
+        raise UserError(f"{work.model} cannot be tried here: {failure.reason}") from failure
     except BaseException:
         child.close()
         raise

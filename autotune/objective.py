@@ -53,6 +53,10 @@ class StageFailure(Exception):
         return f"{self.outcome}: {self.reason}"
 
 
+class Unavailable(UserError):
+    """There is nothing to run settings on: the process that has the model does not start. No setting's fault."""
+
+
 class Runner(Protocol):
     """Where trials run: this machine, a process of its own on it, or a table of recorded results.
 
@@ -96,7 +100,7 @@ def run_stages(
     known: findings of stages that an earlier, lost run of the same trial had stored; these are not run again.
     The result, stored last under that name, is the outcome, the last stage entered, and the reason. A StageFailure
     names its outcome; a UserError is "infeasible"; RuntimeError, MemoryError and OSError are the device's: "runtime".
-    Any other exception is a bug and is raised.
+    Unavailable ends the search, not the setting, and is raised, as any other exception is: a bug.
     """
     known = known or {}
     findings = dict[str, Any]()
@@ -110,6 +114,8 @@ def run_stages(
             if failure.findings:
                 store(name, failure.findings)
                 findings |= failure.findings
+        except Unavailable:
+            raise
         except UserError as error:
             result |= {"outcome": "infeasible", "reason": str(error)}
         except DEVICE_ERRORS as error:

@@ -21,6 +21,7 @@ from runtime.config import Workload, require
 from runtime.statistics import paired_ratio
 
 SCHEMA_VERSION = 2
+NEAR = 0.7  # share of a speed from which on one measurement of each may be wrong about which of two is faster
 _UNTIMED = ("system", "memory_bytes")  # facts of a device that do not change its times
 
 
@@ -109,6 +110,15 @@ class TrialRecord:
         return float(self.params.get("mixing_weight", 1.0)) == 1 and bool(self.params.get("verify", True))
 
     @property
+    def drafts(self) -> bool:
+        """Whether it is not autoregressive decoding."""
+        return self.params["sampler"] != "autoregressive"
+
+    def near(self, other: TrialRecord) -> bool:
+        """Whether it measured as fast as another one, faster, or so little slower that noise can have done it."""
+        return _known(self.tokens_per_second) >= NEAR * _known(other.tokens_per_second)
+
+    @property
     def acceptance_length(self) -> float | None:
         """Mean tokens committed per step; None without drafts."""
         steps = sum(self.acceptance_histogram)
@@ -123,7 +133,7 @@ class Decision:
     default_trial: int
     challenger: int
     reason: str
-    comparison: Comparison | None  # None: nothing measured faster than the default, so there was nothing to compare
+    comparison: Comparison | None  # None: nothing measured near the default's speed, so nothing was compared
     max_divergence: float
     measured: int  # distinct settings tried before deciding
     command: str
@@ -135,19 +145,26 @@ class Decision:
         return self.trial == self.default_trial
 
 
-def decision_words(result: StudyResult, base: TrialRecord, best: TrialRecord, found: Comparison | None) -> str:
+def decision_words(
+    result: StudyResult, base: TrialRecord, best: TrialRecord, found: Comparison | None, max_divergence: float
+) -> str:
     """Why the fastest allowed trial is chosen, or the default is kept; and whether anything that drafts pays."""
     if found is None:
-        words = "no allowed setting measured faster than the default"
+        words = "no allowed setting measured near the default's speed"
     elif found.low > 1:
         words = "faster than the default in alternating rounds"
+    elif found.high < 1:
+        words = "slower than the default in alternating rounds"
     else:
-        words = "the gain over the default is inside the noise"
+        words = f"the {'gain over' if found.ratio > 1 else 'difference from'} the default is inside the noise"
     chosen = best if found is not None and found.low > 1 else base
-    if chosen.params["sampler"] != "autoregressive":
+    if chosen.drafts:
         return words
-    tried = any(t.params["sampler"] != "autoregressive" for t in result.measured)
-    return f"{words}; autoregressive decoding is best here" if tried else f"{words}; nothing that drafts was tried"
+    if not any(t.drafts for t in result.measured):
+        return f"{words}; nothing that drafts was tried"
+    beaten = best if found is not None and found.high < 1 else None
+    unclear = any(t.drafts and t.near(chosen) and t != beaten for t in result.allowed(max_divergence))
+    return f"{words}; autoregressive decoding is {'kept' if unclear else 'best here'}"
 
 
 def comparison_of(pairs: Sequence[Sequence[float]]) -> Comparison:

@@ -23,6 +23,7 @@ from autotune.objective import (
     Comparison,
     Runner,
     StageFailure,
+    Unavailable,
     decoding_stages,
     most_tokens_of,
     run_stages,
@@ -176,7 +177,8 @@ class _Worker:
             base = result.find(self.default)
             if base and base.outcome != "correct":
                 words = f"{base.outcome}: {base.reason}"
-                raise UserError(f"the default setting does not run ({words}), so nothing can be compared")
+                words += "), so nothing can be compared; once that is mended, tune into another place"
+                raise UserError(f"the default setting does not run ({words}")
             missing = not running and not base  # without the default nothing can be decided
             if missing and not waiting:
                 raise UserError("the default setting was lost twice with its process, so nothing can be compared")
@@ -229,7 +231,7 @@ class _Worker:
         """Run one setting, or repeat what is known of it. What does not end "correct" is pruned, marked infeasible."""
         try:
             found = self._evaluate(trial, result)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Unavailable):
             trial.set_user_attr("interrupted", True)  # no bad luck: it is queued again however often
             raise
         trial.set_constraint("runs", 0.0 if found["outcome"] == "correct" else 1.0)  # feasible: <= 0
@@ -303,7 +305,7 @@ class _Worker:
                 trial=best.number if comparison and comparison.low > 1 else base.number,
                 default_trial=base.number,
                 challenger=best.number,
-                reason="; ".join([decision_words(result, base, best, comparison), *remarks]),
+                reason="; ".join([decision_words(result, base, best, comparison, max_divergence), *remarks]),
                 comparison=comparison,
                 max_divergence=max_divergence,
                 measured=measured,
@@ -320,8 +322,10 @@ class _Worker:
     ) -> tuple[TrialRecord, Comparison | None, list[str]]:
         """The fastest allowed setting beside the default. One that fails now, though it ran before, is left out."""
         remarks: list[str] = []
-        for best in result.allowed(max_divergence):
+        for best in result.allowed(max_divergence):  # the fastest first
             if best == base:
+                continue
+            if not best.near(base):
                 break
             try:
                 return best, self._compare(result, base, best, rounds), remarks

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.claims import Claims
 from autotune.isolation import Child
 from autotune.lost import retry_lost, unless_given_up
-from autotune.objective import Stage, StageFailure, run_stages
+from autotune.objective import Stage, StageFailure, Unavailable, run_stages
 from autotune.storage import database_errors, open_storage, shown, single_worker, sole_worker
 from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial, decision_of
 from autotune.tiling_runner import (
@@ -277,7 +277,7 @@ class _Tuner:
         trial.set_user_attr("begun", {"worker": self.worker})
         try:
             found = run_stages(self._stages(place), trial.set_user_attr, self._claim(trial, place))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Unavailable):
             trial.set_user_attr("interrupted", True)  # no bad luck: it is queued again however often
             raise
         if found["outcome"] != "correct":

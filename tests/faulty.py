@@ -41,6 +41,18 @@ class Service:
         return Answers()
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What a child makes once, while there is no log."""
+
+    log: str
+
+    def __call__(self) -> Answers:
+        if Path(self.log).exists():
+            raise RuntimeError("no device")
+        return Service(self.log)()
+
+
 class Answers:
     """Methods that answer, and methods that fail in every way."""
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from autotune.isolation import Child, last_words
-from autotune.objective import StageFailure
+from autotune.objective import StageFailure, Unavailable, run_stages
 from hardware.files import UserError
-from tests.faulty import Service, slow_start
+from tests.faulty import Lost, Service, slow_start
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,25 @@ def test_it_is_started_late_and_a_refusal_is_one_of_the_user(tmp_path: Path) -> 
         child.call("count")
     child.close()
     late = Child(slow_start, seconds=30, grace_seconds=0.3)
-    assert failure(late, "count") == ("timeout", "starting took longer than 0.3 s")
-    late.close()
+    with pytest.raises(Unavailable, match=r"starting took longer than 0\.3 s"):
+        late.call("count")
+
+
+def test_what_no_longer_starts_is_no_setting_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that went away: the search ends with one line, and the setting is measured when it is back."""
+    monkeypatch.setattr("autotune.isolation._START_AGAIN_SECONDS", 0.0)
+    log = tmp_path / "log"
+    with Child(Lost(str(log)), seconds=30) as child:
+        assert failure(child, "segfault", "")[0] == "runtime"
+        with pytest.raises(Unavailable, match="RuntimeError: no device"):
+            child.call("count")
+        assert child.starts == 3
+        log.unlink()
+        assert child.call("count") == 1
+    stages = {"decode": lambda: child.call("count")}
+    log.write_text("made\n")
+    with pytest.raises(Unavailable):
+        run_stages(stages, lambda *_: pytest.fail("a result was stored"))
 
 
 def test_no_orphan_is_left_and_ctrl_c_is_the_parents() -> None:

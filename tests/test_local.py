@@ -76,8 +76,14 @@ def test_prompts_are_lengthened_with_solved_problems(room: int | None) -> None:
         else:
             longest = max([len(problem.prompt + problem.solution), *map(len, before)]) + 2
             assert room - 2 * longest < len(tokens) <= room
-    with pytest.raises(UserError, match="must fit context - new_tokens, but that is 3"):
-        lengthened(problem, CONFIG, tokenizer, 3)
+
+
+def test_a_context_without_room_for_a_prompt_says_what_would_do() -> None:
+    short = Work("zaya-nano", context=100, prompts=3, new_tokens=90)
+    with pytest.raises(UserError, match=r"--context >= \d+ must hold .* --new-tokens 90, but got 100") as refused:
+        short()
+    least = int(str(refused.value).split()[2])
+    assert replace(short, context=least)().infeasible(TWO) is None
 
 
 def bytes_of(tokens: list[int]) -> list[str]:

@@ -394,7 +394,7 @@ def test_an_unknown_strategy_lists_the_known(tmp_path: Path) -> None:
         (lambda c, b: 100.0 + 50 * c.decoding.drafts, "faster than the default in alternating rounds", False),
         (
             lambda c, b: 100.0 - 50 * c.decoding.drafts,
-            "no allowed setting measured faster than the default; autoregressive decoding is best here",
+            "the difference from the default is inside the noise; autoregressive decoding is best here",
             True,
         ),
         (
@@ -411,6 +411,36 @@ def test_a_decision_says_what_it_prefers(gain: Any, words: str, kept: bool, tmp_
 
     result = small(tmp_path, MadeUp(gain=gain, noise=0.0), trials=6, predict=predict)
     assert result.decision and (result.decision.reason, result.decision.kept_default) == (words, kept)
+
+
+class Moody(MadeUp):
+    """Its default measured faster than all others, by luck; beside it, what drafts has `ratios` of its speed."""
+
+    def __init__(self, ratios: list[float]) -> None:
+        super().__init__(noise=0.0, gain=lambda c, b: 100.0 - 20 * (c != default_candidate(SPACE, 2)))
+        self.ratios = ratios
+
+    def pair(self, default: Candidate, candidate: Candidate) -> tuple[float, float]:
+        self.compared.append(candidate)
+        return 80.0, 80.0 * self.ratios[len(self.compared) % len(self.ratios)]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "words"),
+    [
+        ([1.3], "faster than the default in alternating rounds"),
+        ([0.8, 1.5, 1.6], "the gain over the default is inside the noise; autoregressive decoding is kept"),
+        ([0.9, 0.8, 1.1], "the difference from the default is inside the noise; autoregressive decoding is kept"),
+        ([0.9, 0.8], "slower than the default in alternating rounds; autoregressive decoding is kept"),
+    ],
+)
+def test_a_lucky_default_decides_nothing(ratios: list[float], words: str, tmp_path: Path) -> None:
+    """What measured a little slower than it is compared all the same, and nothing is called best inside the noise."""
+    result = small(
+        tmp_path, Moody(ratios), trials=6, predict=lambda c, _: Prediction(1.0 + c.decoding.drafts, 1.0, 1.0)
+    )
+    assert result.decision and result.decision.reason == words
+    assert result.decision.comparison and result.decision.comparison.rounds == 8
 
 
 class Flaky(MadeUp):
