@@ -145,7 +145,8 @@ def tune(
     if replay is not None:
         given: dict[str, object] = {"model": model, "device": device, "batch": batch, "context": context, "what": what}
         given |= {"prompts": prompts, "new-tokens": new_tokens, "repeats": repeats}
-        given |= {"lossless": lossless or None, "acceptance-histogram": histogram}
+        given |= {"lossless": lossless or None, "acceptance-histogram": histogram, "routing": routing}
+        given |= {"kernels": kernels, "tilings": tilings, "random-weights": random_weights or None}
         _refuse([name for name, value in given.items() if value is not None])
     asked = Request(
         effort=effort(effort_name).with_options(

@@ -4,7 +4,6 @@ trials, what mattered, how fast the best was found, and what the model's seeds w
 
 from __future__ import annotations
 
-import math
 import statistics
 import warnings
 from collections import Counter
@@ -296,7 +295,7 @@ def _importances(result: StudyResult) -> tuple[tuple[Importance, ...], str, floa
             kinds[parameter.name] = IntDistribution(int(parameter.low), int(parameter.high))
         else:
             kinds[parameter.name] = FloatDistribution(parameter.low, parameter.high, step=parameter.step)
-    top = min(0.5, max(_TOP_SHARE, math.ceil(_TOP_COUNT) / len(correct)))
+    top = min(0.5, max(_TOP_SHARE, _TOP_COUNT / len(correct)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # conditions that few settings met; the minimised target: it is negated
         optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would announce the study

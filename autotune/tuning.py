@@ -87,6 +87,10 @@ class Request:
                 "tilings are of Triton kernels, which run on a GPU: "
                 f"--what {self.what} needs --device cuda, but got --device cpu",
             )
+            require(
+                self.routing is None and self.kernels == STEP_KERNELS,
+                "--routing and --kernels are of tilings, which need --device cuda, but got --device cpu",
+            )
 
     @property
     def buckets(self) -> list[Bucket]:

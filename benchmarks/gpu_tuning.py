@@ -35,6 +35,7 @@ from runtime.bench_generation import sample_generation
 from runtime.checkpoint import random_model
 from runtime.config import DecodingConfig, KernelConfig
 from runtime.engines import engine_of
+from runtime.measurement import interval_name
 from runtime.statistics import paired_ratio
 
 TILINGS_SHARE, TABLE_SHARE = 0.5, 0.15  # of the part's time; the rest is decoding's
@@ -112,7 +113,7 @@ def write_pairs(
     ratio, low, high = paired_ratio([b for _, b in pairs], [a for a, _ in pairs])
     facts = {"what": what, "batch": batch, "setting": setting, "ratio": ratio, "low": low, "high": high}
     session.write("pairs", **facts, rounds=len(pairs), speeds=pairs, simulated=simulated, command=session.command)
-    session.say(f"  {ratio:10.3f} times [{low:.3f}, {high:.3f}] in {len(pairs)} pairs  {point}")
+    session.say(f"  {ratio:10.3f} times [{low:.3f}, {high:.3f}] ({interval_name(len(pairs))})  {point}")
 
 
 def search(session: Session, plan: Plan, batch: int, deadline: float) -> None:
@@ -253,9 +254,10 @@ def _shown(value: float | None, factor: float, unit: str) -> str:
 
 def pairs_table(session: Session) -> Iterator[str]:
     """What was compared in pairs, as Markdown."""
-    yield "| what | batch | setting | times the default | pairs | |"
-    yield "| --- | ---: | --- | ---: | ---: | --- |"
+    yield "| what | batch | setting | times the default | pairs | in brackets | |"
+    yield "| --- | ---: | --- | ---: | ---: | --- | --- |"
     for one in session.lines("pairs"):
         interval = f"{one['ratio']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
-        cells = [one["what"], one["batch"], one["setting"], interval, one["rounds"], one["simulated"] or ""]
+        cells = [one["what"], one["batch"], one["setting"], interval, one["rounds"], interval_name(one["rounds"])]
+        cells.append(one["simulated"] or "")
         yield "| " + " | ".join(map(str, cells)) + " |"

@@ -33,6 +33,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
             "needs LMDeploy with this model among its diffusion models",
             "pipeline(MODEL, backend_config=PytorchEngineConfig(**json.load(open('engine-config.json'))))",
             f"lmdeploy serve api_server MODEL --backend pytorch {flags}",
+            "requests must say temperature 0, as it was tuned: left out, the server samples",
         ]
     else:
         says = [
