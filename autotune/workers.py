@@ -117,13 +117,21 @@ def _pass_on(stream: IO[str] | None, prefix: str) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that a batch system's end of a job ends the workers in order."""
+    """SIGTERM as Ctrl-C, so that a batch system's end of a job ends the workers in order.
+
+    A shell's background job ignores SIGINT, and so would its workers, whom this process interrupts: what is handled,
+    if by nothing, is not inherited.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: interrupt}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        handlers[signal.SIGINT] = lambda number, frame: None
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -514,8 +514,11 @@ def test_workers_run_side_by_side_and_the_worst_end_counts(capfd: pytest.Capture
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_reaches_each_worker_once(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "ignored"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)]
+)
+def test_an_interrupt_reaches_each_worker_once(number: signal.Signals, ignored: bool, tmp_path: Path) -> None:
+    """ignored: SIGINT, as a shell's background job has it."""
     worker = (
         "import pathlib, sys, time\n"
         "file = pathlib.Path(sys.argv[1])\n"
@@ -524,7 +527,12 @@ def test_an_interrupt_reaches_each_worker_once(number: signal.Signals, tmp_path:
     )
     files = [tmp_path / name for name in "ab"]
     commands = [[sys.executable, "-c", worker, str(file)] for file in files]
-    program = f"import sys; from autotune.workers import run_workers; sys.exit(run_workers({commands!r}, [{{}}, {{}}]))"
+    program = (
+        "import signal, sys\n"
+        f"signal.signal(signal.SIGINT, signal.{'SIG_IGN' if ignored else 'default_int_handler'})\n"
+        "from autotune.workers import run_workers\n"
+        f"sys.exit(run_workers({commands!r}, [{{}}, {{}}]))"
+    )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, start_new_session=True)
     try:
         while not all(file.exists() for file in files):
