@@ -20,7 +20,7 @@ INTERVAL_ROUNDS = 6  # the fewest whose range holds the median with 95%: 1 - 2 /
 
 
 def interval_name(rounds: int) -> str:
-    """What low and high of `statistics.paired_ratio` are: below `INTERVAL_ROUNDS` rounds only the range that was seen."""
+    """What low and high of `statistics.paired_ratio` are: with fewer than `INTERVAL_ROUNDS` only the range seen."""
     return "95% interval" if rounds >= INTERVAL_ROUNDS else f"range of {rounds} rounds"
 
 
