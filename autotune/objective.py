@@ -6,6 +6,7 @@ what it imports load no search library: device machines need none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -111,9 +112,10 @@ def run_stages(
             found = known[name] if name in known else stage()
         except StageFailure as failure:
             result |= {"outcome": failure.outcome, "reason": failure.reason}
-            if failure.findings:
-                store(name, failure.findings)
-                findings |= failure.findings
+            told = {k: v for k, v in failure.findings.items() if v == v}  # an error that is NaN is no number to keep
+            if told:
+                store(name, told)
+                findings |= told
         except Unavailable:
             raise
         except UserError as error:
@@ -140,14 +142,33 @@ def most_tokens_of(decoding: DecodingConfig) -> float:
     return decoding.kept_slots * early
 
 
+def slowdown(runner: Runner, candidate: Candidate, step_seconds: float | None) -> float:
+    """How many times longer its step takes now than when it was measured: something else may keep the machine busy.
+
+    Infinite where that cannot be told; 1 where it takes less.
+    """
+    try:
+        return max(1.0, runner.micro_benchmark(candidate) / step_seconds) if step_seconds else math.inf
+    except Unavailable:
+        raise
+    except (StageFailure, UserError, *DEVICE_ERRORS):
+        return math.inf
+
+
 def decoding_stages(
-    candidate: Candidate, runner: Runner, best: float, most_tokens: float, outputs: Outputs | None = None
+    candidate: Candidate,
+    runner: Runner,
+    best: float,
+    most_tokens: float,
+    outputs: Outputs | None = None,
+    slowed: Callable[[], float] = lambda: 1.0,
 ) -> dict[str, Stage]:
     """The stages of a decoding trial, by the names of DECODING_STAGES.
 
     best: tokens/s of the fastest known lossless setting (0: none is known, or this one is measured in any case).
     most_tokens: of all sequences in one step. A setting that would be slower than `best` even if each step committed
-    so many is dominated for certain, and ends as "slower" before it is measured in full.
+    so many is dominated, and ends as "slower" before it is measured in full.
+    slowed: asked before that, how many times slower the machine is now than when `best` was measured.
     outputs: those that a known decode stage had stored.
     """
     decoded: list[Outputs] = [] if outputs is None else [outputs]
@@ -164,7 +185,7 @@ def decoding_stages(
     def micro_benchmark() -> dict[str, Any]:
         found = {"step_seconds": runner.micro_benchmark(candidate)}
         most = most_tokens / found["step_seconds"]
-        if most * STEP_MARGIN < best:
+        if most * STEP_MARGIN < best and most * slowed() * STEP_MARGIN < best:
             reason = f"if every draft were accepted, {most:.3g} tokens/s; the fastest lossless setting has {best:.3g}"
             raise StageFailure("slower", reason, found)
         return found

@@ -27,6 +27,7 @@ from autotune.objective import (
     decoding_stages,
     most_tokens_of,
     run_stages,
+    slowdown,
 )
 from autotune.results import Decision, StudyResult, Subject, TrialRecord, comparison_of, decision_words
 from autotune.seeding import Predict
@@ -85,7 +86,8 @@ def tune(
     require(max_divergence >= 0, f"max_divergence >= 0 must hold, but got {max_divergence}")
     end = None if seconds is None else time.monotonic() + seconds
     worker = worker or f"{socket.gethostname()}:{os.getpid()}"
-    with sole_worker(url), database_errors(url):
+    with sole_worker(url), database_errors(url), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's groups, and of heartbeats
         claims = Claims(url)
         try:
             found = _Worker(url, subject, runner, claims, default=default, predict=predict, seed=seed, name=worker)
@@ -129,11 +131,9 @@ class _Worker:
             raise UserError(f"study {subject.name!r} in {shown(url)} was made with {reason}: tune into another place")
         # A fresh stream for each continuation, and for each of many workers: the same one again would propose the same.
         stream = seed + len(stored.trials) + (0 if self.alone else zlib.crc32(name.encode()) % 2**31)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group`: conditions make groups
-            self.study.sampler = optuna.samplers.TPESampler(
-                seed=stream % 2**32, multivariate=True, group=True, constant_liar=not self.alone
-            )
+        self.study.sampler = optuna.samplers.TPESampler(  # `group`: conditions make groups
+            seed=stream % 2**32, multivariate=True, group=True, constant_liar=not self.alone
+        )
 
     def _open(self, name: str) -> optuna.Study:
         study = optuna.create_study(
@@ -208,9 +208,7 @@ class _Worker:
     def _wait(self, study: optuna.Study) -> None:
         """For other workers. What those that are gone have left behind fails, and is queued again."""
         time.sleep(POLL_SECONDS)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(study)
+        optuna.storages.fail_stale_trials(study)
 
     def _run_one(self, result: StudyResult) -> TrialRecord | None:
         """Run the next queued or proposed setting. None when it is another worker's."""
@@ -252,9 +250,10 @@ class _Worker:
         predicted = self.predict(candidate, result.acceptance())
         if predicted is not None:
             trial.set_user_attr("prediction", {f"predicted_{k}": v for k, v in predicted._asdict().items()})
-        best = max((t.tokens_per_second or 0.0 for t in result.correct if t.lossless), default=0.0)
+        fastest = next((t for t in result.allowed(0.0)), None)
         if key == self.space.key(self.default) or trial.user_attrs.get("queued", {}).get("source") == "pilot":
-            best = 0.0  # others are compared with it, or predicted from it
+            fastest = None  # others are compared with it, or predicted from it
+        best = fastest.tokens_per_second or 0.0 if fastest else 0.0
         most = self.space.batch * most_tokens_of(candidate.decoding)
         outputs = known.get("decode", {}).get("outputs")
 
@@ -262,7 +261,10 @@ class _Worker:
             spent = {"spent_seconds": time.monotonic() - began} if name == "result" else {}
             trial.set_user_attr(name, findings | spent)
 
-        return run_stages(decoding_stages(candidate, self.runner, best, most, outputs), store, known)
+        def slowed() -> float:
+            return slowdown(self.runner, result.candidate(fastest), fastest.step_seconds) if fastest else 1.0
+
+        return run_stages(decoding_stages(candidate, self.runner, best, most, outputs, slowed), store, known)
 
     def _claim(self, trial: optuna.Trial, key: str) -> tuple[TrialRecord | None, dict[str, dict[str, Any]]]:
         """Claim a setting. The trial that has measured it, if one has; the stages that a lost one had stored."""

@@ -341,6 +341,17 @@ def test_stages_are_stored_one_by_one_and_go_on(at: int) -> None:
     assert run_stages(stages, lambda *_: None, known) == found and asked == [last]
 
 
+def test_an_error_that_is_no_number_is_kept_in_words() -> None:
+    """NaN is no JSON: a wrong kernel's would make the whole study's unreadable to strict readers."""
+    stored: dict[str, dict[str, Any]] = {}
+
+    def numerics() -> dict[str, Any]:
+        raise StageFailure("incorrect", "logits are nan", {"logit_error": float("nan"), "rerouted": 0.5})
+
+    run_stages({"numerics": numerics}, stored.__setitem__)
+    assert stored["numerics"] == {"rerouted": 0.5} and stored["result"]["reason"] == "logits are nan"
+
+
 def test_a_failure_can_be_sent_between_processes() -> None:
     sent = pickle.loads(pickle.dumps(StageFailure("timeout", "longer than 1 s", {"step_seconds": 2.0})))
     assert (sent.outcome, sent.reason, sent.findings) == ("timeout", "longer than 1 s", {"step_seconds": 2.0})
@@ -359,6 +370,22 @@ def test_only_what_is_dominated_is_called_slower(tmp_path: Path) -> None:
         assert speed(result.candidate(trial)) < fastest
     assert not {space.key(result.candidate(t)) for t in slower} & {space.key(c) for c in runner.measured}
     assert result.decision and result.trial(result.decision.trial).lossless
+
+
+def test_a_busy_machine_calls_nothing_slower(tmp_path: Path) -> None:
+    """From the fourth setting on everything takes ten times as long: what is slow then is the machine."""
+
+    class Busy(MadeUp):
+        def sample(self, candidate: Candidate) -> float:
+            return super().sample(candidate) / (10 if len(self.measured) > 3 else 1)
+
+    about = subject(space=small_space(lossless=False))
+    result = run(tmp_path, Busy(noise=0.0), about, trials=30, sampler="random", predict=blind)
+    slower = [t for t in result.measured if t.outcome == "slower"]
+    assert slower
+    for trial in slower:
+        known = [speed(result.candidate(t)) for t in result.correct if t.lossless and t.number < trial.number]
+        assert speed(result.candidate(trial)) < max(known)
 
 
 # --- strategies
