@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,13 @@ def retry_lost(study: optuna.Study, *, running: bool) -> None:
             continue
         if trial.number not in retried:
             retry(study, trial)
+
+
+def fail_stale(study: optuna.Study) -> None:
+    """Fail the trials of workers that are gone; the storage queues them again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
 
 
 @contextmanager

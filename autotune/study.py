@@ -16,7 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.claims import Claims
-from autotune.lost import retry_lost, unless_given_up
+from autotune.lost import fail_stale, retry_lost, unless_given_up
 from autotune.objective import (
     DECODING_STAGES,
     DEVICE_ERRORS,
@@ -87,7 +87,7 @@ def tune(
     end = None if seconds is None else time.monotonic() + seconds
     worker = worker or f"{socket.gethostname()}:{os.getpid()}"
     with sole_worker(url), database_errors(url), warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's groups, and of heartbeats
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of TPE's groups
         claims = Claims(url)
         try:
             found = _Worker(url, subject, runner, claims, default=default, predict=predict, seed=seed, name=worker)
@@ -208,7 +208,7 @@ class _Worker:
     def _wait(self, study: optuna.Study) -> None:
         """For other workers. What those that are gone have left behind fails, and is queued again."""
         time.sleep(POLL_SECONDS)
-        optuna.storages.fail_stale_trials(study)
+        fail_stale(study)
 
     def _run_one(self, result: StudyResult) -> TrialRecord | None:
         """Run the next queued or proposed setting. None when it is another worker's."""

@@ -12,7 +12,6 @@ import os
 import socket
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autotune.claims import Claims
 from autotune.isolation import Child
-from autotune.lost import retry_lost, unless_given_up
+from autotune.lost import fail_stale, retry_lost, unless_given_up
 from autotune.objective import Stage, StageFailure, Unavailable, run_stages
 from autotune.storage import database_errors, open_storage, shown, single_worker, sole_worker
 from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial, decision_of
@@ -253,9 +252,7 @@ class _Tuner:
     def _wait(self, study: optuna.Study) -> None:
         """For other workers. What those that are gone have left behind fails, and is queued again."""
         time.sleep(POLL_SECONDS)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(study)
+        fail_stale(study)
 
     def _run_one(self) -> TilingTrial | None:
         """Run a queued tiling. None when it is another worker's."""
