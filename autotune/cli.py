@@ -140,7 +140,7 @@ def tune(
     from autotune.dry_run import dry_run as look_ahead
     from autotune.dry_run import lines
     from autotune.storage import shown, storage_url
-    from autotune.workers import plan_workers
+    from autotune.workers import plan_workers, terminated_as_interrupted
 
     if replay is not None:
         given: dict[str, object] = {"model": model, "device": device, "batch": batch, "context": context, "what": what}
@@ -189,7 +189,7 @@ def tune(
             code = _run_workers(places, url)
             found = Found(*_read(url))
         else:
-            with progress(limit, quiet=quiet) as show:
+            with terminated_as_interrupted(), progress(limit, quiet=quiet) as show:
                 found = run(asked, url, out, show, limit, _command())
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import IO, Any
 
 from hardware.files import UserError
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _COUNT = "import json, torch; print(json.dumps([torch.cuda.device_count(), torch.version.hip is not None]))"
 
 
@@ -70,7 +72,7 @@ def run_workers(commands: Sequence[Sequence[str]], environments: Sequence[Mappin
     """
     workers: list[subprocess.Popen[str]] = []
     readers = []
-    with _terminated_as_interrupted():
+    with terminated_as_interrupted():
         try:
             for number, (command, environment) in enumerate(zip(commands, environments, strict=True), start=1):
                 worker = subprocess.Popen(
@@ -81,6 +83,7 @@ def run_workers(commands: Sequence[Sequence[str]], environments: Sequence[Mappin
                     text=True,
                     errors="replace",
                     process_group=0,  # a terminal's Ctrl-C reaches this process alone, which passes it on
+                    preexec_fn=_end_with_parent,
                 )
                 workers.append(worker)
                 readers.append(threading.Thread(target=_pass_on, args=(worker.stderr, f"[{number}] "), daemon=True))
@@ -100,6 +103,15 @@ def run_workers(commands: Sequence[Sequence[str]], environments: Sequence[Mappin
     return max((_code(w.returncode) for w in workers), default=0)
 
 
+def _end_with_parent() -> None:
+    """Be interrupted when the parent is gone, killed for example: else the same command would start others beside.
+
+    By Linux alone; elsewhere workers go on to their end.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
+
+
 def _interrupt(workers: Sequence[subprocess.Popen[str]]) -> None:
     for worker in workers:
         worker.send_signal(signal.SIGINT)  # does nothing to one that has ended
@@ -116,8 +128,8 @@ def _pass_on(stream: IO[str] | None, prefix: str) -> None:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that a batch system's end of a job ends the workers in order.
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that a batch system's end of a job ends a tuning run in order.
 
     A shell's background job ignores SIGINT, and so would its workers, whom this process interrupts: what is handled,
     if by nothing, is not inherited.

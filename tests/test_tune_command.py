@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -141,11 +144,19 @@ def test_from_a_recording_to_an_export(command: Any, recording: Path, tmp_path: 
     assert code == 2 and "known: made-up batch=1" in err
 
 
+def ctrl_c(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def terminated(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("interrupt", [ctrl_c, terminated])
 def test_an_interrupted_command_says_how_to_go_on(
-    command: Any, recording: Path, monkeypatch: pytest.MonkeyPatch
+    interrupt: Callable[..., None], command: Any, recording: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
 
     tune = ("tune", "--replay", recording, "--trials", 8, "--rounds", 6)
     with monkeypatch.context() as patch:
