@@ -215,6 +215,10 @@ class StudyResult:
         found = [t for t in self.correct if t.lossless or 0 < max_divergence >= _known(t.divergence)]
         return sorted(found, key=lambda t: -_known(t.tokens_per_second))
 
+    def challengers(self, base: TrialRecord, max_divergence: float) -> list[TrialRecord]:
+        """Allowed settings to compare the default with, the fastest first: those that measured near it or faster."""
+        return [t for t in self.allowed(max_divergence) if t != base and t.near(base)]
+
     def best_autoregressive(self) -> TrialRecord | None:
         """The fastest setting without drafts, so that a gain over the default is not taken for one of drafting."""
         found = [t for t in self.allowed(0.0) if t.params["sampler"] == "autoregressive"]

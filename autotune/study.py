@@ -29,7 +29,7 @@ from autotune.objective import (
     run_stages,
     slowdown,
 )
-from autotune.results import Decision, StudyResult, Subject, TrialRecord, comparison_of, decision_words
+from autotune.results import NEAR, Decision, StudyResult, Subject, TrialRecord, comparison_of, decision_words
 from autotune.seeding import Predict
 from autotune.space import Candidate
 from autotune.storage import database_errors, open_storage, read_study, read_trial, shown, single_worker, sole_worker
@@ -196,11 +196,13 @@ class _Worker:
                 return
 
     def _deciding_seconds(self, result: StudyResult, rounds: int, max_divergence: float) -> float:
-        """What the final comparison will take: rounds of the default and of the best, as slow while none is faster."""
+        """What the final comparison takes: rounds of the default and of the best, or of the slowest that may be it."""
         base = result.find(self.default)
         if base is None or base.outcome != "correct":
             return 0.0
-        return rounds * (_pass_seconds(base) + _pass_seconds(result.allowed(max_divergence)[0]))
+        own, others = _pass_seconds(base), result.challengers(base, max_divergence)
+        # One more round's time is for the trial that comes before.
+        return (rounds + 1) * (own + (_pass_seconds(others[0]) if others else own / NEAR))
 
     def _queue(self, candidate: Candidate, source: str) -> None:
         self.study.enqueue_trial(self.space.encode(candidate), {"queued": {"source": source}}, skip_if_exists=True)
@@ -324,11 +326,7 @@ class _Worker:
     ) -> tuple[TrialRecord, Comparison | None, list[str]]:
         """The fastest allowed setting beside the default. One that fails now, though it ran before, is left out."""
         remarks: list[str] = []
-        for best in result.allowed(max_divergence):  # the fastest first
-            if best == base:
-                continue
-            if not best.near(base):
-                break
+        for best in result.challengers(base, max_divergence):
             try:
                 return best, self._compare(result, base, best, rounds), remarks
             except StageFailure as failure:
