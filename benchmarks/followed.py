@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -61,7 +62,10 @@ def follow(study: StudyResult, deployment: Deployment, rounds: int, wanted: str)
         "default": lambda: run(*default),
     }
     speeds = interleave(runs, rounds)
-    noted = rule.evidence.get("comparison", rule.evidence)
+    compared, kept = study.decision.comparison, study.decision.kept_default
+    tuned_speed = (
+        None if compared is None else compared.default_tokens_per_second if kept else compared.tokens_per_second
+    )
     return {
         "study": study.name,
         "decoding": {"sampler": rule.decoding.sampler, "draft_tokens": rule.decoding.draft_tokens},
@@ -70,7 +74,7 @@ def follow(study: StudyResult, deployment: Deployment, rounds: int, wanted: str)
         "samples": speeds,
         "deployment_over_settings": paired_ratio(speeds["deployment"], speeds["settings"]),
         "deployment_over_default": paired_ratio(speeds["deployment"], speeds["default"]),
-        "tuned": {name: noted.get(name) for name in ("tokens_per_second", "ratio", "ratio_low", "ratio_high")},
+        "tokens_per_second_when_decided": tuned_speed,
     }
 
 
@@ -93,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"{row['study']}: deployment {speeds['deployment']:.0f} tokens/s, over the same settings given directly "
             f"{ratio:.3f}x [{low:.3f}, {high:.3f}], over the default {gain[0]:.2f}x [{gain[1]:.2f}, {gain[2]:.2f}]; "
-            f"when tuned {row['tuned']['tokens_per_second']:.0f} tokens/s",
+            f"when it was decided {row['tokens_per_second_when_decided'] or math.nan:.0f} tokens/s",
             flush=True,
         )
     if chosen.out:
