@@ -14,6 +14,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from autotune.space import Candidate
 from autotune.storage import read_studies
 from benchmarks.common import fail_in_one_line, origin
 from hardware.files import write_atomic
-from runtime.bench import interleave, paired_ratio
-from runtime.config import require
+from runtime.bench import paired_ratio
+from runtime.config import KernelConfig, require
 from runtime.deployment import Deployment, load_deployment
 from runtime.engine import generate
 from runtime.policy import Settings, using
@@ -47,21 +48,28 @@ def follow(study: StudyResult, deployment: Deployment, rounds: int, wanted: str)
     assert study.decision is not None
     default = study.candidate(study.trial(study.decision.default_trial))
 
-    def run(settings: Settings, kernels: Any = None) -> float:
-        tokens, seconds = 0, 0.0
+    def run(settings: Settings, kernels: KernelConfig | None = None) -> float:
+        tokens, seconds, warm = 0, 0.0, False  # the first batch twice: other settings ran before
         with using(tuned.model, kernels):
-            for begin in range(0, len(prompts), batch):
-                part = prompts[begin : begin + batch]
+            for place in (0, *range(0, len(prompts), batch)):
+                part = prompts[place : place + batch]
                 found = generate(tuned.model, part, settings, max_new_tokens=work.new_tokens, batch=batch)
-                tokens, seconds = tokens + sum(map(len, found.tokens)), seconds + found.decode_seconds
+                if warm:
+                    tokens, seconds = tokens + sum(map(len, found.tokens)), seconds + found.decode_seconds
+                warm = True
         return tokens / seconds
 
-    runs = {
+    runs: dict[str, Callable[[], float]] = {
         "deployment": lambda: run(deployment),
         "settings": lambda: run(*Candidate(rule.decoding, rule.kernels)),
         "default": lambda: run(*default),
     }
-    speeds = interleave(runs, rounds)
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(1 + rounds):  # the first warms up
+        for name in list(runs) if number % 2 else reversed(runs):  # there and back: none always follows the same
+            found = runs[name]()
+            if number:
+                speeds[name].append(found)
     compared, kept = study.decision.comparison, study.decision.kept_default
     tuned_speed = (
         None if compared is None else compared.default_tokens_per_second if kept else compared.tokens_per_second
