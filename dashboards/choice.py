@@ -1,10 +1,9 @@
-"""What a page shows, as data: the chosen point, its address in the URL, and the answers. Streamlit-free, torch-free."""
+"""The operating point that Explore shows, and the answers. Streamlit-free, torch-free."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -85,10 +84,6 @@ class Choice:
         """The acceptance length, where the sampler has one."""
         return self.acceptance_length if judged(self.decoding) else None
 
-    def query(self) -> dict[str, list[str]]:
-        """The parameters of the address that shows this choice."""
-        return {f.name: _texts(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
 
 @cache
 def engine_kinds() -> dict[str, str]:
@@ -106,25 +101,6 @@ def engines_of(devices: Sequence[str], chosen: str = DEFAULT_ENGINE) -> list[str
     return [DEFAULT_ENGINE, *fitting]
 
 
-def choice_from_query(parameters: Mapping[str, Sequence[str]]) -> Choice:
-    """The choice in an address; what it leaves out has its default. UserError: unknown keys and impossible values."""
-    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Choice)}
-    values: dict[str, Any] = {}
-    for key, texts in parameters.items():
-        if key not in defaults:
-            raise known("parameter of the address", key, defaults)
-        if key == "devices":
-            values[key] = tuple(texts)
-            continue
-        require(len(texts) == 1, f"{key} must be given once in the address, but is given {len(texts)} times")
-        kind = type(defaults[key])
-        try:
-            values[key] = {"True": True, "False": False}[texts[0]] if kind is bool else kind(texts[0])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{key} must be a {kind.__name__}, but is {texts[0]!r}") from error
-    return Choice(**values)
-
-
 def _levels(text: str) -> tuple[int, ...] | None:
     if text == DENSE:
         return None
@@ -132,10 +108,6 @@ def _levels(text: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UserError(f"levels must be {DENSE} or numbers with commas between them, but are {text!r}") from error
-
-
-def _texts(value: Any) -> list[str]:
-    return list(value) if isinstance(value, tuple) else [str(value)]
 
 
 @dataclass(frozen=True)

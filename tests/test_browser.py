@@ -112,7 +112,7 @@ def speedup(device: str, batch: int) -> str:
 
 
 def control(browser: Any, key: str) -> Any:
-    return browser.find_element("css selector", f".st-key-{key} input")
+    return browser.find_element("css selector", f".st-key-explore-{key} input")
 
 
 def keep_screenshot(browser: Any, name: str, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from dashboards import app as app_module
-from dashboards.choice import BATCHES, Choice, answer, choice_from_query
+from dashboards.address import from_query, to_query
+from dashboards.choice import BATCHES, Choice, answer
 from dashboards.evidence import (
     FrontPoint,
     front_info,
@@ -306,7 +307,7 @@ choices = st.builds(
 @settings(deadline=None, max_examples=50)
 @given(choices)
 def test_an_address_shows_the_choice_again(choice: Choice) -> None:
-    assert choice_from_query(choice.query()) == choice
+    assert from_query(Choice, to_query(choice)) == choice
 
 
 @pytest.mark.parametrize(
@@ -341,22 +342,22 @@ def test_an_impossible_address_is_refused(
 ) -> None:
     monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
     with pytest.raises(UserError, match=re.escape(message)):
-        choice_from_query(query)
+        from_query(Choice, query)
 
 
 def test_levels_that_no_sampler_reads_are_kept_and_stop_nothing() -> None:
     """Half-typed levels must not lock the page once another sampler is chosen: their field is disabled then."""
-    kept = choice_from_query({"sampler": ["two_forward"], "levels": ["0,"]})
+    kept = from_query(Choice, {"sampler": ["two_forward"], "levels": ["0,"]})
     assert kept.levels == "0," and kept.decoding == DecodingConfig("two_forward")
 
 
 def test_an_address_reads_no_file(tmp_path: Path) -> None:
     path = save_profile(one_level(), tmp_path / "plain.yaml")
     with pytest.raises(UserError, match="unknown hardware"):
-        choice_from_query({"devices": [str(path)]})
+        from_query(Choice, {"devices": [str(path)]})
     (tmp_path / "config.json").write_text('{"model_type": "zaya"}')
     with pytest.raises(UserError, match="unknown model"):
-        choice_from_query({"model": [str(tmp_path)]})
+        from_query(Choice, {"model": [str(tmp_path)]})
 
 
 @pytest.fixture
@@ -410,17 +411,17 @@ def test_each_control_changes_the_answer_and_the_address(page: AppTest, kind: st
     page.query_params["batch"] = "32"
     page.run()
     before = metrics(page)
-    getattr(page, kind)(key=key).set_value(value).run()
+    getattr(page, kind)(key=f"explore-{key}").set_value(value).run()
     assert shown(page) == []
-    choice = choice_from_query(
-        {"batch": ["32"], key: [str(v) for v in (value if isinstance(value, list) else [value])]}
+    choice = from_query(
+        Choice, {"batch": ["32"], key: [str(v) for v in (value if isinstance(value, list) else [value])]}
     )
     found = answer(choice, load_profile(choice.devices[0])).chosen
     after = metrics(page)
     assert after["speedup"] == f"{found.speedup_over_autoregressive:.2f}x"
     assert after[f"{choice.sampler} tokens/s"] == f"{found.tokens_per_second:,.0f}"
     assert after != before or key == "dtype"  # float16 costs what bfloat16 does
-    assert page.query_params[key] == choice.query()[key][-1]
+    assert page.query_params[key] == to_query(choice)[key][-1]
     assert len(page.get("plotly_chart")) == (2 if choice.sampler == "autoregressive" else 3)
 
 
@@ -452,21 +453,21 @@ def test_a_samplers_own_controls(page: AppTest, sampler: str, kind: str, key: st
     page.query_params["batch"] = "64"  # where slots cost time
     page.run()
     before = metrics(page)
-    getattr(page, kind)(key=key).set_value(value).run()
+    getattr(page, kind)(key=f"explore-{key}").set_value(value).run()
     assert shown(page) == []
-    choice = choice_from_query({"sampler": [sampler], "batch": ["64"], key: [str(value).replace(" ", "")]})
+    choice = from_query(Choice, {"sampler": [sampler], "batch": ["64"], key: [str(value).replace(" ", "")]})
     found = answer(choice, load_profile(choice.devices[0])).chosen
     assert metrics(page)[f"{sampler} tokens/s"] == f"{found.tokens_per_second:,.0f}" != before[f"{sampler} tokens/s"]
-    assert page.query_params[key] == choice.query()[key][-1]
-    assert page.number_input(key="acceptance_length").disabled == (sampler == "denoising" and key != "verify")
-    page.selectbox(key="sampler").set_value("two_forward").run()
-    assert getattr(page, kind)(key=key).disabled
+    assert page.query_params[key] == to_query(choice)[key][-1]
+    assert page.number_input(key="explore-acceptance_length").disabled == (sampler == "denoising" and key != "verify")
+    page.selectbox(key="explore-sampler").set_value("two_forward").run()
+    assert getattr(page, kind)(key=f"explore-{key}").disabled
 
 
 def test_the_engine_can_be_changed(page: AppTest) -> None:
     """To one that runs on a device of the kind that is chosen; the address holds it."""
     page.run()
-    engine = page.selectbox(key="engine")
+    engine = page.selectbox(key="explore-engine")
     assert {"default", "ridgepoint-eager", "vllm", "zyphra-vllm"} <= set(engine.options)
     assert "ridgepoint-cpu" not in engine.options
     before = metrics(page)
@@ -486,8 +487,10 @@ def test_the_engine_can_be_changed(page: AppTest) -> None:
 def test_the_model_can_be_changed(page: AppTest) -> None:
     page.query_params["context"] = "512"
     page.run()
-    other = next(name for name in page.selectbox(key="model").options if name != "zaya1-8b")  # a checkpoint that ships
-    page.selectbox(key="model").set_value(other).run()
+    other = next(
+        name for name in page.selectbox(key="explore-model").options if name != "zaya1-8b"
+    )  # a checkpoint that ships
+    page.selectbox(key="explore-model").set_value(other).run()
     assert shown(page) == []
     found = answer(Choice(model=other, context=512), load_profile("h100-sxm")).chosen
     assert metrics(page)["two_forward tokens/s"] == f"{found.tokens_per_second:,.0f}"
@@ -507,13 +510,13 @@ def test_an_impossible_choice_is_one_line_and_mended_by_another(
     page: AppTest, kind: str, key: str, value: Any, message: str
 ) -> None:
     page.run()
-    default = getattr(page, kind)(key=key).value
-    getattr(page, kind)(key=key).set_value(value).run()
+    default = getattr(page, kind)(key=f"explore-{key}").value
+    getattr(page, kind)(key=f"explore-{key}").set_value(value).run()
     errors = shown(page)
     assert errors
     assert all(message in e and "\n" not in e for e in errors)
     assert not page.metric
-    getattr(page, kind)(key=key).set_value(default).run()
+    getattr(page, kind)(key=f"explore-{key}").set_value(default).run()
     assert shown(page) == []
     assert page.metric
 
@@ -523,22 +526,22 @@ def test_an_address_is_followed_and_a_bad_one_named(page: AppTest) -> None:
     page.query_params["devices"] = ["mi300x"]
     page.run()
     assert shown(page) == []
-    assert page.number_input(key="batch").value == 32
-    assert page.multiselect(key="devices").value == ["mi300x"]
+    assert page.number_input(key="explore-batch").value == 32
+    assert page.multiselect(key="explore-devices").value == ["mi300x"]
     page.query_params["batch"] = "[x](http://example.org)"  # another address in the same session
     page.run()
     (error,) = shown(page)
     assert error.startswith("The address cannot be shown")
     assert "](" not in error  # no link is made of it
-    assert page.number_input(key="batch").value == 1
+    assert page.number_input(key="explore-batch").value == 1
 
 
 def test_a_users_profile_is_offered_and_a_broken_one_is_one_line(page: AppTest, tmp_path: Path) -> None:
     save_profile(one_level("mine"), tmp_path / "hardware" / "mine.yaml")
     (tmp_path / "hardware" / "broken.yaml").write_text("name: broken\n")
     page.run()
-    assert {"mine", "broken"} <= set(page.multiselect(key="devices").options)
-    page.multiselect(key="devices").set_value(["broken", "mine"]).run()
+    assert {"mine", "broken"} <= set(page.multiselect(key="explore-devices").options)
+    page.multiselect(key="explore-devices").set_value(["broken", "mine"]).run()
     (error,) = shown(page)
     assert "missing key" in error
     assert metrics(page)["speedup"] == f"{step(one_level('mine')).speedup_over_autoregressive:.2f}x"

@@ -1,0 +1,117 @@
+"""What all pages are made of: their state in the address, problems in a line, figures and tables to download."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import plotly.graph_objects as go
+import streamlit as st
+
+from dashboards.address import from_query, to_query
+from hardware.files import UserError
+
+V = TypeVar("V")
+_PAGES = {"light": "#ffffff", "dark": "#0e1117"}  # behind a figure, so that its picture can be read by itself
+
+
+def escape(text: object) -> str:
+    """Names come from files and addresses: no Markdown in them is obeyed."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+-!|$~:" else c for c in str(text))
+
+
+def problem(error: UserError | str) -> None:
+    """A failure that the reader can mend, in one line."""
+    st.error(escape(" ".join(str(error).split())))
+
+
+# --- a page's state
+
+
+def key(page: str, field: str) -> str:
+    """The key of the widget that holds a field of a page's view."""
+    return f"{page}-{field}"
+
+
+def restore(cls: type[V], page: str) -> None:
+    """Fill a page's widgets from the address where that is not what the page itself wrote, before they are drawn.
+
+    A reader who comes back from another page finds what was left. A widget that was not drawn for a while, whose value
+    Streamlit has forgotten, gets it back. An address that cannot be shown is named, and the default view is shown.
+    """
+    asked = {name: st.query_params.get_all(name) for name in st.query_params}
+    written = st.session_state.get(_written(page))
+    missing_only = asked == written
+    if not asked and written is not None:
+        asked = written
+    try:
+        view = from_query(cls, asked)
+    except UserError as error:
+        problem(f"The address cannot be shown: {error}")
+        view = cls()
+    for name in (f.name for f in dataclasses.fields(cls)):  # type: ignore[arg-type]
+        widget = key(page, name)
+        if not missing_only or widget not in st.session_state:
+            value = getattr(view, name)
+            st.session_state[widget] = list(value) if isinstance(value, tuple) else value
+
+
+def remember(view: Any, page: str) -> None:
+    """Write a page's view into the address."""
+    st.session_state[_written(page)] = query = to_query(view)
+    st.query_params.from_dict(query)
+
+
+def _written(page: str) -> str:
+    return f"address:{page}"
+
+
+# --- what a page shows
+
+
+def figure(
+    plot: go.Figure, name: str, columns: Mapping[str, Sequence[Any]], *, select: bool = False
+) -> list[dict[str, Any]]:
+    """Draw a figure with its data to download; the camera above it saves the picture. Returns the points selected."""
+    background = _PAGES.get(st.context.theme.type or "")
+    if background:
+        plot.update_layout(paper_bgcolor=background)
+    options = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": name}}
+    event = st.plotly_chart(plot, key=name, config=options, on_select="rerun" if select else "ignore")
+    _download(name, columns)
+    return list(event["selection"]["points"]) if select else []
+
+
+def table(columns: Mapping[str, Sequence[Any]], name: str) -> None:
+    """A table with its data to download."""
+    st.dataframe(dict(columns), key=name, hide_index=True)
+    _download(name, columns)
+
+
+def _download(name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+    st.download_button(
+        "data (CSV)",
+        csv_text(columns),
+        file_name=f"{name}.csv",
+        mime="text/csv",
+        key=f"{name}-data",
+        on_click="ignore",  # the page has nothing new to show
+        type="tertiary",
+    )
+
+
+def columns_of(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Rows as the named columns of a table, also where there is no row."""
+    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+
+
+def csv_text(columns: Mapping[str, Sequence[Any]]) -> str:
+    """Columns of one length as CSV with a header."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return stream.getvalue()
