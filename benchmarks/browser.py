@@ -1,0 +1,135 @@
+"""The dashboard, started as a user starts it, in a real Chromium: for its test, its response times and its pictures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hardware.files import UserError
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 60.0  # a shared machine may be slow; nothing sleeps that long when all is well
+WIDTH, HEIGHT = 1280, 900  # the narrowest window that every page must suit
+# Nothing but the page itself may be asked of the network, and nothing of another session reused.
+_FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars"
+)
+
+
+def browsers() -> tuple[str, str] | None:
+    """The paths of Chromium and of its driver; None where either is missing."""
+    chromium, driver = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+    return (chromium, driver) if chromium and driver else None
+
+
+@contextmanager
+def served(folder: Path, **environment: str) -> Iterator[str]:
+    """The address of a dashboard that is started in `folder`, which is its user's folder too; its log is in there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "ridgepoint.py"), "dashboard", "--headless", "--port", str(port)]
+    home = {"RIDGEPOINT_HOME": str(folder / "home")}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **home, **environment}, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        end = time.monotonic() + SECONDS
+        while not _answers(f"http://127.0.0.1:{port}/_stcore/health"):
+            if server.poll() is not None or time.monotonic() > end:
+                raise UserError(f"the dashboard did not start: {(folder / 'log').read_text()}")
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+@contextmanager
+def chromium(folder: Path, *, height: int = HEIGHT, theme: str = "light") -> Iterator[Any]:
+    """A headless browser with its profile and its downloads below `folder`. UserError where none is installed."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    found = browsers()
+    if found is None:
+        raise UserError("chromium and chromedriver must be installed, but are not")
+    options = webdriver.ChromeOptions()
+    options.binary_location = found[0]
+    for flag in [*_FLAGS.split(), f"--window-size={WIDTH},{height}", f"--user-data-dir={folder / 'profile'}"]:
+        options.add_argument(flag)
+    downloads = folder / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    driver = webdriver.Chrome(options=options, service=Service(found[1]))
+    try:
+        preference = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", preference)
+        yield driver
+    finally:
+        driver.quit()
+
+
+def wait(browser: Any, condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
+    """What the condition gives as soon as it is true. A timeout names `what` was waited for."""
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    waiting = WebDriverWait(browser, seconds, poll_frequency=0.02, ignored_exceptions=[StaleElementReferenceException])
+    return waiting.until(lambda _: condition(), message=what)
+
+
+_SETTLED = """
+const app = document.querySelector('[data-testid=stApp]');
+if (!app || app.dataset.testScriptState !== 'notRunning') return false;
+if (document.querySelector('[data-stale=true], [data-testid=stSkeleton]')) return false;
+const plots = [...document.querySelectorAll('[data-testid=stPlotlyChart]')];
+return plots.every(plot => plot.querySelector('.js-plotly-plot .main-svg'));
+"""
+
+
+def settled(browser: Any) -> bool:
+    """Whether the script of the page has ended, nothing on it is of a view before, and every figure is drawn."""
+    return bool(browser.execute_script(_SETTLED))
+
+
+_WHOLE = """
+const parts = document.querySelectorAll('[data-testid=stMain], [data-testid=stSidebarContent], body');
+return Math.max(...[...parts].map(part => part.scrollHeight));
+"""
+
+
+def picture(browser: Any, path: Path) -> None:
+    """A PNG of the whole page, also of what lies below the window."""
+    import base64
+
+    tall = browser.execute_script(_WHOLE)
+    size = {"width": WIDTH, "height": int(tall), "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        wait(browser, lambda: settled(browser), "the page at its whole height")
+        data = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(base64.b64decode(data))
