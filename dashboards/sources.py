@@ -27,6 +27,12 @@ _STUDY_FILE = "study.db"
 _DEEPEST, _MOST_FOLDERS, _MOST_SOURCES = 4, 2000, 200  # of the walk through a folder of runs
 _CONNECT_SECONDS = "5"
 _OPTIONS = ("application_name", "connect_timeout", "host", "port", "sslmode")  # none names a file to be read
+_OPERATORS = (  # what the environment's URL may also hold
+    *_OPTIONS,
+    *("channel_binding", "client_encoding", "gssencmode", "keepalives", "keepalives_count", "keepalives_idle"),
+    *("keepalives_interval", "options", "passfile", "service", "sslcert", "sslcrl", "sslkey", "sslrootcert"),
+    "target_session_attrs",
+)
 _FORM = "postgresql://USER@HOST:PORT/DATABASE"
 _DATABASE = f"a database must be given as {_FORM}, letters beyond A to Z and marks such as @ / : in %-form"
 
@@ -184,18 +190,21 @@ def _environment() -> Source:
     from autotune.storage import storage_url
 
     text = os.environ[ENVIRONMENT[1:]]
+    unread = ("://", f"{ENVIRONMENT}, which cannot be read")
     if "://" in text and not text.startswith("sqlite:"):
         try:
-            url, shown = _database(text, "", any_option=True)
+            url, shown = _database(text, "", _OPERATORS)
         except UserError:
-            url, shown = "://", f"{ENVIRONMENT}, which cannot be read"
+            url, shown = unread
     else:
         url = storage_url(text)
         shown = unquote(url.removeprefix("sqlite:///"))
+        if "@" in shown and not os.path.exists(shown):  # a database's URL, mistyped
+            url, shown = unread
     return Source(ENVIRONMENT, f"{ENVIRONMENT} ({shown})", url, shown, "environment")
 
 
-def _database(text: str, password: str, *, any_option: bool = False) -> tuple[str, str]:
+def _database(text: str, password: str, options: tuple[str, ...] = _OPTIONS) -> tuple[str, str]:
     """(URL with the password, the same without) of a PostgreSQL database.
 
     Strict, because what is misread is shown: half a password that holds an @ would stand in the host's place.
@@ -214,12 +223,14 @@ def _database(text: str, password: str, *, any_option: bool = False) -> tuple[st
     query = dict(parsed.query)
     secret = password or str(query.get("password") or parsed.password or "")
     query.pop("password", None)
-    if not any_option and not set(query) <= set(_OPTIONS):
+    if not set(query) <= set(options):  # not repeated: half a password may be read as one
         raise UserError(f"options of a database's URL may be {', '.join(_OPTIONS)}; give others by {ENVIRONMENT[1:]}")
-    if "@" in f"{parsed.host}{parsed.database}":
+    if ("@" in text and parsed.username is None) or "@" in f"{parsed.host}{parsed.database}":
         raise UserError(_DATABASE)
     if not secret.isprintable():
         raise UserError("a database's password must be printable")
+    if secret and not parsed.username:
+        raise UserError(f"a password needs a user: {_FORM}")
     query.setdefault("connect_timeout", _CONNECT_SECONDS)
     where = (parsed.host, parsed.port, parsed.database)
     url = URL.create(parsed.drivername, parsed.username, secret or None, *where, query)

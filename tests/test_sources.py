@@ -1,0 +1,178 @@
+"""Which places studies are read from, and that no password is told."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dashboards import sources
+from dashboards.sources import ENVIRONMENT, known_sources, read_source, source_of, stamp
+from hardware.files import UserError
+from tests.made_up import MadeUp, run, subject
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own folder to start from, and an own user's folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(ENVIRONMENT[1:], raising=False)
+    return tmp_path / "here"
+
+
+def put(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    return path
+
+
+def ours() -> dict[str, sources.Source]:
+    """Without what ships."""
+    return {name: source for name, source in known_sources().items() if source.kind != "shipped"}
+
+
+def test_studies_of_this_folder_and_of_the_user_are_known_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ours() == {}
+    for name in ("runs/tune", "runs/a b/c", "demo-out/tune", "runs"):
+        put(folder / name / "study.db")
+    put(folder.parent / "home" / "studies" / "mine" / "study.db")
+    put(folder / "outside" / "study.db")
+    put(folder / "runs" / "1" / "2" / "3" / "4" / "5" / "study.db")
+    (folder / "runs" / "out").symlink_to(folder / "outside")
+    put(folder / "runs" / "link" / "other").with_name("study.db").symlink_to(folder / "outside" / "study.db")
+    assert list(ours()) == ["runs/a b/c", "runs", "runs/tune", "demo-out/tune", "studies/mine"]
+    for name, source in ours().items():
+        assert source.name == name == source.label and source.kind == "local"
+        assert source_of(name) == source
+        assert source.shown == f"{name}/study.db" and str(folder) not in repr(source)
+    assert source_of("./runs/tune/study.db") == source_of("sqlite:///runs/tune") == ours()["runs/tune"]
+    monkeypatch.setenv(ENVIRONMENT[1:], str(folder / "outside"))
+    source = known_sources()[ENVIRONMENT]
+    assert source.kind == "environment" and source.shown == str(folder / "outside" / "study.db")
+
+
+def test_a_walk_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(8):
+        put(folder / "runs" / str(n) / "study.db")
+    monkeypatch.setattr(sources, "_MOST_FOLDERS", 4)
+    assert list(ours()) == ["runs/0", "runs/1", "runs/2"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["outside", "outside/study.db", "/etc/passwd", "runs/../outside/study.db", "runs/out", "sqlite:////etc/x.db",
+     "~nobody-here/x", "a\0b", "sqlite://", "file:runs/tune/study.db", ""],
+)  # fmt: skip
+def test_files_beyond_are_refused_and_not_repeated(folder: Path, text: str) -> None:
+    put(folder / "outside" / "study.db")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "out").symlink_to(folder / "outside")
+    with pytest.raises(UserError) as refused:
+        source_of(text)
+    assert "study" in str(refused.value) and (not text or text not in str(refused.value))
+    if "outside" in text:
+        assert all(str(place) in str(refused.value) for place in sources.folders().values())
+
+
+def test_a_source_is_read_and_its_stamp_follows_what_is_written(folder: Path) -> None:
+    about = subject()
+    run(folder / "runs" / "tune", MadeUp(), about, trials=2)
+    source = known_sources()["runs/tune"]
+    studies, tilings = read_source(source)
+    assert [len(s.measured) for s in studies] == [2] and tilings == []
+    before = stamp(source)
+    assert before and stamp(source) == before
+    run(folder / "runs" / "tune", MadeUp(), about, trials=3)
+    assert stamp(source) != before
+    with pytest.raises(UserError, match=r"there is no study at .*none"):
+        read_source(source_of("runs/none"))
+    put(folder / "runs" / "bad" / "study.db").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match="cannot use the study storage"):
+        read_source(source_of("runs/bad"))
+
+
+SHAPES = [
+    "postgresql://tuner:{}@127.0.0.1:1/db",
+    "postgresql://tuner:{}@nohost.invalid/db?sslmode=disable",
+    "postgresql+psycopg://tuner:{}@[::1]:1/db",
+    "postgresql://tuner@127.0.0.1:1/db?password={}",
+    "postgresql://tuner@127.0.0.1:1/db?sslpassword={}",
+    "postgresql://tuner@127.0.0.1:1/db?{}",
+    "postgresql+nodriver://tuner:{}@127.0.0.1/db",
+    "mysql://tuner:{}@127.0.0.1/db",
+    "postgresql://tuner:{}@127.0.0.1:port/db",
+    "postgresql://tuner/x:{}@127.0.0.1/db",
+    "postgresql:/tuner:{}@127.0.0.1/db",
+    "sqlite://tuner:{}@127.0.0.1/db",
+    "postgres://:{}@/db?host=/nowhere",
+    "://tuner:{}@127.0.0.1/db",
+]
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.sampled_from(SHAPES),
+    middle=st.text(st.sampled_from("abé 1@:/?#%&=[]{}'\"\\\n+") | st.characters(codec="utf-8"), max_size=8),
+    written=st.sampled_from([str, lambda word: quote(word, safe="")]),
+    place=st.sampled_from(["typed", "apart", "environment"]),
+)
+def test_no_password_is_told(
+    shape: str, middle: str, written: object, place: str, capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Not by a source, an error, or the log; also where it was mistyped, and the database cannot be reached."""
+    secret = f"Zq{middle}qZ"
+    caplog.set_level(logging.DEBUG)
+    caplog.clear()
+    told = []
+    try:
+        if place == "environment":
+            text = shape.format(written(secret)).replace("\0", "")  # type: ignore[operator]
+            monkeypatch.setenv(ENVIRONMENT[1:], text)
+            source = known_sources()[ENVIRONMENT]
+        elif place == "apart":
+            source = source_of("postgresql://tuner@127.0.0.1:1/db", secret)
+        else:
+            source = source_of(shape.format(written(secret)))  # type: ignore[operator]
+        told += [str(source), repr(source), source.name, source.label, source.shown, stamp(source)]
+        read_source(source)
+        raise AssertionError("nothing listens there")
+    except UserError as error:
+        told.append(str(error))
+        assert error.__cause__ is None  # a traceback would tell more
+    told += [*capfd.readouterr(), *(r.getMessage() for r in caplog.records)]
+    assert not any("Zq" in words or "qZ" in words for words in told), told
+
+
+def test_the_password_reaches_the_database_and_the_typed_one_wins() -> None:
+    from sqlalchemy.engine import make_url
+
+    for text, password, expected in (
+        ("postgresql://tuner:one%2F%40@host/db", "", "one/@"),
+        ("postgresql://tuner@host/db?password=one", "", "one"),
+        ("postgresql://tuner:one@host/db", "two @/:", "two @/:"),
+        ("postgres://tuner@host:5/db", "two", "two"),
+    ):
+        source = source_of(text, password)
+        assert make_url(source.url).password == expected and "password" not in make_url(source.url).query
+        assert source.kind == source.name == "typed" and source.shown == source.label
+        assert source.shown in ("postgresql://tuner@host/db", "postgres://tuner@host:5/db")
+    with pytest.raises(UserError, match="a password needs a user"):
+        source_of("postgresql://host/db", "two")
+
+
+def test_an_answer_that_repeats_the_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(url: str, **_: object) -> None:
+        raise UserError(f"no such thing: {url}")
+
+    monkeypatch.setattr("autotune.tiling_study.read_tilings", refuse)
+    with pytest.raises(UserError, match="cannot use the study storage postgresql://tuner@host/db: its answer is not"):
+        read_source(source_of("postgresql://tuner:a%2Fpass%40word@host/db"))
