@@ -10,7 +10,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,8 @@ def _parsed(url: str) -> URL:
     return parsed
 
 
-def _driven(url: str) -> URL:
+def _driven(parsed: URL) -> URL:
     """The same with the driver for PostgreSQL that the extra installs, where none is named."""
-    parsed = _parsed(url)
     return parsed.set(drivername=_DRIVER) if parsed.drivername in ("postgresql", "postgres") else parsed
 
 
@@ -104,7 +103,7 @@ def database_errors(url: str) -> Iterator[None]:
             "a storage must be a URL such as sqlite:///FILE or postgresql://HOST/DATABASE, but could not be read as one"
         ) from error
     except ImportError as error:
-        name = _driven(url).drivername
+        name = _driven(_parsed(url)).drivername
         remedy = "pip install 'ridgepoint[postgres]'" if name == _DRIVER else str(error)
         raise UserError(f"the database driver of {name} is not installed: {remedy}") from error
     except (SQLAlchemyError, StorageInternalError) as error:
@@ -141,8 +140,12 @@ def sole_worker(url: str) -> Iterator[None]:
 
 def connect(url: str) -> Engine:
     """The database of a storage."""
-    parsed = _driven(url)
-    return create_engine(parsed, **_engine_options(parsed))
+    return _engine(_parsed(url))
+
+
+def _engine(parsed: URL) -> Engine:
+    driven = _driven(parsed)
+    return create_engine(driven, **_engine_options(driven))
 
 
 def _engine_options(parsed: URL) -> dict[str, Any]:
@@ -175,7 +178,7 @@ class SharedStorage(RDBStorage):
 
     def __init__(self, url: str, heartbeat_seconds: int, patience: Patience, *, create: bool) -> None:
         self.patience = patience
-        parsed = _driven(url)
+        parsed = _driven(_parsed(url))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             super().__init__(
@@ -268,7 +271,7 @@ def open_storage(url: str, *, create: bool) -> RDBStorage:
     """Connect. UserError where nothing is there and `create` is off, and for what is no study storage.
 
     Nothing is written into a damaged file, or into the database of another program. With `create` (a worker) a database
-    that is away is waited for.
+    that is away is waited for; without it, a SQLite file is only read.
     """
     with database_errors(url):
         patience = Patience(shown(url), *() if create else (0.0,))
@@ -280,7 +283,9 @@ def _open(url: str, patience: Patience, *, create: bool) -> RDBStorage:
     path = Path(parsed.database) if single_worker(url) and parsed.database else None
     if path and not create and (not path.is_file() or not path.stat().st_size):
         raise UserError(f"there is no study at {path}; `ridgepoint tune` makes one")
-    engine = connect(url)
+    if path and not create:
+        parsed = _read_only(parsed, path)
+    engine = _engine(parsed)
     try:
         with creating(engine):
             complete = has_studies(engine, url)
@@ -293,6 +298,13 @@ def _open(url: str, patience: Patience, *, create: bool) -> RDBStorage:
         raise UserError(f"cannot use the study storage {shown(url)}: {error}") from error
     finally:
         engine.dispose()
+
+
+def _read_only(parsed: URL, path: Path) -> URL:
+    """The URL by which SQLite only reads a file. What a killed worker left half written is taken back first."""
+    if path.with_name(f"{path.name}-journal").exists():
+        return parsed
+    return parsed.set(database=path.resolve().as_uri(), query={**parsed.query, "mode": "ro", "uri": "true"})
 
 
 def has_studies(engine: Engine, url: str) -> bool:
@@ -328,9 +340,7 @@ def read_study(study: optuna.Study, known: dict[int, TrialRecord] | None = None)
     known = {} if known is None else known
     for trial in study.get_trials(deepcopy=False):
         if trial.number not in known or not known[trial.number].outcome:
-            record = read_trial(trial, study.study_name)
-            drawn = record.outcome or _is_setting(record.params, subject.space)
-            known[trial.number] = record if drawn else dataclasses.replace(record, params={})
+            known[trial.number] = drawn_record(read_trial(trial, study.study_name), subject.space)
     decision = attributes.get("decision")
     return StudyResult(
         study.study_name,
@@ -338,6 +348,12 @@ def read_study(study: optuna.Study, known: dict[int, TrialRecord] | None = None)
         tuple(record for _, record in sorted(known.items())),
         build(Decision, decision, where) if decision else None,
     )
+
+
+def drawn_record(record: TrialRecord, space: Space) -> TrialRecord:
+    """A trial without any parameters, if its worker has not drawn all of them yet."""
+    drawn = record.outcome or _is_setting(record.params, space)
+    return record if drawn else dataclasses.replace(record, params={})
 
 
 def _is_setting(params: dict[str, Value], space: Space) -> bool:
@@ -350,11 +366,16 @@ def _is_setting(params: dict[str, Value], space: Space) -> bool:
 
 def read_trial(trial: optuna.trial.FrozenTrial, study_name: str) -> TrialRecord:
     """A trial as plain data: its findings are stored by stage, and all stages' names are the record's."""
+    return record_of(trial.number, trial.user_attrs, trial.params, study_name)
+
+
+def record_of(number: int, attributes: Mapping[str, Any], params: Mapping[str, Value], study_name: str) -> TrialRecord:
+    """The same of a trial's parts."""
     names = {f.name for f in dataclasses.fields(TrialRecord)}
-    parts = [part for part in trial.user_attrs.values() if isinstance(part, dict)]
+    parts = [part for part in attributes.values() if isinstance(part, dict)]
     found: dict[str, Any] = {k: v for part in parts for k, v in part.items() if k in names}
-    found |= {"number": trial.number, "params": trial.params}
-    return build(TrialRecord, found, f"study {study_name!r} trial {trial.number}")
+    found |= {"number": number, "params": params}
+    return build(TrialRecord, found, f"study {study_name!r} trial {number}")
 
 
 def read_studies(text: str | Path, *, least: int = 1) -> list[StudyResult]:
