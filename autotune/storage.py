@@ -64,7 +64,7 @@ def shown(url: str) -> str:
 
 def hide_passwords(words: str) -> str:
     """A text, such as a command line, without the passwords of the URLs in it."""
-    words = re.sub(r"(://[^:/?#\s]*):[^\s/]*@", r"\1:***@", words)
+    words = re.sub(r"(://[^:/?#\s]*):.*@", r"\1:***@", words, flags=re.DOTALL)  # it may hold / and blanks, unquoted
     return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", words)
 
 

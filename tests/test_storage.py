@@ -208,6 +208,8 @@ def test_no_password_is_shown() -> None:
             shown(url)
         assert "secret" not in str(error.value)
         assert "secret" not in hide_passwords(url)
+    for url in ("postgresql://u:a/secret@host/db", "postgresql://u:a secret@host/db"):  # which databases accept
+        assert hide_passwords(url) == "postgresql://u:***@host/db" == shown(url)
 
 
 def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
