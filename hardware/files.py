@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import reprlib
 import tempfile
 import types
 import typing
@@ -21,7 +22,11 @@ from typing import Any, TypeVar, Union
 import yaml
 
 T = TypeVar("T")
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 200
 _DEEPEST = 500
+_MOST_BITS = 4096  # Python refuses to print a few times more
+_MOST_NODES = 1_000_000  # of a document with aliases
 _FastLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser where PyYAML was built with it
 
 
@@ -40,9 +45,55 @@ class _StrictLoader(_FastLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
+    def construct_number(self, node: Any) -> Any:
+        """A number; YAML 1.1 reads 12:30 as 750 (base 60), and long ones of that kind take minutes."""
+        if ":" in node.value:
+            raise yaml.constructor.ConstructorError(
+                None, None, "a number with colons must be in quotes (text) or in decimals", node.start_mark
+            )
+        if node.tag.endswith(":float"):
+            return self.construct_yaml_float(node)
+        number = self.construct_yaml_int(node)
+        if number.bit_length() > _MOST_BITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number has too many digits", node.start_mark)
+        return number
+
+
+for _tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _StrictLoader.construct_number)
+
 
 class UserError(Exception):
-    """A failure the user can mend. The command prints its one line and exits with code 2."""
+    """A failure the user can mend. The command prints its one line and exits with code 2.
+
+    Where it is a value in a document that breaks a rule, `rule` is the message without the file's name, `place` the
+    keys and indices that lead to the value, and `others` are further faults of the document.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rule: str | None = None,
+        place: tuple[str | int, ...] = (),
+        others: Iterable[UserError] = (),
+    ) -> None:
+        super().__init__(message)
+        self.rule = message if rule is None else rule
+        self.place = place
+        self.others = tuple(others)
+
+    def each(self) -> tuple[UserError, ...]:
+        """This fault and the others."""
+        return (self, *self.others)
+
+
+def refuse(faults: Iterable[UserError]) -> None:
+    """Raise the first of the faults, with the others, if there is any."""
+    found = [each for fault in faults for each in fault.each()]
+    if found:
+        first, *others = found
+        raise UserError(str(first), rule=first.rule, place=first.place, others=others) from first
 
 
 def known(kind: str, name: str, names: Iterable[str]) -> UserError:
@@ -56,17 +107,55 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no path at all
         raise UserError(f"cannot read {path}: {error}") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """Parse a text that holds a YAML mapping, as `read_yaml` does; `where` names it in the message."""
     try:
         if _nesting(text) > _DEEPEST:
             raise RecursionError
-        data = yaml.load(text, _StrictLoader)
+        data = _load(text)
     except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits, a 13th month
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{where} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # thousands of digits, a 13th month
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a mapping, but holds {type(data).__name__}")
+        raise UserError(f"{where} must hold a mapping, but holds {type(data).__name__}")
     return data
+
+
+def _load(text: str) -> Any:
+    loader = _StrictLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if "*" in text:
+            _expanded(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _expanded(node: Any, seen: dict[int, int]) -> int:
+    """How many nodes a document has with every alias written out: ten lines can stand for billions.
+
+    YAML's own classes would share them, but merged keys, copies and messages do not. An alias inside what it names
+    has no end.
+    """
+    if id(node) in seen:
+        if not seen[id(node)]:
+            raise yaml.composer.ComposerError(None, None, "an alias stands inside what it names", node.start_mark)
+        return seen[id(node)]
+    seen[id(node)] = 0
+    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in parts for part in pair]
+    seen[id(node)] = size = 1 + sum(_expanded(part, seen) for part in parts)
+    if size > _MOST_NODES:
+        raise yaml.composer.ComposerError(None, None, "aliases stand for too much", node.start_mark)
+    return size
 
 
 def _nesting(text: str) -> int:
@@ -144,6 +233,24 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _brief(value: Any) -> str:
+    """A value in a message: its start, whatever its size."""
+    return _BRIEF.repr(value)
+
+
+def _collected(faults: list[UserError], key: str | int, kind: Any, value: Any, where: str) -> Any:
+    """The converted value; its faults are collected under its key."""
+    try:
+        return _convert(kind, value, where)
+    except UserError as error:
+        faults += [UserError(str(e), rule=e.rule, place=(key, *e.place)) for e in error.each()]
+        return None
+
+
+def _wrong(where: str, rule: str, *place: str | int) -> UserError:
+    return UserError(f"{where}: {rule}", rule=rule, place=place)
+
+
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
     arguments = typing.get_args(kind)
@@ -161,27 +268,39 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _convert(options[-1], value, where)
     if origin is typing.Literal:
         if value not in arguments:
-            raise UserError(f"{where}: must be one of {', '.join(map(str, arguments))}, but is {value!r}")
+            raise _wrong(where, f"must be one of {', '.join(map(str, arguments))}, but is {_brief(value)}")
         return value
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: must be a list, but is {value!r}")
+            raise _wrong(where, f"must be a list, but is {_brief(value)}")
         if origin is tuple and arguments[-1] is not Ellipsis:
             if len(value) != len(arguments):
-                raise UserError(f"{where}: must have {len(arguments)} entries, but has {len(value)}")
-            return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, value, strict=True)))
-        return origin(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+                raise _wrong(where, f"must have {len(arguments)} entries, but has {len(value)}")
+            kinds = arguments
+        else:
+            kinds = (arguments[0],) * len(value)
+        faults: list[UserError] = []
+        found = [
+            _collected(faults, i, a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(kinds, value, strict=True))
+        ]
+        refuse(faults)
+        return origin(found)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}: must be a mapping, but is {value!r}")
-        return {
-            _convert(arguments[0], k, f"{where} (key)"): _convert(arguments[1], v, f"{where}.{k}")
+            raise _wrong(where, f"must be a mapping, but is {_brief(value)}")
+        wrong: list[UserError] = []
+        mapped = {
+            _collected(wrong, str(k), arguments[0], k, f"{where} (key)"): _collected(
+                wrong, str(k), arguments[1], v, f"{where}.{k}"
+            )
             for k, v in value.items()
         }
+        refuse(wrong)
+        return mapped
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(kind, value, where)
     if isinstance(value, int) and value.bit_length() > 63:  # beyond any array, and perhaps beyond printing
-        raise UserError(f"{where}: must be a whole number below 2**63, but has {value.bit_length()} bits")
+        raise _wrong(where, f"must be a whole number below 2**63, but has {value.bit_length()} bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e9 (no dot) as text
@@ -190,7 +309,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         except ValueError:
             pass
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{where}: must be a {kind.__name__}, but is {value!r}")
+        raise _wrong(where, f"must be a {kind.__name__}, but is {_brief(value)}")
     return value
 
 
@@ -202,23 +321,31 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 def _convert_dataclass(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
-        raise UserError(f"{where}: must be a mapping, but is {data!r}")
+        raise _wrong(where, f"must be a mapping, but is {_brief(data)}")
     hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    for key in data:
-        if key not in fields:
-            raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(fields))}")
+    listed = ", ".join(sorted(fields))
+    faults = [
+        _wrong(where, f"unknown key {_brief(key)}; known: {listed}", str(key)) for key in data if key not in fields
+    ]
     missing = [
         name
         for name, f in fields.items()
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
-    if missing:
-        raise UserError(f"{where}: missing key {', '.join(map(repr, missing))}")
-    values = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in data.items()}
+    for name in missing:
+        names = missing if name == missing[0] else [name]  # the message that is shown alone names all
+        faults.append(_wrong(where, f"missing key {', '.join(map(repr, names))}", name))
+    values = {
+        name: _collected(faults, name, hints[name], value, f"{where}: {name}")
+        for name, value in data.items()
+        if name in fields
+    }
+    refuse(faults)
     try:
         return cls(**values)
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise _wrong(where, str(error)) from error
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        wrong = [UserError(f"{where}: {e}", rule=e.rule, place=e.place) for e in error.each()]
+        raise UserError(str(wrong[0]), rule=error.rule, place=error.place, others=wrong[1:]) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +13,24 @@ from typing import Any, Literal
 
 import yaml
 
-from hardware.files import UserError, build, known, plain, read_yaml, write_atomic
+from hardware.files import UserError, build, known, parse_yaml, plain, read_yaml, refuse, write_atomic
 
 DType = Literal["float32", "bfloat16", "float16", "fp8", "fp4", "int8"]
 
 
 def check_name(name: str) -> None:
     """UserError unless a profile can be called so: it is the stem of its file."""
-    if not name or any(c.isspace() or c in "/\\" for c in name):
-        raise UserError(f"name must be one word without slashes, but is {name!r}")
+    refuse(_name_faults(name))
 
+
+def _name_faults(name: str) -> Iterator[UserError]:
+    if not name or any(c.isspace() or c in "/\\" for c in name):
+        yield UserError(f"name must be one word without slashes, but is {name!r}", place=("name",))
+
+
+MOST_BYTES = 128 * 1024  # of a file that is handed over; one with a probe's curves takes 45 kB
+_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 
 # The most that a figure of each unit can plausibly be, by the end of its name: what lies beyond is a slip of the unit.
 _MOST = {
@@ -40,26 +49,26 @@ _MOST = {
 }
 
 
-def _check_figure(name: str, value: float | None, unit: str) -> None:
+def _figure_faults(name: str, value: float | None, unit: str, *place: str) -> Iterator[UserError]:
     most = next(most for end, most in _MOST.items() if unit.endswith(end))
     if value is None:
         return
     if not value > 0:
-        raise UserError(f"{name} > 0 must hold, but got {value}")
-    if value > most:
-        raise UserError(f"{name} <= {most:g} must hold, but got {value}")
+        yield UserError(f"{name} > 0 must hold, but got {value}", place=place)
+    elif value > most:
+        yield UserError(f"{name} <= {most:g} must hold, but got {value}", place=place)
 
 
-def _positive(owner: Any, *names: str) -> None:
+def _positive(owner: Any, *names: str) -> Iterator[UserError]:
     """Figures above zero and not above what is plausible of their unit; None is no figure."""
     for name in names:
-        _check_figure(name, getattr(owner, name), name)
+        yield from _figure_faults(name, getattr(owner, name), name, name)
 
 
-def _words(owner: Any, *names: str) -> None:
+def _words(owner: Any, *names: str) -> Iterator[UserError]:
     for name in names:
         if not getattr(owner, name).strip():
-            raise UserError(f"{name} must be words, but is {getattr(owner, name)!r}")
+            yield UserError(f"{name} must be words, but is {getattr(owner, name)!r}", place=(name,))
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,17 @@ class MemoryLevel:
     reported_bytes: float | None = None  # what the driver says there is: vendors' "80 GB" may be less 80 GiB
 
     def __post_init__(self) -> None:
-        check_name(self.name)
-        _positive(self, "capacity_bytes", "peak_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second")
-        _positive(self, "reported_bytes")
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[UserError]:
+        yield from _name_faults(self.name)
+        bandwidths = ("peak_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second")
+        yield from _positive(self, "capacity_bytes", *bandwidths, "reported_bytes")
+        peak, achieved = self.peak_bandwidth_bytes_per_second, self.achieved_bandwidth_bytes_per_second
+        if peak is not None and achieved is not None and achieved > peak:
+            yield UserError(
+                f"memory.{self.name}: achieved <= peak must hold, but got {achieved} and {peak}", place=bandwidths[1:]
+            )
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ class BandwidthPoint:
     spread: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive(self, "working_set_bytes", "bytes_per_second")
+        refuse(_positive(self, "working_set_bytes", "bytes_per_second"))
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class MatmulPoint:
     spread: float = 0.0
 
     def __post_init__(self) -> None:
-        _positive(self, "batch", "m", "k", "n", "seconds", "working_set_bytes")
+        refuse(_positive(self, "batch", "m", "k", "n", "seconds", "working_set_bytes"))
 
     @property
     def flops_per_second(self) -> float:
@@ -140,7 +157,7 @@ class Curves:
     matmul: tuple[MatmulPoint, ...]
 
     def __post_init__(self) -> None:
-        _positive(self, "threads", "elementwise_seconds", "linear_seconds", "python_seconds")
+        refuse(_positive(self, "threads", "elementwise_seconds", "linear_seconds", "python_seconds"))
         for name in ("bandwidth", "matmul"):
             if not getattr(self, name):
                 raise UserError(f"{name} must have at least one point")
@@ -164,20 +181,27 @@ class Interconnect:
     pair_bandwidth_bytes_per_second: float | None = None  # None: all links may lead to one peer
 
     def __post_init__(self) -> None:
-        bandwidths = ("peak_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second")
-        _words(self, "name")
-        _positive(self, *bandwidths, "pair_bandwidth_bytes_per_second", "latency_seconds", "devices")
-        if self.devices < 2:
-            raise UserError(f"devices >= 2 must hold, but got {self.devices}")
-        if (self.pair_bandwidth_bytes_per_second or 0) > self.peak_bandwidth_bytes_per_second:
-            raise UserError(
-                f"pair <= peak bandwidth must hold, but got {self.pair_bandwidth_bytes_per_second} "
-                f"and {self.peak_bandwidth_bytes_per_second}"
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[UserError]:
+        peak, pair, achieved = (
+            "peak_bandwidth_bytes_per_second", "pair_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second",
+        )  # fmt: skip
+        yield from _words(self, "name")
+        yield from _positive(self, peak, achieved, pair, "latency_seconds", "devices")
+        if self.devices == 1:
+            yield UserError(f"devices >= 2 must hold, but got {self.devices}", place=("devices",))
+        most = self.peak_bandwidth_bytes_per_second
+        if (self.pair_bandwidth_bytes_per_second or 0) > most:
+            yield UserError(
+                f"pair <= peak bandwidth must hold, but got {self.pair_bandwidth_bytes_per_second} and {most}",
+                place=(pair,),
             )
-        if (self.achieved_bandwidth_bytes_per_second or 0) > 2 * self.peak_bandwidth_bytes_per_second:
-            raise UserError(
+        if (self.achieved_bandwidth_bytes_per_second or 0) > 2 * most:
+            yield UserError(
                 f"achieved <= 2 * peak bandwidth must hold, but got {self.achieved_bandwidth_bytes_per_second} "
-                f"and {self.peak_bandwidth_bytes_per_second}"
+                f"and {most}",
+                place=(achieved,),
             )
 
 
@@ -211,53 +235,64 @@ class HardwareProfile:
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the machine that a probe measured
 
     def __post_init__(self) -> None:
-        _positive(self, "compute_units", "warp_size", "shared_memory_bytes", "launch_seconds", "graph_node_seconds")
-        _positive(self, "tdp_watts", "price_dollars_per_hour", "clock_hertz")
-        check_name(self.name)
-        _words(self, "vendor", "compile_target")
+        refuse(self._faults())
+
+    def _faults(self) -> Iterator[UserError]:
+        figures = ("compute_units", "warp_size", "shared_memory_bytes", "launch_seconds", "graph_node_seconds")
+        yield from _positive(self, *figures, "tdp_watts", "price_dollars_per_hour", "clock_hertz")
+        yield from _name_faults(self.name)
+        yield from _words(self, "vendor", "compile_target")
         for group in ("peak_flops_per_second", "achieved_flops_per_second"):
             for dtype, rate in getattr(self, group).items():
-                _check_figure(f"{group}.{dtype}", rate, group)
+                yield from _figure_faults(f"{group}.{dtype}", rate, group, group, dtype)
         if not self.peak_flops_per_second:
-            raise UserError("peak_flops_per_second must have at least one dtype")
+            yield UserError("peak_flops_per_second must have at least one dtype", place=("peak_flops_per_second",))
         for dtype, rate in self.achieved_flops_per_second.items():
             if rate > self.peak_flops_per_second.get(dtype, 0):
-                raise UserError(
+                yield UserError(
                     f"achieved_flops_per_second.{dtype} <= its peak must hold, "
-                    f"but got {rate} and {self.peak_flops_per_second.get(dtype)}"
+                    f"but got {rate} and {self.peak_flops_per_second.get(dtype)}",
+                    place=("achieved_flops_per_second", dtype),
                 )
-        self._check_memory()
+        yield from self._memory_faults()
         threads = [c.threads for c in self.measured]
         if len(set(threads)) < len(threads):
-            raise UserError(f"measured must have one entry per thread count, but has {threads}")
-        self._check_sources()
+            yield UserError(f"measured must have one entry per thread count, but has {threads}", place=("measured",))
+        yield from self._source_faults()
 
-    def _check_memory(self) -> None:
+    def _memory_faults(self) -> Iterator[UserError]:
         names = [level.name for level in self.memory]
         if not names or len(set(names)) < len(names):
-            raise UserError(f"memory must have at least one level and no name twice, but has {names}")
-        for faster, slower in zip(self.memory, self.memory[1:], strict=False):
+            yield UserError(
+                f"memory must have at least one level and no name twice, but has {names}", place=("memory",)
+            )
+            return
+        for index, (faster, slower) in enumerate(zip(self.memory, self.memory[1:], strict=False)):
             if faster.capacity_bytes > slower.capacity_bytes:
-                raise UserError(f"memory must be ordered from the smallest to main memory, but has {names}")
+                yield UserError(
+                    f"memory must be ordered from the smallest to main memory, but has {names}",
+                    place=("memory", index, "capacity_bytes"),
+                )
         if self.memory[-1].peak_bandwidth_bytes_per_second is None:
-            raise UserError(f"memory.{names[-1]} must have peak_bandwidth_bytes_per_second")
-        for level in self.memory:
-            peak, achieved = level.peak_bandwidth_bytes_per_second, level.achieved_bandwidth_bytes_per_second
-            if peak is not None and achieved is not None and achieved > peak:
-                raise UserError(f"memory.{level.name}: achieved <= peak must hold, but got {achieved} and {peak}")
+            yield UserError(
+                f"memory.{names[-1]} must have peak_bandwidth_bytes_per_second",
+                place=("memory", len(names) - 1, "peak_bandwidth_bytes_per_second"),
+            )
 
-    def _check_sources(self) -> None:
+    def _source_faults(self) -> Iterator[UserError]:
         used = set()
         for path in self.figures():
             place = self._source_place(path)
             if place is None:
-                raise UserError(f"sources must name the source of every figure, but {path} has none")
+                yield UserError(
+                    f"sources must name the source of every figure, but {path} has none", place=("sources", path)
+                )
             used.add(place)
         for place, text in self.sources.items():
             if place not in used:
-                raise UserError(f"sources.{place} is the source of no figure")
-            if not text.strip():
-                raise UserError(f"sources.{place} is empty")
+                yield UserError(f"sources.{place} is the source of no figure", place=("sources", place))
+            elif not text.strip():
+                yield UserError(f"sources.{place} is empty", place=("sources", place))
 
     def figures(self) -> dict[str, float]:
         """Every number of the profile by its dotted path (levels by name, curves as `measured.<threads>`)."""
@@ -334,12 +369,19 @@ def user_folder() -> Path:
     return (Path(home) if home else Path.home() / ".ridgepoint") / "hardware"
 
 
+def _is_plain(name: str) -> bool:
+    return name.isprintable() and not name.endswith((".yaml", ".yml"))
+
+
 def list_profiles() -> dict[str, Path]:
-    """The known profiles by name: the bundled ones, and the user's, which win over bundled ones of the same name."""
+    """The known profiles by name: the bundled ones, and the user's, which win over bundled ones of the same name.
+
+    Files whose names cannot be shown (bytes that are no text), or would be taken for paths, are left out.
+    """
     bundled = Path(str(importlib.resources.files("hardware") / "profiles"))
     found: dict[str, Path] = {}
     for folder in (bundled, user_folder()):
-        found.update({path.stem: path for path in sorted(folder.glob("*.yaml"))})
+        found.update({path.stem: path for path in sorted(folder.glob("*.yaml")) if _is_plain(path.stem)})
     return found
 
 
@@ -365,8 +407,67 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
 
 def save_profile(profile: HardwareProfile, path: str | os.PathLike[str]) -> Path:
     """Write a profile as YAML that `load_profile` reads back equal; a curve's point takes one line."""
+    return write_atomic(path, profile_text(profile))
+
+
+def profile_text(profile: HardwareProfile) -> str:
+    """The YAML of a profile."""
     data = plain(profile)
     sources = data.pop("sources")
     text = yaml.safe_dump(data, sort_keys=False, width=200, default_flow_style=None)
-    text += yaml.safe_dump({"sources": sources}, sort_keys=False, width=118)
-    return write_atomic(path, text)
+    return str(text + yaml.safe_dump({"sources": sources}, sort_keys=False, width=118))
+
+
+def parse_profile(data: bytes, where: str) -> HardwareProfile:
+    """The profile in a YAML file that somebody handed over; nothing is written. UserError: all faults in one.
+
+    Stricter than `load_profile`: the name must do as a file's everywhere (`user_path`), and the file must be small.
+    """
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{where} must be of at most {MOST_BYTES:,} bytes, but is of {len(data):,}")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} must be UTF-8 text, but is not: {error}") from error
+    profile = build(HardwareProfile, parse_yaml(text, where), where)
+    user_path(profile.name)
+    return profile
+
+
+def user_path(name: str) -> Path:
+    """Where the user's own profile of that name lies. UserError unless the name does as a file's on every system."""
+    reserved = name.split(".")[0].lower() in _RESERVED
+    if not _STEM.fullmatch(name) or name.endswith((".yaml", ".yml", ".")) or reserved:
+        raise UserError(
+            "name must be 1 to 64 letters (a to z), digits, dots, dashes or underscores, start with a letter or a "
+            f"digit, and not end like a file or be one that Windows keeps, but is {name!r:.80}",
+            place=("name",),
+        )
+    return user_folder() / f"{name}.yaml"
+
+
+def keep_profile(profile: HardwareProfile, *, replace: bool = False) -> Path:
+    """Save a profile among the user's own. UserError: one of the name is there, unless it shall be replaced."""
+    path = user_path(profile.name)
+    if path.is_symlink() or (path.exists() and not replace):
+        what = "a link, which is not written through" if path.is_symlink() else "a profile of yours already"
+        raise UserError(f"{path} is {what}", place=("name",))
+    return save_profile(profile, path)
+
+
+def own_profiles() -> dict[str, Path]:
+    """The user's own profiles by name, broken ones too."""
+    folder = user_folder()
+    return {name: path for name, path in list_profiles().items() if path.parent == folder}
+
+
+def forget_profile(name: str) -> Path:
+    """Delete one of the user's own profiles. UserError for any other name."""
+    own = own_profiles()
+    if name not in own:
+        raise known("profile of yours", name, own)
+    try:
+        own[name].unlink()
+    except OSError as error:
+        raise UserError(f"cannot delete {own[name]}: {error.strerror or error}") from error
+    return own[name]

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hardware.files import UserError, build, known, plain, read_json, read_yaml, write_atomic
+from hardware.files import UserError, build, known, parse_yaml, plain, read_json, read_yaml, write_atomic
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,36 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
     assert build(Whole, read_yaml(path), "a.yaml") == Whole(1e9, False, "b", (1, "x"), ())
 
 
+def doubled(pattern: str) -> str:
+    """Forty lines, each with two aliases of the line before."""
+    return "".join(f"a{n}: &a{n} {pattern.format(f'*a{n - 1}')}\n" for n in range(1, 41))
+
+
+def test_aliases_of_a_usual_size_are_followed() -> None:
+    assert parse_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n", "text") == {
+        "a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2},
+    }  # fmt: skip
+
+
+def test_all_faults_are_found_at_once_each_with_its_place() -> None:
+    wrong = GOOD | {"rate": "fast", "kind": "c", "parts": [{"size": 1}, {"size": -1}, {}], "rat": 2, "rates": {"x": []}}
+    del wrong["active"]
+    with pytest.raises(UserError) as error:
+        build(Whole, wrong, "some.yaml")
+    found = {each.place: each.rule for each in error.value.each()}
+    assert set(found) == {
+        ("rat",), ("active",), ("rate",), ("kind",), ("parts", 1), ("parts", 2, "size"), ("rates", "x"),
+    }  # fmt: skip
+    assert found["rate",] == "must be a float, but is 'fast'"
+    assert all(str(each).startswith("some.yaml: ") and str(each).endswith(each.rule) for each in error.value.each())
+
+
+def test_a_message_shows_the_start_of_a_long_value() -> None:
+    with pytest.raises(UserError) as error:
+        build(Whole, GOOD | {"rate": ["x" * 10_000] * 10_000}, "some.yaml")
+    assert len(str(error.value)) < 2000
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -130,6 +160,12 @@ def test_yaml_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
         ("a: '" + "]" * 100_000 + "'\nb: " + "[" * 100_000, ["nested too deeply"]),
         ("a:\n  " + "- " * 100_000, ["nested too deeply"]),
         ("a: !!python/object/apply:os.getpid []\n", ["not valid YAML", "python"]),
+        ("a: 1" + ":1" * 100_000, ["number with colons", "line 1"]),  # base 60, in quadratic time
+        ("a: 1" + ":1" * 100_000 + ".5", ["number with colons", "line 1"]),
+        ("a: 0x" + "f" * 20_000, ["too many digits"]),
+        ("a: &a [*a]\n", ["stands inside what it names"]),
+        ("a0: &a0 [x, x]\n" + doubled("[{0}, {0}]"), ["aliases stand for too much"]),
+        ("a0: &a0 {x: 1}\n" + doubled("{{<<: [{0}, {0}]}}"), ["aliases stand for too much"]),
     ],
 )
 def test_bad_yaml_is_one_line_with_the_path(tmp_path: Path, text: str, words: list[str]) -> None:
