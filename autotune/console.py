@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autotune.effort import Budget
     from autotune.results import StudyResult, TrialRecord
     from autotune.tiling_results import TilingResult, TilingTrial
+
+
+PROGRESS_VARIABLE = "RIDGEPOINT_PROGRESS"  # a file that says in JSON what the bar says, for a program that watches
 
 
 class Shown:
@@ -22,6 +28,8 @@ class Shown:
     def __init__(self, bar: Any, task: Any, budget: Budget) -> None:
         self._bar, self._task, self._budget = bar, task, budget
         self._said: set[str] = set()
+        self._file = os.environ.get(PROGRESS_VARIABLE)
+        self._settings = (0, 0)  # measured, planned
 
     def update(self, label: str, share: float, remark: str = "") -> None:
         """Show what is being done now."""
@@ -33,6 +41,13 @@ class Shown:
             completed=min(share, 1.0),
             remark="; ".join([*filter(None, [remark]), *time_left]),
         )
+        if self._file:
+            done, planned = self._settings
+            found = {"label": label, "share": share, "remark": remark, "done": done, "planned": planned}
+            part = Path(f"{self._file}.part")
+            with suppress(OSError):  # nobody can watch then, but tuning goes on
+                part.write_text(json.dumps(found), encoding="utf-8")
+                part.replace(self._file)
 
     def once(self, line: str) -> None:
         """A line on stderr above the bar, the first time it is said."""
@@ -49,6 +64,7 @@ class Shown:
             allowed = trial.lossless or (trial.divergence is not None and trial.divergence <= max_divergence > 0)
             if trial.outcome == "correct" and allowed and trial.tokens_per_second:
                 best = max(best, trial.tokens_per_second)
+            self._settings = (done, trials)
             said = f"{done} of {trials} settings; last: {speed(trial)}"
             self.update(name, done / trials, said + (f"; best now {best:,.0f}" if best else ""))
 
