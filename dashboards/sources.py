@@ -107,10 +107,10 @@ def read_source(source: Source) -> tuple[list[StudyResult], list[TilingResult]]:
 
 def stamp(source: Source) -> str:
     """Changes whenever a SQLite source was written to, for a cache's key; always the same for a database."""
-    if not source.url.startswith("sqlite:///"):
-        return ""
     found = []
-    path = unquote(source.url.removeprefix("sqlite:///"))
+    path = file_of(source)
+    if path is None:
+        return ""
     for part in (path, f"{path}-wal"):
         try:
             status = os.stat(part)
@@ -118,6 +118,12 @@ def stamp(source: Source) -> str:
         except (OSError, ValueError):
             found.append("")
     return " ".join(found)
+
+
+def file_of(source: Source) -> Path | None:
+    """The SQLite file of a source; None for a database."""
+    path = source.url.removeprefix("sqlite:///")
+    return None if path == source.url else Path(unquote(path))
 
 
 # --- files

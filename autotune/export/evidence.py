@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from autotune.export.policy import Chosen, Policy, not_carried, simulated
+from autotune.export.policy import BY_HAND, Chosen, Policy, not_carried, simulated
+from autotune.results import Decision
 from autotune.tiling_results import TilingResult
 from hardware.files import UserError, plain, write_atomic
 
@@ -23,14 +24,15 @@ def now() -> str:
 
 def evidence_of(chosen: Chosen) -> dict[str, Any]:
     """What was measured of a decided setting, of the default, and of the best without drafts."""
-    study, trial, decision = chosen.study, chosen.trial, chosen.study.decision
+    study, trial = chosen.study, chosen.trial
+    decision = picked(chosen) if chosen.by_hand else study.decision
     assert decision is not None  # it was chosen by it
     single = study.best_autoregressive()
     found = {
         "study": study.name,
         "trial": trial.number,
         "default_trial": decision.default_trial,
-        "prefers": chosen.decoding.sampler if chosen.decoding.drafts else "autoregressive decoding: drafts do not pay",
+        "prefers": _prefers(chosen),
         "decision": decision.reason,
         "tokens_per_second": trial.tokens_per_second,
         "default_tokens_per_second": study.trial(decision.default_trial).tokens_per_second,
@@ -57,6 +59,28 @@ def evidence_of(chosen: Chosen) -> dict[str, Any]:
             "rounds": compared.rounds,
         }
     return found
+
+
+def picked(chosen: Chosen) -> Decision:
+    """What stands for a decision where a person picked a setting: it says so, and compares nothing.
+
+    UserError for a study whose default was not measured: its speed is part of the evidence.
+    """
+    study, trial = chosen.study, chosen.trial
+    made = study.decision
+    default = made.default_trial if made else next((t.number for t in study.correct if t.source == "default"), None)
+    if default is None:
+        raise UserError(f"the default of study {study.name!r} must be measured before a setting of it is exported")
+    measured = len(study.measured)
+    return Decision(
+        trial.number, default, trial.number, BY_HAND, None, trial.divergence or 0.0, measured, BY_HAND, now()
+    )
+
+
+def _prefers(chosen: Chosen) -> str:
+    if chosen.decoding.drafts:
+        return chosen.decoding.sampler
+    return "autoregressive decoding" if chosen.by_hand else "autoregressive decoding: drafts do not pay"
 
 
 def tiling_evidence(result: TilingResult) -> dict[str, Any]:

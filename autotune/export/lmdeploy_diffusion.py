@@ -37,7 +37,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
         ]
     else:
         says = [
-            "autoregressive decoding was fastest here: there is nothing to set but the requests' temperature, "
+            f"{chosen.why_single}: there is nothing to set but the requests' temperature, "
             f"{chosen.decoding.temperature}; leave the dllm settings out",
         ]
     files[f"{NAME}.provenance.yaml"] = provenance(NAME, policy, says=says, settings=[chosen])

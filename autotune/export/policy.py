@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from hardware.fingerprint import fingerprint_key
 from runtime.config import DecodingConfig, KernelConfig
 
 Loads = Literal["loads today", "needs a fork"]
+BY_HAND = "chosen by hand in the dashboard; not compared with the default in alternating rounds"
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a study decided to run."""
+    """What a study decided to run, or a setting of it that a person picked (`by_hand`)."""
 
     study: StudyResult
     trial: TrialRecord
     decoding: DecodingConfig
     kernels: KernelConfig
+    by_hand: bool = False
 
     @property
     def batch(self) -> int:
@@ -54,14 +56,23 @@ class Chosen:
         """The most cached tokens of its bucket; None: any."""
         return self.study.subject.context
 
+    @property
+    def why_single(self) -> str:
+        """Of a setting that does not draft: why it is one, in words."""
+        return f"autoregressive decoding was {'chosen by hand' if self.by_hand else 'fastest here'}"
+
 
 @dataclass(frozen=True)
 class Policy:
-    """Studies and tilings of one model on one device, and the command that exports them."""
+    """Studies and tilings of one model on one device, and the command that exports them.
+
+    picks: by a study's name, the trial that a person chose in place of what was decided.
+    """
 
     studies: Sequence[StudyResult] = ()
     tilings: Sequence[TilingResult] = ()
     command: str = ""
+    picks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -86,10 +97,10 @@ class Policy:
         return replace(self, studies=found)
 
     def chosen(self) -> list[Chosen]:
-        """What was decided, by batch, then by context. UserError without a study, or where one is not decided."""
+        """What was decided or picked, by batch, then by context. UserError without a study, or for an undecided one."""
         if not self.studies:
             raise UserError(f"this export needs a study of decoding, but there are only: {', '.join(self.names)}")
-        found = [_chosen(study) for study in self.studies]
+        found = [_chosen(study, self.picks.get(study.name)) for study in self.studies]
         return sorted(found, key=lambda c: (c.batch, c.context is None, c.context or 0))
 
     def one(self, engine: str) -> Chosen:
@@ -154,7 +165,14 @@ def _differ(one: StudyResult | TilingResult, other: StudyResult | TilingResult) 
     return UserError(f"an export belongs to one model on one device, but {one.name!r} and {other.name!r} differ")
 
 
-def _chosen(study: StudyResult) -> Chosen:
+def _chosen(study: StudyResult, pick: int | None) -> Chosen:
+    if pick is not None and (study.decision is None or pick != study.decision.trial):
+        picked = next((t for t in study.correct if t.number == pick), None)
+        if picked is None:
+            raise UserError(
+                f"a setting that ran and was right must be picked, but trial {pick} of {study.name!r} is not"
+            )
+        return Chosen(study, picked, *study.candidate(picked), by_hand=True)
     if study.decision is None:
         raise UserError(f"study {study.name!r} has no decision yet: run its `ridgepoint tune` again, which continues")
     trial = study.trial(study.decision.trial)

@@ -36,7 +36,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
         ]
     else:
         says = [
-            f"autoregressive decoding was fastest here: there is nothing to set but the requests' temperature, "
+            f"{chosen.why_single}: there is nothing to set but the requests' temperature, "
             f"{chosen.decoding.temperature}",
             "python -m sglang.launch_server --model-path MODEL    # without --dllm-algorithm",
         ]

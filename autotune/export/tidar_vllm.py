@@ -41,7 +41,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
             says.append("between two levels the fork takes the nearest, ours the one below: acceptance may differ")
     else:
         says = [
-            "autoregressive decoding was fastest here: there is nothing to set",
+            f"{chosen.why_single}: there is nothing to set",
             f"vllm serve MODEL {SAMPLING}    # without --speculative-config",
         ]
     files[f"{NAME}.provenance.yaml"] = provenance(NAME, policy, says=says, settings=[chosen])

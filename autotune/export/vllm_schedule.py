@@ -48,7 +48,7 @@ def write(policy: Policy, out: Path) -> list[Path]:
         ]
     else:
         says = [
-            "autoregressive decoding was fastest at every batch: there is nothing to set",
+            f"{'; '.join(dict.fromkeys(c.why_single for c in chosen))}: there is nothing to set",
             f"vllm serve MODEL {tidar_vllm.SAMPLING}    # without --speculative-config",
         ]
     files[f"{NAME}.provenance.yaml"] = provenance(NAME, policy, says=says, settings=chosen)

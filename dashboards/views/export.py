@@ -1,0 +1,297 @@
+"""The fifth page: what each engine gets of what was tuned, what it cannot be told, and the files to download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import streamlit as st
+
+from autotune.export.policy import BY_HAND, Policy, simulated
+from autotune.export.targets import TARGETS
+from dashboards.exports import ExportInfo, command, download, export_info, pickable, policy_of
+from dashboards.frame import columns_of, escape, key, problem, remember, restore, table
+from dashboards.sources import ENVIRONMENT, TYPED, Source, known_sources, read_source, source_of, stamp
+from hardware.files import UserError, known
+from runtime.config import require
+
+if TYPE_CHECKING:
+    from autotune.results import StudyResult
+    from autotune.tiling_results import TilingResult
+
+T = TypeVar("T")
+TITLE = "Export"
+ORDER = 5
+
+PAGE = "export"
+OPENED = "typed-source"  # in the session: what was typed and opened; an address cannot bring it back
+_MOST_LINES = 200  # of a file that are shown; the download has all
+_LANGUAGES = {".yaml": "yaml", ".json": "json"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows. study: one whose `trial` was picked by hand; "" for what all studies decided."""
+
+    source: str = ""
+    batch: int | None = None
+    context: int | None = None
+    study: str = ""
+    trial: int | None = None
+    target: str = "native"
+
+    def __post_init__(self) -> None:
+        # Not repeated: somebody may have written a database's URL into an address, with its password.
+        names = known_sources()
+        require(
+            self.source in ("", TYPED, *names),
+            f"a link names a study of this machine, but this one names another; here are: {', '.join(names) or 'none'}",
+        )
+        for name in ("batch", "context"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} >= 1 must hold, but got {value}")
+        require(self.trial is None or self.trial >= 0, f"trial >= 0 must hold, but got {self.trial}")
+        if self.target not in TARGETS:
+            raise known("export format", self.target, TARGETS)
+
+
+@st.cache_data(show_spinner="Reading the study", max_entries=8)
+def _read(source: Source, written: str, turn: int) -> tuple[list[StudyResult], list[TilingResult]]:
+    """By value: a file that was written to, and a press of the button, is another key."""
+    return read_source(source)
+
+
+def page() -> None:
+    """The source, what of it and for which engine above; below, the files."""
+    st.title("What each engine gets")
+    restore(View, PAGE)
+    source = _source()
+    if source is None:
+        remember(View(), PAGE)
+        return
+    try:
+        studies, tilings = _read(source, stamp(source), st.session_state.get(key(PAGE, "turn"), 0))
+        view = _choice(studies)
+    except UserError as error:
+        problem(error)
+        remember(View(source.name), PAGE)  # the reader's choice of a source holds, though it cannot be shown
+        return
+    remember(view, PAGE)
+    try:
+        policies = {name: _policy(name, source, studies, tilings, view) for name in TARGETS}
+    except UserError as error:
+        problem(error)
+        return
+    _labels(policies[view.target])
+    found = {name: export_info(name, policy) for name, policy in policies.items()}
+    _files(found[view.target])
+    if not view.study:
+        st.markdown("The same from the command line:")
+        st.code(command(source, view.target, view.batch, view.context), language="bash", wrap_lines=True)
+    st.subheader("All engines")
+    _overview(list(found.values()))
+
+
+# --- controls
+
+
+def _source() -> Source | None:
+    """The storage that is chosen; None where there is none yet."""
+    names = known_sources()
+    opened: Source | None = st.session_state.get(OPENED)
+    options = [*names, *([TYPED] if opened else [])]
+    chosen = st.session_state[key(PAGE, "source")]
+    if chosen == TYPED and opened is None:
+        problem("This link shows a study that somebody typed. A link holds no database: type it again, below.")
+    if chosen not in options and options:
+        st.session_state[key(PAGE, "source")] = options[0]
+    labels = {name: source.label for name, source in names.items()} | ({TYPED: opened.shown} if opened else {})
+    left, right = st.columns([4, 1], vertical_alignment="bottom")
+    with left:
+        name = st.selectbox(
+            "Study",
+            options,
+            format_func=lambda option: labels[option],
+            key=key(PAGE, "source"),
+            on_change=_forget,
+            placeholder="no study here yet",
+        )
+    with right:
+        if st.button("Read again", key=key(PAGE, "again"), help="A database is read once; a file whenever it changes."):
+            st.session_state[key(PAGE, "turn")] = st.session_state.get(key(PAGE, "turn"), 0) + 1
+    _another(expanded=not options)
+    if name is None:
+        st.info("No study here yet: `ridgepoint tune` makes one in `runs/tune`.")
+        return None
+    return opened if name == TYPED else names[name]
+
+
+def _another(*, expanded: bool) -> None:
+    """Fields for a place that is not in the list. Nothing is opened before the button is pressed."""
+    with st.expander("Another study", expanded=expanded):
+        st.text_input(
+            "Folder, SQLite file or database",
+            key=key(PAGE, "place"),
+            placeholder="runs/tune or postgresql://USER@HOST:5432/DATABASE",
+            autocomplete="off",
+        )
+        st.text_input("Password of the database", type="password", key=key(PAGE, "password"), autocomplete="off")
+        st.button("Open", key=key(PAGE, "open"), on_click=_open)
+        st.caption(
+            escape(f"A database that all readers of this dashboard may see: {ENVIRONMENT}, set before it starts.")
+        )
+        if refused := st.session_state.pop(key(PAGE, "refused"), None):
+            problem(refused)
+
+
+def _open() -> None:
+    """Take what was typed; its password stays in this session's source, and leaves the fields."""
+    place, password = st.session_state[key(PAGE, "place")], st.session_state[key(PAGE, "password")]
+    try:
+        source = source_of(place, password)
+    except UserError as error:
+        st.session_state[key(PAGE, "refused")] = str(error)
+        return
+    if source.name == TYPED:
+        st.session_state[OPENED] = source
+    st.session_state[key(PAGE, "source")] = source.name
+    st.session_state[key(PAGE, "place")], st.session_state[key(PAGE, "password")] = source.shown, ""
+    _forget()
+
+
+def _forget() -> None:
+    """Another source has other buckets and other settings."""
+    for name in ("batch", "context"):
+        st.session_state[key(PAGE, name)] = None
+    st.session_state[key(PAGE, "study")] = ""
+    _forget_trial()
+
+
+def _forget_trial() -> None:
+    st.session_state[key(PAGE, "trial")] = None
+
+
+def _choice(studies: Sequence[StudyResult]) -> View:
+    """What of the source, and for which engine."""
+    left, middle, right = st.columns([2, 2, 2])
+    with left:
+        target = st.selectbox(
+            "Export to",
+            list(TARGETS),
+            format_func=lambda name: f"{name} ({TARGETS[name].engine})",
+            key=key(PAGE, "target"),
+        )
+    with middle:
+        study = _select(
+            "study", "What", ["", *(s.name for s in studies)], _study_words, default="", on_change=_forget_trial
+        )
+    picked = next((s for s in studies if s.name == study), None)
+    batch = context = trial = None
+    with right:
+        if picked is not None:
+            words = pickable(picked)
+            require(bool(words), f"no setting of {study} has run and was right: there is none to export")
+            trial = _select("trial", "Setting", list(words), words.__getitem__, default=next(iter(words)))
+        else:
+            first, second = st.columns(2)
+            with first:
+                batches = sorted({s.subject.workload.batch for s in studies})
+                batch = _select("batch", "Batch", [None, *batches], _or_all, default=None)
+            with second:
+                contexts = sorted({s.subject.context for s in studies if s.subject.context is not None})
+                context = _select("context", "Context (tokens)", [None, *contexts], _or_all, default=None)
+    return View(st.session_state[key(PAGE, "source")], batch, context, study, trial, target)
+
+
+def _select(
+    field: str,
+    label: str,
+    options: Sequence[T],
+    words: Callable[[T], str],
+    default: T,
+    on_change: Callable[[], None] | None = None,
+) -> T:
+    """A menu whose value may come from an address: one that is not there is named, and the default is shown."""
+    widget = key(PAGE, field)
+    value = st.session_state.get(widget)
+    if value not in options:
+        if value is not None:
+            problem(f"There is no {field} {value} here; {words(default)} is shown.")
+        st.session_state[widget] = default
+    chosen: T = st.selectbox(label, options, format_func=words, key=widget, on_change=on_change)
+    return chosen
+
+
+def _study_words(study: str) -> str:
+    return f"one setting of {study}" if study else "what was decided"
+
+
+def _or_all(value: int | None) -> str:
+    return "all" if value is None else str(value)
+
+
+# --- answers
+
+
+def _policy(
+    target: str, source: Source, studies: Sequence[StudyResult], tilings: Sequence[TilingResult], view: View
+) -> Policy:
+    return policy_of(
+        source,
+        studies,
+        tilings,
+        target,
+        batch=view.batch,
+        context=view.context,
+        study=view.study,
+        trial=view.trial,
+    )
+
+
+def _labels(policy: Policy) -> None:
+    """What must be known of the numbers before they are taken for what they are not."""
+    if made_up := simulated([*policy.studies, *policy.tilings]):
+        st.warning(escape(f"Simulated: {made_up}. The exported files say so too."))
+    if policy.picks and any(chosen.by_hand for chosen in policy.chosen()):
+        st.warning(escape(f"This setting was {BY_HAND}. The exported evidence says so too."))
+
+
+def _files(info: ExportInfo) -> None:
+    """One target: how its files are loaded, what they cannot say, and the files, or why there are none."""
+    st.subheader(escape(f"{info.target}: {info.engine}, {info.loads}"))
+    st.markdown(escape(f"{info.file[0].upper()}{info.file[1:]}: {info.does}."))
+    if info.refusal is not None:
+        st.warning(escape(f"There is no file: {info.refusal}."))
+        return
+    name, content, kind = download(info)
+    st.download_button(
+        f"Download {name}", content, file_name=name, mime=kind, key=key(PAGE, "download"), on_click="ignore"
+    )
+    for title, lines in (
+        ("How it is loaded", info.says),
+        ("What the engine cannot be told of it", info.not_carried),
+        ("What of the study is not in the files", info.left_out),
+    ):
+        if lines:
+            st.markdown(f"**{title}**\n\n" + "\n".join(f"- {escape(line)}" for line in lines))
+    for path, text in info.files:
+        rows = text.splitlines()
+        also = f" (the first {_MOST_LINES} of {len(rows):,} lines; the download has all)"
+        st.markdown(f"**{escape(path)}**{escape(also) if len(rows) > _MOST_LINES else ''}")
+        shown = "\n".join(rows[:_MOST_LINES])
+        st.code(shown, language=_LANGUAGES.get(path[path.rfind(".") :]), height=_height(len(rows)))
+
+
+def _height(lines: int) -> int | str:
+    """In pixels: long files scroll in a box of their own."""
+    return 400 if lines > 18 else "content"
+
+
+def _overview(found: Sequence[ExportInfo]) -> None:
+    """Every engine with this choice: the files, or what it cannot represent."""
+    rows = [
+        (i.target, i.engine, i.loads, ", ".join(name for name, _ in i.files), i.refusal or "", "; ".join(i.not_carried))
+        for i in found
+    ]
+    table(columns_of(("target", "engine", "loads", "files", "refused because", "not carried"), rows), "export-targets")
