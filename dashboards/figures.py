@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 
-from dashboards.style import BOUND_COLOURS, GREY, PALETTE, SYMBOLS, base_figure, safe
+from dashboards.style import AXES, BOUND_COLOURS, GREY, PALETTE, PATTERN, SYMBOLS, base_figure, safe
 from dashboards.words import quantity, rate
 from hardware.files import known
 from hardware.profile import HardwareProfile
+from perfmodel.breakeven import Axis
 from perfmodel.prediction import Bound, Prediction
 from perfmodel.steps import title
 from perfmodel.sweep import Sweep
@@ -167,66 +169,81 @@ def _point_text(p: RooflinePoint) -> str:
 
 @dataclass(frozen=True)
 class SpeedupLine:
-    """Speedup over autoregressive decoding at each batch that fits the device's memory."""
+    """Speedup over autoregressive decoding at each batch, or context, that fits the device's memory."""
 
     label: str
-    batch: tuple[int, ...]
+    at: tuple[int, ...]
     speedup: tuple[float, ...]
     tokens_per_second: tuple[float, ...]
     acceptance_length: float
 
-    @property
-    def batches_that_pay(self) -> str:
-        """The batches of the line with a speedup above 1, in words."""
-        paying = [b for b, s in zip(self.batch, self.speedup, strict=True) if s > 1]
-        tried = f"{self.batch[0]} to {self.batch[-1]}"
-        if len(paying) == len(self.batch):
-            return f"it pays at every batch tried, {tried}"
-        if not paying:
-            return f"it pays at no batch tried, {tried}"
-        return f"of the batches tried, {tried}, it pays at {', '.join(map(str, paying))}"
-
 
 @dataclass(frozen=True)
 class SpeedupInfo:
-    """One line per sweep; `left_out` names those for which no batch fits."""
+    """One line per sweep over the batch or the context; `left_out` names those for which nothing fits."""
 
+    over: Axis
     lines: tuple[SpeedupLine, ...]
     left_out: tuple[str, ...]
 
+    def columns(self) -> dict[str, list[Any]]:
+        """One row a point."""
+        names = ("hardware", self.over, "speedup_over_autoregressive", "tokens_per_second")
+        rows = [
+            (line.label, *values)
+            for line in self.lines
+            for values in zip(line.at, line.speedup, line.tokens_per_second, strict=True)
+        ]
+        return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 
-def speedup_info(sweeps: Mapping[str, Sweep]) -> SpeedupInfo:
-    """The lines of sweeps over the batch, at their first context and K; batches beyond the memory are dropped."""
+    def where_it_pays(self, label: str) -> str:
+        """The batches (or contexts) of a line with a speedup above 1, in words; nothing for one that was left out."""
+        line = next((line for line in self.lines if line.label == label), None)
+        if line is None:
+            return ""
+        paying = [n for n, s in zip(line.at, line.speedup, strict=True) if s > 1]
+        tried = f"{line.at[0]:,} to {line.at[-1]:,}"
+        if len(paying) == len(line.at):
+            return f"it pays at every {self.over} tried, {tried}"
+        if not paying:
+            return f"it pays at no {self.over} tried, {tried}"
+        several = {"batch": "batches", "context": "contexts"}[self.over]
+        return f"of the {several} tried, {tried}, it pays at {', '.join(f'{n:,}' for n in paying)}"
+
+
+def speedup_info(sweeps: Mapping[str, Sweep], over: Axis = "batch") -> SpeedupInfo:
+    """The lines of sweeps over one axis, at the first entry of the others; what does not fit the memory is dropped."""
     lines = []
+    along = (slice(None), 0, 0) if over == "batch" else (0, slice(None), 0)
     for label, s in sweeps.items():
-        at = (s.fits[:, 0, 0], 0, 0)
-        if s.fits[:, 0, 0].any():
+        fits = s.fits[along]
+        if fits.any():
             lines.append(
                 SpeedupLine(
                     label,
-                    tuple(map(int, s.batch[at[0]])),
-                    tuple(map(float, s.speedup_over_autoregressive[at])),
-                    tuple(map(float, s.tokens_per_second[at])),
+                    tuple(map(int, getattr(s, over)[fits])),
+                    tuple(map(float, s.speedup_over_autoregressive[along][fits])),
+                    tuple(map(float, s.tokens_per_second[along][fits])),
                     float(s.acceptance_length[0]),
                 )
             )
     names = {line.label for line in lines}
-    return SpeedupInfo(tuple(lines), tuple(label for label in sweeps if label not in names))
+    return SpeedupInfo(over, tuple(lines), tuple(label for label in sweeps if label not in names))
 
 
 def speedup_plot(info: SpeedupInfo) -> go.Figure:
     """Break-even as a solid line; dashed, the speedup if a step cost no more than an autoregressive one."""
-    figure = base_figure("batch (sequences)", "speedup over autoregressive (x)")
+    figure = base_figure(AXES[info.over], "speedup over autoregressive (x)")
     for i, line in enumerate(info.lines):
         figure.add_scatter(
-            x=list(line.batch),
+            x=list(line.at),
             y=list(line.speedup),
             mode="lines+markers",
             name=safe(line.label),
             line={"color": PALETTE[i % len(PALETTE)], "width": 2.5},
             marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
             text=[rate(t) for t in line.tokens_per_second],
-            hovertemplate="batch %{x}: %{y:.2f}x, %{text}<extra>" + safe(line.label) + "</extra>",
+            hovertemplate=info.over + " %{x:,}: %{y:.2f}x, %{text}<extra>" + safe(line.label) + "</extra>",
         )
     figure.add_hline(
         y=1, line={"color": GREY, "width": 1.5}, annotation_text="break-even", annotation_position="bottom left"
@@ -238,9 +255,9 @@ def speedup_plot(info: SpeedupInfo) -> go.Figure:
             annotation_text=f"{length:.3g} tokens a step, if a step cost one autoregressive step",
             annotation_position="top left",
         )
-    batches = sorted({b for line in info.lines for b in line.batch})
-    powers = [b for b in batches if b & (b - 1) == 0]
-    figure.update_xaxes(type="log", tickvals=powers, ticktext=list(map(str, powers)))
+    tried = sorted({n for line in info.lines for n in line.at})
+    powers = [n for n in tried if n & (n - 1) == 0] or tried
+    figure.update_xaxes(type="log", tickvals=powers, ticktext=[f"{n:,}" for n in powers])
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -291,7 +308,6 @@ def step_time_plot(info: StepTimeInfo) -> go.Figure:
         for bar in info.bars
     ]
     patterns: dict[Bound, str] = {"memory": "", "compute": "/", "overhead": "."}
-    pattern = {"fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.35, "size": 6, "solidity": 0.2}
     for name in dict.fromkeys(s.operator for bar in info.bars for s in bar.segments):
         found = [next((s for s in bar.segments if s.operator == name), None) for bar in info.bars]
         present = [(label, s) for label, s in zip(labels, found, strict=True) if s is not None]
@@ -301,7 +317,7 @@ def step_time_plot(info: StepTimeInfo) -> go.Figure:
             orientation="h",
             marker={
                 "color": [BOUND_COLOURS[s.bound] for _, s in present],
-                "pattern": {**pattern, "shape": [patterns[s.bound] for _, s in present]},
+                "pattern": {**PATTERN, "shape": [patterns[s.bound] for _, s in present]},
                 "line": {"color": "white", "width": 1},
             },
             text=[safe(name) if s.seconds > 0.08 * longest else "" for _, s in present],
@@ -318,7 +334,7 @@ def step_time_plot(info: StepTimeInfo) -> go.Figure:
             x=[0],
             orientation="h",
             name=f"{bound}-bound",
-            marker={"color": colour, "pattern": {**pattern, "shape": patterns[bound]}},
+            marker={"color": colour, "pattern": {**PATTERN, "shape": patterns[bound]}},
         )
     figure.update_layout(barmode="stack", height=190 + 62 * len(info.bars))
     figure.update_yaxes(autorange="reversed", showgrid=False)

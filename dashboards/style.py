@@ -17,6 +17,8 @@ PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 BOUND_COLOURS: dict[Bound, str] = {"memory": BLUE, "compute": VERMILLION, "overhead": ORANGE}
 GREY = "#8A8A8A"
 GRID = "rgba(128,128,128,0.25)"
+AXES = {"batch": "batch (sequences)", "context": "context (cached tokens per sequence)"}
+PATTERN = {"fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.35, "size": 6, "solidity": 0.2}  # of bars
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 
 

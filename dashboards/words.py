@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from perfmodel.prediction import Prediction
+from runtime.config import DecodingConfig
 
 _PREFIXES = (
     (1e15, "P"),
@@ -64,4 +65,26 @@ def verdict(prediction: Prediction) -> str:
         f"{where}, drafting {'pays' if pays else 'does not pay'}: {prediction.speedup_over_autoregressive:.2f}x. "
         f"A {prediction.decoding.sampler} step costs {cost:.2f} autoregressive steps, so it breaks even at {cost:.2f} "
         f"tokens a step; here a step commits {prediction.acceptance_length:.2f}."
+    )
+
+
+def step_words(prediction: Prediction) -> str:
+    """A step's estimated time, and between which times measured ones are meant to lie."""
+    step = f"A step is estimated at {quantity(prediction.step_seconds, 's')}"
+    between = prediction.step_seconds_interval
+    if between is None:
+        return f"{step}; how far measured steps lie from that is not known for the engine {prediction.engine}."
+    low, high = (quantity(seconds, "s") for seconds in between)
+    return f"{step}; 80% of measured steps are meant to lie between {low} and {high} (engine {prediction.engine})."
+
+
+def loss_words(decoding: DecodingConfig) -> str:
+    """Why what is generated is not what autoregressive decoding gives; nothing for a lossless setting."""
+    if decoding.lossless:
+        return ""
+    if decoding.mixing_weight == 1:
+        return "Not lossless: without a verification, drafts are kept as they are."
+    return (
+        f"Not lossless: at w = {decoding.mixing_weight:g} drafts are judged by mixed logits. The weight changes how "
+        "many are accepted, not the time of a step: the numbers hold for the acceptance given here, whatever w is."
     )

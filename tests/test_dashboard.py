@@ -1,26 +1,30 @@
-"""The figures' data, the choice in an address, and the first page with every control."""
+"""The data of the figures, the words beside them, and the app that holds the pages."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streamlit.testing.v1 import AppTest
 
 from dashboards import app as app_module
-from dashboards.address import from_query, to_query
-from dashboards.choice import BATCHES, Choice, answer
+from dashboards.changes import (
+    Effect,
+    EffectsInfo,
+    accepted_info,
+    accepted_plot,
+    change_plot,
+    sensitivity_plot,
+)
+from dashboards.choice import BATCHES, Choice, answer, pays_map
 from dashboards.evidence import (
     FrontPoint,
     front_info,
@@ -39,10 +43,12 @@ from dashboards.figures import (
     step_time_info,
     step_time_plot,
 )
-from dashboards.words import break_even_length, forwards, percent, quantity, rate, verdict
+from dashboards.maps import map_info, map_plot
+from dashboards.words import break_even_length, forwards, loss_words, percent, quantity, rate, step_words, verdict
 from hardware.files import UserError
-from hardware.profile import HardwareProfile, MemoryLevel, load_profile, save_profile
+from hardware.profile import HardwareProfile, MemoryLevel, load_profile
 from perfmodel.acceptance import judged
+from perfmodel.breakeven import Axis
 from perfmodel.decoding import predict
 from perfmodel.memory import MEMORY_SHARE
 from perfmodel.model_spec import load_spec
@@ -125,15 +131,17 @@ def test_a_step_is_the_sum_of_its_segments() -> None:
         assert {"experts", "attention", "lm_head", "sampler"} <= {s.operator for s in bar.segments}
 
 
-def test_the_speedup_line_says_what_predictions_say() -> None:
-    choice = Choice(devices=("h100-sxm",), batch=48)
-    hardware = load_profile("h100-sxm")
-    (line,) = speedup_info({"h100-sxm": answer(choice, hardware).speedups}).lines  # type: ignore[dict-item]
-    assert line.batch == tuple(sorted({*BATCHES, 48}))
-    for batch, speedup, tokens in zip(line.batch, line.speedup, line.tokens_per_second, strict=True):
-        found = step(hardware, batch=batch)
-        assert speedup == pytest.approx(found.speedup_over_autoregressive)
-        assert tokens == pytest.approx(found.tokens_per_second)
+@pytest.mark.parametrize("over", ["batch", "context"])
+def test_the_speedup_line_says_what_predictions_say(over: Axis) -> None:
+    found = answer(Choice(batch=48, context=3000), load_profile("h100-sxm"))
+    sweep = {"batch": found.speedups, "context": found.by_context}[over]
+    assert sweep is not None
+    (line,) = speedup_info({"h100-sxm": sweep}, over).lines
+    assert {"batch": 48, "context": 3000}[over] in line.at
+    for value, speedup, tokens in zip(line.at, line.speedup, line.tokens_per_second, strict=True):
+        predicted = step(load_profile("h100-sxm"), **{"batch": 48, "context": 3000, over: value})
+        assert speedup == pytest.approx(predicted.speedup_over_autoregressive)
+        assert tokens == pytest.approx(predicted.tokens_per_second)
 
 
 def test_batches_that_do_not_fit_have_no_speedup() -> None:
@@ -141,8 +149,8 @@ def test_batches_that_do_not_fit_have_no_speedup() -> None:
     small, tiny = one_level("small", (weights + 1e9) / MEMORY_SHARE), one_level("tiny", weights / 2)
     choice = Choice(context=1000)
     info = speedup_info({"small": answer(choice, small).speedups})  # type: ignore[dict-item]
-    assert 1 in info.lines[0].batch
-    assert max(info.lines[0].batch) < max(BATCHES)
+    assert 1 in info.lines[0].at
+    assert max(info.lines[0].at) < max(BATCHES)
     grown = dataclasses.replace(answer(choice, small).speedups, fits=answer(choice, small).speedups.fits & False)  # type: ignore
     assert speedup_info({"none": grown}).left_out == ("none",)
     with pytest.raises(UserError, match="weights and caches must fit"):
@@ -159,11 +167,23 @@ def test_words_about_batches_and_break_even() -> None:
     at = (load_spec("zaya1-8b"), load_profile("h100-sxm"), found.workload, found.decoding)
     again = predict(*at, context=2048, acceptance_length=cost)
     assert again.speedup_over_autoregressive == pytest.approx(1)
-    line = speedup_info({"x": answer(Choice(), load_profile("h100-sxm")).speedups}).lines[0]  # type: ignore[dict-item]
-    none = dataclasses.replace(line, speedup=tuple(0.5 for _ in line.batch))
-    assert none.batches_that_pay == "it pays at no batch tried, 1 to 512"
-    some = dataclasses.replace(line, speedup=(1.5, 1.2, *(0.5 for _ in line.batch[2:])))
-    assert some.batches_that_pay == "of the batches tried, 1 to 512, it pays at 1, 2"
+    info = speedup_info({"x": answer(Choice(), load_profile("h100-sxm")).speedups})  # type: ignore[dict-item]
+    (line,) = info.lines
+    none = dataclasses.replace(info, lines=(dataclasses.replace(line, speedup=tuple(0.5 for _ in line.at)),))
+    assert none.where_it_pays("x") == "it pays at no batch tried, 1 to 512"
+    speedup = (1.5, 1.2, *(0.5 for _ in line.at[2:]))
+    some = dataclasses.replace(info, lines=(dataclasses.replace(line, speedup=speedup),))
+    assert some.where_it_pays("x") == "of the batches tried, 1 to 512, it pays at 1, 2"
+
+
+def test_words_about_steps_and_losses() -> None:
+    found = step(load_profile("h100-sxm"))
+    assert found.step_seconds_interval is not None
+    assert all(quantity(seconds, "s") in step_words(found) for seconds in found.step_seconds_interval)
+    assert "not known" in step_words(dataclasses.replace(found, step_seconds_interval=None))
+    assert loss_words(found.decoding) == ""
+    assert "w = 0.5" in loss_words(DecodingConfig("two_forward", mixing_weight=0.5))
+    assert "without a verification" in loss_words(DecodingConfig("denoising"))
 
 
 @pytest.mark.parametrize(
@@ -255,14 +275,28 @@ def test_losses_continue_from_stage_to_stage() -> None:
         loss_info([{"loss": 3.0}])
 
 
+FIGURES = ("roofline", "speedup", "speedup by context", "map", "changes", "sensitivities", "acceptance", "step time",
+           "scatter", "front", "loss")  # fmt: skip
+NAMED_BARS = {"step time", "changes", "sensitivities"}  # whose vertical axis holds names
+
+
+@cache
 def every_figure(name: str = "plain") -> dict[str, Any]:
     hardware = one_level(name)
     found = answer(Choice(), hardware)
     assert found.speedups is not None
+    assert found.by_context is not None
+    contexts = speedup_info({name: found.by_context}, "context")
+    effects = EffectsInfo((Effect(name, f"more {name}", 0.5, 0.25),))
     trials = [FrontPoint(f"{name} {n}", 100.0 + n, n / 10, default=n == 0, chosen=n == 1) for n in range(3)]
     return {
         "roofline": roofline_plot(roofline_info([hardware], found.predictions)),
         "speedup": speedup_plot(speedup_info({name: found.speedups})),
+        "speedup by context": speedup_plot(contexts),
+        "map": map_plot(map_info(pays_map(Choice(), hardware), name, name, (1, 2048))),
+        "changes": change_plot(effects),
+        "sensitivities": sensitivity_plot(effects),
+        "acceptance": accepted_plot(accepted_info(name, [1, 2, 1], 2.0)),
         "step time": step_time_plot(step_time_info(found.predictions)),
         "scatter": scatter_plot(scatter_info([row(1.0, 1.2), dataclasses.replace(row(1.0, 1.1), name=name)])),
         "front": front_plot(front_info([*trials, FrontPoint(name, None, None, feasible=False)])),
@@ -270,159 +304,23 @@ def every_figure(name: str = "plain") -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["roofline", "speedup", "step time", "scatter", "front", "loss"])
+@pytest.mark.parametrize("name", FIGURES)
 def test_figures_name_their_axes_and_fit_both_themes(name: str) -> None:
     figure = every_figure()[name]
     assert figure.layout.xaxis.title.text
-    assert figure.layout.yaxis.title.text or name == "step time"  # whose bars are named
+    assert figure.layout.yaxis.title.text or name in NAMED_BARS
     assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
     assert figure.layout.font.color is None
     assert any(len(trace.x) for trace in figure.data)
     json.loads(figure.to_json())
 
 
-@pytest.mark.parametrize("name", ["roofline", "speedup", "step time", "scatter", "front", "loss"])
+@pytest.mark.parametrize("name", FIGURES)
 def test_names_in_figures_stay_text(name: str) -> None:
     """Plotly obeys some HTML in labels, so nothing that comes from a file may bring its own."""
     texts = json.dumps(every_figure("<b>x")[name].to_plotly_json(), default=str)
     assert "<b>x" not in texts
     assert "&lt;b&gt;x" in texts
-
-
-choices = st.builds(
-    Choice,
-    devices=st.lists(st.sampled_from(["h100-sxm", "mi300x"]), min_size=1, max_size=2, unique=True).map(tuple),
-    batch=st.integers(1, 10_000),
-    context=st.integers(1, 100_000),
-    sampler=st.sampled_from(SAMPLER_NAMES),
-    draft_tokens=st.integers(7, 64),
-    levels=st.sampled_from(["dense", "0", "0,4,7"]),
-    denoising_steps=st.integers(1, 7),
-    verify=st.booleans(),
-    acceptance_length=st.floats(1, 8),
-    dtype=st.sampled_from(["default", "bfloat16", "float32"]),
-)
-
-
-@settings(deadline=None, max_examples=50)
-@given(choices)
-def test_an_address_shows_the_choice_again(choice: Choice) -> None:
-    assert from_query(Choice, to_query(choice)) == choice
-
-
-@pytest.mark.parametrize(
-    ("query", "message"),
-    [
-        ({"batch": ["0"]}, "batch >= 1"),
-        ({"batch": ["many"]}, "batch must be a int, but is 'many'"),
-        ({"batch": ["1", "2"]}, "batch must be given once"),
-        ({"context": ["0"]}, "context >= 1"),
-        ({"context": ["200000"]}, "max_position_embeddings"),
-        ({"draft_tokens": ["0"]}, "draft_tokens >= 1"),
-        ({"acceptance_length": ["40"]}, "acceptance_length <= draft_tokens"),
-        ({"acceptance_length": ["nan"]}, "acceptance_length <= draft_tokens"),
-        ({"acceptance_length": ["inf"], "sampler": ["autoregressive"]}, "must be a number >= 1"),
-        ({"sampler": ["magic"]}, "unknown sampler 'magic'; known: "),
-        ({"sampler": ["single_forward"], "levels": ["1,2"]}, "must ascend from 0"),
-        ({"sampler": ["single_forward"], "levels": ["all"]}, "levels must be dense or numbers"),
-        ({"sampler": ["single_forward"], "levels": ["<b>"]}, "levels must be dense or numbers"),
-        ({"sampler": ["denoising"], "denoising_steps": ["17"]}, "denoising_steps <= draft_tokens = 16"),
-        ({"denoising_steps": ["0"]}, "denoising_steps >= 1"),
-        ({"verify": ["yes"]}, "verify must be a bool, but is 'yes'"),
-        ({"dtype": ["int3"]}, "unknown dtype 'int3'; known: "),
-        ({"model": ["gpt"]}, "unknown model 'gpt'; known: "),
-        ({"devices": ["abacus"]}, "unknown hardware 'abacus'; known: "),
-        ({"devices": ["../profile.yaml"]}, "unknown hardware"),
-        ({"devices": []}, "at least one device"),
-        ({"colour": ["red"]}, "unknown parameter of the address 'colour'; known: "),
-    ],
-)
-def test_an_impossible_address_is_refused(
-    query: dict[str, list[str]], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=re.escape(message)):
-        from_query(Choice, query)
-
-
-def test_levels_that_no_sampler_reads_are_kept_and_stop_nothing() -> None:
-    """Half-typed levels must not lock the page once another sampler is chosen: their field is disabled then."""
-    kept = from_query(Choice, {"sampler": ["two_forward"], "levels": ["0,"]})
-    assert kept.levels == "0," and kept.decoding == DecodingConfig("two_forward")
-
-
-def test_an_address_reads_no_file(tmp_path: Path) -> None:
-    path = save_profile(one_level(), tmp_path / "plain.yaml")
-    with pytest.raises(UserError, match="unknown hardware"):
-        from_query(Choice, {"devices": [str(path)]})
-    (tmp_path / "config.json").write_text('{"model_type": "zaya"}')
-    with pytest.raises(UserError, match="unknown model"):
-        from_query(Choice, {"model": [str(tmp_path)]})
-
-
-@pytest.fixture
-def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppTest]:
-    monkeypatch.setenv("RIDGEPOINT_HOME", str(tmp_path))
-    yield AppTest.from_file(str(APP), default_timeout=30)
-
-
-def metrics(page: AppTest) -> dict[str, str]:
-    """The first device's numbers."""
-    return {m.label: m.value for m in reversed(page.metric)}
-
-
-def shown(page: AppTest) -> list[str]:
-    assert not page.exception, page.exception
-    return [e.value for e in page.error]
-
-
-def test_the_page_shows_the_models_numbers(page: AppTest) -> None:
-    page.run()
-    assert shown(page) == []
-    found = step(load_profile("h100-sxm"))
-    single = step(load_profile("h100-sxm"), "autoregressive")
-    assert metrics(page) == {
-        "speedup": f"{found.speedup_over_autoregressive:.2f}x",
-        "two_forward tokens/s": f"{found.tokens_per_second:,.0f}",
-        "autoregressive tokens/s": f"{single.tokens_per_second:,.0f}",
-        "most time goes to": found.bound,
-        "experts per layer": f"{found.experts_per_layer:.1f}",
-    }
-    assert [s.value for s in page.subheader][:2] == ["h100\\-sxm", "mi300x"]
-    assert len(page.get("plotly_chart")) == 3
-    assert "it breaks even at" in page.markdown[0].value
-
-
-@pytest.mark.parametrize(
-    ("kind", "key", "value"),
-    [
-        ("multiselect", "devices", ["mi300x"]),
-        ("number_input", "batch", 64),
-        ("number_input", "context", 16_384),
-        ("selectbox", "sampler", "autoregressive"),
-        ("number_input", "draft_tokens", 8),
-        ("number_input", "acceptance_length", 2.5),
-        ("selectbox", "dtype", "float16"),
-        ("selectbox", "sampler", "single_forward"),
-        ("selectbox", "sampler", "denoising"),
-    ],
-)
-def test_each_control_changes_the_answer_and_the_address(page: AppTest, kind: str, key: str, value: Any) -> None:
-    page.query_params["batch"] = "32"
-    page.run()
-    before = metrics(page)
-    getattr(page, kind)(key=f"explore-{key}").set_value(value).run()
-    assert shown(page) == []
-    choice = from_query(
-        Choice, {"batch": ["32"], key: [str(v) for v in (value if isinstance(value, list) else [value])]}
-    )
-    found = answer(choice, load_profile(choice.devices[0])).chosen
-    after = metrics(page)
-    assert after["speedup"] == f"{found.speedup_over_autoregressive:.2f}x"
-    assert after[f"{choice.sampler} tokens/s"] == f"{found.tokens_per_second:,.0f}"
-    assert after != before or key == "dtype"  # float16 costs what bfloat16 does
-    assert page.query_params[key] == to_query(choice)[key][-1]
-    assert len(page.get("plotly_chart")) == (2 if choice.sampler == "autoregressive" else 3)
 
 
 @pytest.mark.parametrize(
@@ -439,134 +337,10 @@ def test_the_forwards_of_a_step_in_words(choice: Choice, words: str) -> None:
     assert forwards(answer(choice, load_profile("h100-sxm")).chosen) == words
 
 
-@pytest.mark.parametrize(
-    ("sampler", "kind", "key", "value"),
-    [
-        ("single_forward", "text_input", "levels", "0, 4, 7"),
-        ("denoising", "number_input", "denoising_steps", 4),
-        ("denoising", "checkbox", "verify", True),
-    ],
-)
-def test_a_samplers_own_controls(page: AppTest, sampler: str, kind: str, key: str, value: Any) -> None:
-    """They change its answer, and are off for every other sampler."""
-    page.query_params["sampler"] = sampler
-    page.query_params["batch"] = "64"  # where slots cost time
-    page.run()
-    before = metrics(page)
-    getattr(page, kind)(key=f"explore-{key}").set_value(value).run()
-    assert shown(page) == []
-    choice = from_query(Choice, {"sampler": [sampler], "batch": ["64"], key: [str(value).replace(" ", "")]})
-    found = answer(choice, load_profile(choice.devices[0])).chosen
-    assert metrics(page)[f"{sampler} tokens/s"] == f"{found.tokens_per_second:,.0f}" != before[f"{sampler} tokens/s"]
-    assert page.query_params[key] == to_query(choice)[key][-1]
-    assert page.number_input(key="explore-acceptance_length").disabled == (sampler == "denoising" and key != "verify")
-    page.selectbox(key="explore-sampler").set_value("two_forward").run()
-    assert getattr(page, kind)(key=f"explore-{key}").disabled
-
-
-def test_the_engine_can_be_changed(page: AppTest) -> None:
-    """To one that runs on a device of the kind that is chosen; the address holds it."""
-    page.run()
-    engine = page.selectbox(key="explore-engine")
-    assert {"default", "ridgepoint-eager", "vllm", "zyphra-vllm"} <= set(engine.options)
-    assert "ridgepoint-cpu" not in engine.options
-    before = metrics(page)
-    engine.set_value("zyphra-vllm").run()
-    assert shown(page) == []
-    found = answer(Choice(engine="zyphra-vllm"), load_profile("h100-sxm")).chosen
-    assert metrics(page)["two_forward tokens/s"] == f"{found.tokens_per_second:,.0f}" != before["two_forward tokens/s"]
-    assert page.query_params["engine"] == "zyphra-vllm"
-    page.query_params["engine"] = "ridgepoint-cpu"
-    page.run()
-    assert len(shown(page)) == 2 and all("runs on a cpu" in error for error in shown(page))
-    page.query_params["engine"] = "warp"
-    page.run()
-    assert "unknown engine" in shown(page)[0]
-
-
-def test_the_model_can_be_changed(page: AppTest) -> None:
-    page.query_params["context"] = "512"
-    page.run()
-    other = next(
-        name for name in page.selectbox(key="explore-model").options if name != "zaya1-8b"
-    )  # a checkpoint that ships
-    page.selectbox(key="explore-model").set_value(other).run()
-    assert shown(page) == []
-    found = answer(Choice(model=other, context=512), load_profile("h100-sxm")).chosen
-    assert metrics(page)["two_forward tokens/s"] == f"{found.tokens_per_second:,.0f}"
-    assert page.query_params["model"] == other
-
-
-@pytest.mark.parametrize(
-    ("kind", "key", "value", "message"),
-    [
-        ("multiselect", "devices", [], "at least one device must be chosen"),
-        ("number_input", "context", 131_072, "max\\_position\\_embeddings"),
-        ("number_input", "acceptance_length", 17.5, "acceptance\\_length"),
-        ("number_input", "batch", 1_000_000, "weights and caches must fit"),
-    ],
-)
-def test_an_impossible_choice_is_one_line_and_mended_by_another(
-    page: AppTest, kind: str, key: str, value: Any, message: str
-) -> None:
-    page.run()
-    default = getattr(page, kind)(key=f"explore-{key}").value
-    getattr(page, kind)(key=f"explore-{key}").set_value(value).run()
-    errors = shown(page)
-    assert errors
-    assert all(message in e and "\n" not in e for e in errors)
-    assert not page.metric
-    getattr(page, kind)(key=f"explore-{key}").set_value(default).run()
-    assert shown(page) == []
-    assert page.metric
-
-
-def test_an_address_is_followed_and_a_bad_one_named(page: AppTest) -> None:
-    page.query_params["batch"] = "32"
-    page.query_params["devices"] = ["mi300x"]
-    page.run()
-    assert shown(page) == []
-    assert page.number_input(key="explore-batch").value == 32
-    assert page.multiselect(key="explore-devices").value == ["mi300x"]
-    page.query_params["batch"] = "[x](http://example.org)"  # another address in the same session
-    page.run()
-    (error,) = shown(page)
-    assert error.startswith("The address cannot be shown")
-    assert "](" not in error  # no link is made of it
-    assert page.number_input(key="explore-batch").value == 1
-
-
-def test_a_users_profile_is_offered_and_a_broken_one_is_one_line(page: AppTest, tmp_path: Path) -> None:
-    save_profile(one_level("mine"), tmp_path / "hardware" / "mine.yaml")
-    (tmp_path / "hardware" / "broken.yaml").write_text("name: broken\n")
-    page.run()
-    assert {"mine", "broken"} <= set(page.multiselect(key="explore-devices").options)
-    page.multiselect(key="explore-devices").set_value(["broken", "mine"]).run()
-    (error,) = shown(page)
-    assert "missing key" in error
-    assert metrics(page)["speedup"] == f"{step(one_level('mine')).speedup_over_autoregressive:.2f}x"
-    faster = dataclasses.replace(one_level("mine"), launch_seconds=1e-9)
-    save_profile(faster, tmp_path / "hardware" / "mine.yaml")  # the cache goes by value, not by name
-    page.run()
-    assert metrics(page)["two_forward tokens/s"] == f"{step(faster).tokens_per_second:,.0f}"
-
-
 def test_pages_are_found_and_ordered() -> None:
     found = app_module.pages()
     assert found[0].TITLE == "Explore"
     assert len({m.ORDER for m in found}) == len(found)
-
-
-def test_the_page_needs_no_torch() -> None:
-    program = (
-        "import sys\n"
-        "from streamlit.testing.v1 import AppTest\n"
-        f"page = AppTest.from_file({str(APP)!r}, default_timeout=60).run()\n"
-        "assert not page.exception and len(page.metric) == 10, page.exception\n"
-        "print(sorted({'torch', 'triton', 'transformers', 'optuna'} & set(sys.modules)))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
 
 
 def test_a_taken_port_is_one_line() -> None:
@@ -579,8 +353,3 @@ def test_a_taken_port_is_one_line() -> None:
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
     assert f"cannot listen on 127.0.0.1:{port}" in run.stderr
-
-
-def test_infinite_is_not_a_number_of_tokens() -> None:
-    with pytest.raises(UserError):
-        Choice(acceptance_length=math.inf)

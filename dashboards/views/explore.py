@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import streamlit as st
 
-from dashboards.choice import DENSE, DTYPES, Answer, Choice, answer, engines_of
+from dashboards.changes import (
+    accepted_info,
+    accepted_plot,
+    change_info,
+    change_plot,
+    sensitivity_info,
+    sensitivity_plot,
+)
+from dashboards.choice import (
+    DENSE,
+    DTYPES,
+    GIVEN,
+    SECTIONS,
+    Answer,
+    Choice,
+    View,
+    acceptances_of,
+    answer,
+    engines_of,
+    explanation,
+    pays_map,
+    predict_command,
+)
 from dashboards.figures import (
     RooflinePoint,
-    SpeedupInfo,
     roofline_info,
     roofline_plot,
     speedup_info,
@@ -18,42 +40,65 @@ from dashboards.figures import (
     step_time_plot,
 )
 from dashboards.frame import columns_of, escape, figure, key, problem, remember, restore
-from dashboards.words import verdict
+from dashboards.maps import map_info, map_plot
+from dashboards.words import loss_words, quantity, step_words, verdict
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, list_profiles, load_profile
+from perfmodel.acceptance import judged
+from perfmodel.known_acceptance import load_acceptance
 from perfmodel.model_spec import known_models
-from runtime.config import SAMPLER_NAMES
+from perfmodel.prediction import Prediction
+from perfmodel.steps import title
+from runtime.config import SAMPLER_NAMES, DecodingConfig
 
 TITLE = "Explore"
 ORDER = 1
 PAGE = "explore"
+SECTION_NAMES = dict(
+    zip(SECTIONS, ("Speedup", "Break-even map", "Where the time goes", "What would change it"), strict=True)
+)
 
-_cached_answer = st.cache_data(
-    answer, show_spinner=False, max_entries=512
-)  # by value: a changed profile is another key
+# By value: a changed profile is another key.
+_cached_answer = st.cache_data(answer, show_spinner=False, max_entries=512)
+_cached_map = st.cache_data(pays_map, show_spinner=False, max_entries=128)
+_cached_explanation = st.cache_data(explanation, show_spinner=False, max_entries=256)
+
+Found = dict[str, tuple[HardwareProfile, Answer]]
 
 
 def page() -> None:
-    """Controls at the side, numbers and figures in the middle; the address holds the choice."""
+    """Controls at the side, numbers and one section of figures in the middle; the address holds the view."""
     st.title("Does block-diffusion decoding pay here?")
+    restore(View, PAGE)
     try:
         choice = _controls()
     except UserError as error:
         problem(error)
         return
-    remember(choice, PAGE)
-    profiles, answers = _answers(choice)
-    if answers:
-        _numbers(answers)
-        _figures(profiles, answers)
+    found = _answers(choice)
+    if found:
+        _numbers(choice, found)
+    view = _view(choice)
+    remember(view, PAGE)
+    if found:
+        {"speedup": _speedups, "map": _map, "step": _steps, "changes": _changes}[view.section](view, found)
 
 
 def _controls() -> Choice:
     """The sidebar's widgets."""
-    restore(Choice, PAGE)
     with st.sidebar:
         devices = st.multiselect("Devices", sorted(list_profiles()), key=key(PAGE, "devices"))
         model = st.selectbox("Model", known_models(), key=key(PAGE, "model"))
+        engines = engines_of(devices, st.session_state[key(PAGE, "engine")])
+        engine = st.selectbox(
+            "Engine", engines, key=key(PAGE, "engine"), help="what runs the model; default: this project's"
+        )
+        dtype = st.selectbox(
+            "Weights",
+            DTYPES,
+            key=key(PAGE, "dtype"),
+            help="default: as published on a GPU, bfloat16 where that is not quantised; float32 on a CPU",
+        )
         batch = st.number_input("Batch (sequences)", min_value=1, step=1, key=key(PAGE, "batch"))
         context = st.number_input(
             "Context (cached tokens per sequence)", min_value=1, step=256, key=key(PAGE, "context")
@@ -73,82 +118,183 @@ def _controls() -> Choice:
             "Denoising steps per block", min_value=1, step=1, key=key(PAGE, "denoising_steps"), disabled=not denoising
         )
         verify = st.checkbox("Verify the block", key=key(PAGE, "verify"), disabled=not denoising)
+        judging = drafting and (verify or not denoising)
+        acceptance = st.selectbox(
+            "Acceptance of drafts",
+            acceptances_of(sampler, st.session_state[key(PAGE, "acceptance")]),
+            key=key(PAGE, "acceptance"),
+            disabled=not judging,
+            format_func=_acceptance_name,
+            help="a length, or what was counted on a task: published or measured, as its name says",
+        )
         length = st.number_input(
             "Acceptance length (tokens a step commits)",
             min_value=1.0,
             step=0.1,
             format="%.2f",
             key=key(PAGE, "acceptance_length"),
-            disabled=not drafting or (denoising and not verify),
+            disabled=not judging or acceptance != GIVEN,
         )
-        engines = engines_of(devices, st.session_state[key(PAGE, "engine")])
-        engine = st.selectbox(
-            "Engine", engines, key=key(PAGE, "engine"), help="what runs the model; default: this project's"
+        weight = st.number_input(
+            "Mixing weight w",
+            min_value=0.0,
+            max_value=1.0,
+            step=0.1,
+            key=key(PAGE, "mixing_weight"),
+            disabled=not judging,
+            help="share of the autoregressive logits; 1 is lossless. It changes acceptance, not the time of a step",
         )
-        dtype = st.selectbox(
-            "Weights", DTYPES, key=key(PAGE, "dtype"), help="default: bfloat16 on a GPU, float32 on a CPU"
+        choice = Choice(
+            devices=tuple(devices),
+            model=model,
+            batch=batch,
+            context=context,
+            sampler=sampler,
+            draft_tokens=draft_tokens,
+            levels=levels.replace(" ", ""),
+            denoising_steps=steps,
+            verify=verify,
+            acceptance_length=length,
+            dtype=dtype,
+            engine=engine,
+            acceptance=acceptance,
+            mixing_weight=weight,
         )
-    return Choice(
-        devices=tuple(devices),
-        model=model,
-        batch=batch,
-        context=context,
-        sampler=sampler,
-        draft_tokens=draft_tokens,
-        levels=levels.replace(" ", ""),
-        denoising_steps=steps,
-        verify=verify,
-        acceptance_length=length,
-        dtype=dtype,
-        engine=engine,
+        _accepted(choice)
+    return choice
+
+
+def _acceptance_name(name: str) -> str:
+    return "a length" if name == GIVEN else f"{name} ({load_acceptance(name).kind})"
+
+
+def _accepted(choice: Choice) -> None:
+    """The histogram and the source of a known acceptance."""
+    decoding = choice.decoding
+    if not judged(decoding) or choice.acceptance == GIVEN:
+        return
+    counted = load_acceptance(choice.acceptance)
+    info = accepted_info(
+        counted.name, counted.histogram(decoding.sampler, choice.draft_tokens), choice.accepted.tokens(decoding)
     )
+    st.caption(
+        escape(
+            f"{info.tokens_per_step:.2f} tokens a step. {counted.kind.capitalize()}: {counted.what}. "
+            f"Source: {counted.source}."
+            + (" It was counted without mixing (w = 1)." if choice.mixing_weight != 1 else "")
+        )
+    )
+    figure(accepted_plot(info), "acceptance", info.columns())
 
 
-def _answers(choice: Choice) -> tuple[list[HardwareProfile], dict[str, Answer]]:
+def _view(choice: Choice) -> View:
+    """The section that is shown, and whose map."""
+    section = st.segmented_control(
+        "What to show",
+        SECTIONS,
+        format_func=SECTION_NAMES.__getitem__,
+        key=key(PAGE, "section"),
+        label_visibility="collapsed",
+    )
+    device = st.session_state[key(PAGE, "map_device")]
+    if device not in choice.devices:  # none was chosen yet, or it is gone
+        device = st.session_state[key(PAGE, "map_device")] = choice.devices[0]
+    if section == "map" and choice.decoding.drafts:
+        device = st.selectbox("Device of the map", choice.devices, key=key(PAGE, "map_device"))
+    return View(**dataclasses.asdict(choice), section=section or SECTIONS[0], map_device=device)
+
+
+def _answers(choice: Choice) -> Found:
     """The devices that can run the choice; for each other one, the reason is shown."""
-    profiles: list[HardwareProfile] = []
-    answers: dict[str, Answer] = {}
+    found: Found = {}
     for name in choice.devices:
         try:
             profile = load_profile(name)
-            answers[name] = _cached_answer(choice, profile)
-            profiles.append(profile)
+            found[name] = profile, _cached_answer(choice.on(name), profile)
         except UserError as error:
             problem(error)
-    return profiles, answers
+    return found
 
 
-def _numbers(answers: dict[str, Answer]) -> None:
-    sweeps = {name: found.speedups for name, found in answers.items() if found.speedups is not None}
-    ranges = {line.label: line.batches_that_pay for line in speedup_info(sweeps).lines}
-    for name, found in answers.items():
+def _numbers(choice: Choice, found: Found) -> None:
+    st.caption("Predicted by the performance model; joules and dollars are estimates from TDP and price per hour.")
+    for name, (_, answered) in found.items():
         st.subheader(escape(name))
         with st.container(key=f"numbers-{name}"):
-            speedup, chosen, single, bound, experts = st.columns(5)
-            speedup.metric("speedup", f"{found.chosen.speedup_over_autoregressive:.2f}x")
-            chosen.metric(f"{found.chosen.decoding.sampler} tokens/s", f"{found.chosen.tokens_per_second:,.0f}")
-            single.metric("autoregressive tokens/s", f"{found.autoregressive.tokens_per_second:,.0f}")
-            bound.metric("most time goes to", found.chosen.bound)
-            experts.metric("experts per layer", f"{found.chosen.experts_per_layer:.1f}")
-        also = f" At this acceptance length, {ranges[name]}." if name in ranges else ""
-        st.markdown(escape(verdict(found.chosen) + also))
+            for row in _metrics(answered.chosen, answered.autoregressive):
+                for column, (label, value) in zip(st.columns(len(row)), row.items(), strict=True):
+                    column.metric(label, value)
+        st.markdown(escape(f"{verdict(answered.chosen)} {step_words(answered.chosen)}"))
+    loss = loss_words(choice.decoding)
+    if loss:
+        st.info(escape(loss))
+    st.code("\n".join(predict_command(choice, name) for name in found), language="bash", wrap_lines=True)
 
 
-def _figures(profiles: list[HardwareProfile], answers: dict[str, Answer]) -> None:
-    sweeps = {name: found.speedups for name, found in answers.items() if found.speedups is not None}
-    predictions = [p for found in answers.values() for p in found.predictions]
-    if sweeps:
-        info = speedup_info(sweeps)
-        st.subheader("Speedup against batch")
-        figure(speedup_plot(info), "speedup", _speedup_columns(info))
+def _metrics(chosen: Prediction, single: Prediction) -> tuple[dict[str, str], dict[str, str]]:
+    joules, dollars = chosen.joules_per_million_tokens, chosen.dollars_per_million_tokens
+    first = {
+        "speedup": f"{chosen.speedup_over_autoregressive:.2f}x",
+        f"{chosen.decoding.sampler} tokens/s": f"{chosen.tokens_per_second:,.0f}",
+        "autoregressive tokens/s": f"{single.tokens_per_second:,.0f}",
+        "time per token, one sequence": quantity(chosen.step_seconds / chosen.acceptance_length, "s"),
+    }
+    return first, {
+        "most time goes to": chosen.bound,
+        "experts per layer": f"{chosen.experts_per_layer:.1f}",
+        "J per million tokens (estimate)": "not known" if joules is None else quantity(joules, "J"),
+        "$ per million tokens (estimate)": "not known" if dollars is None else f"{dollars:.3g}",
+    }
+
+
+def _speedups(view: View, found: Found) -> None:
+    for over in ("batch", "context"):
+        sweeps = {
+            name: found_sweep
+            for name, (_, answered) in found.items()
+            if (found_sweep := answered.speedups if over == "batch" else answered.by_context) is not None
+        }
+        if not sweeps:
+            st.info("Autoregressive decoding is what speedups compare with: choose a sampler that drafts.")
+            return
+        info = speedup_info(sweeps, over)
+        st.subheader(f"Speedup against {over}")
+        figure(speedup_plot(info), f"speedup-{over}", info.columns())
+        st.caption(escape(" ".join(f"{line.label}: {info.where_it_pays(line.label)}." for line in info.lines)))
         for label in info.left_out:
-            st.info(escape(f"No batch of {label} fits its memory."))
+            st.info(escape(f"No {over} of {label} fits its memory."))
+
+
+def _map(view: View, found: Found) -> None:
+    if not view.decoding.drafts:
+        st.info("Autoregressive decoding is what a map compares with: choose a sampler that drafts.")
+        return
+    if view.map_device not in found:  # it was said why
+        return
+    choice, (profile, _) = view.choice, found[view.map_device]
+    setting = _setting_name(view.decoding)
+    info = map_info(
+        _cached_map(choice.on(profile.name), profile), profile.name, setting, (choice.batch, choice.context)
+    )
+    st.subheader(escape(f"Where {setting} pays on {profile.name}"))
+    figure(map_plot(info), "break-even", info.columns())
+    st.markdown(escape(info.words))
+    for headline in info.headlines:
+        st.markdown(escape(headline.words))
+    st.caption(
+        "A headline is the tokens of a step that its publisher states as a speedup; what remains of it is those tokens "
+        "over the cost of a step in autoregressive steps."
+    )
+
+
+def _steps(view: View, found: Found) -> None:
+    predictions = [p for _, answered in found.values() for p in answered.predictions]
     st.subheader("Where a step's time goes")
     bars = step_time_info(predictions)
     segments = [(bar.label, s.operator, s.seconds, s.bound) for bar in bars.bars for s in bar.segments]
     figure(step_time_plot(bars), "step-time", columns_of(("step", "operator", "seconds", "bound"), segments))
     st.subheader("Roofline")
-    points = roofline_info(profiles, predictions)
+    points = roofline_info([profile for profile, _ in found.values()], predictions)
     names = [f.name for f in dataclasses.fields(RooflinePoint)]
     rows = [[getattr(p, name) for name in names] for p in (*points.points, *points.operators)]
     figure(roofline_plot(points), "roofline", columns_of(names, rows))
@@ -159,10 +305,22 @@ def _figures(profiles: list[HardwareProfile], answers: dict[str, Answer]) -> Non
     )
 
 
-def _speedup_columns(info: SpeedupInfo) -> dict[str, list[object]]:
-    rows = [
-        (line.label, *values)
-        for line in info.lines
-        for values in zip(line.batch, line.speedup, line.tokens_per_second, strict=True)
-    ]
-    return columns_of(("hardware", "batch", "speedup_over_autoregressive", "tokens_per_second"), rows)
+def _changes(view: View, found: Found) -> None:
+    explained: Mapping = {
+        name: _cached_explanation(view.choice.on(name), profile) for name, (profile, _) in found.items()
+    }
+    changes, sensitivities = change_info(explained), sensitivity_info(explained)
+    st.subheader("What a whole change does to tokens per second")
+    figure(change_plot(changes), "changes", changes.columns("gained"))
+    for refused in changes.refused:
+        st.caption(escape(refused))
+    st.subheader("What one per cent more of it does")
+    figure(sensitivity_plot(sensitivities), "sensitivities", sensitivities.columns("elasticity"))
+    st.caption(
+        "Each is changed alone and everything else kept; a bar to the left is a loss. 1% for 1% means that tokens per "
+        "second follow it fully."
+    )
+
+
+def _setting_name(decoding: DecodingConfig) -> str:
+    return f"{title(decoding)} with K = {decoding.draft_tokens}"
