@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from autotune.export.policy import Policy
+from autotune.export import native
+from autotune.export.policy import Policy, simulated
 from autotune.export.targets import TARGETS, write
 from dashboards.report import setting_text
 from dashboards.sources import ENVIRONMENT, Source, file_of
@@ -28,6 +29,8 @@ _STAMP = (1980, 1, 1, 0, 0, 0)  # of every file in an archive: the same files ar
 class ExportInfo:
     """What one target gives. refusal: why it gives nothing; then there are no files.
 
+    simulated: what was not real of what the files say. picked: whether they hold a setting that was picked by hand.
+
     files: (name below the target's folder, text). not_carried: what the files of this engine cannot say of the
     settings. left_out: parts of the policy that they are not about. says: how the engine is started with them.
     """
@@ -42,6 +45,8 @@ class ExportInfo:
     not_carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     says: tuple[str, ...] = ()
+    simulated: str | None = None
+    picked: bool = False
 
 
 def export_info(target: str, policy: Policy) -> ExportInfo:
@@ -63,12 +68,17 @@ def export_info(target: str, policy: Policy) -> ExportInfo:
         files = tuple((path.relative_to(base).as_posix(), path.read_text(encoding="utf-8")) for path in paths)
         beside = [read_yaml(path) for path in paths if path.name.endswith(".provenance.yaml")]
     settings = [setting for document in beside for setting in document["settings"]]
+    # The native file has no other beside it, but holds every setting; a table of step times holds no decision.
+    holds_settings = bool(settings) or target == native.TARGET.name
+    of = simulated([*policy.studies, *(policy.tilings if target == native.TARGET.name else ())])
     return ExportInfo(
         *about,
         files=files,
         not_carried=_all(setting["not_carried"] for setting in settings),
         left_out=_all(document["left_out"] for document in beside),
         says=_all(document["says"] for document in beside),
+        simulated="; ".join(d["simulated"] for d in beside if d["simulated"]) or None if beside else of,
+        picked=holds_settings and any(chosen.by_hand for chosen in policy.chosen()),
     )
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import streamlit as st
 
-from autotune.export.policy import BY_HAND, Policy, simulated
+from autotune.export.policy import BY_HAND, Policy
 from autotune.export.targets import TARGETS
 from dashboards.exports import ExportInfo, command, download, export_info, pickable, policy_of
-from dashboards.frame import columns_of, escape, key, problem, remember, restore, table
+from dashboards.frame import columns_of, csv_text, escape, key, problem, remember, restore
 from dashboards.sources import ENVIRONMENT, TYPED, Source, known_sources, read_source, source_of, stamp
 from hardware.files import UserError, known
 from runtime.config import require
@@ -26,7 +26,7 @@ ORDER = 5
 
 PAGE = "export"
 OPENED = "typed-source"  # in the session: what was typed and opened; an address cannot bring it back
-_MOST_LINES = 200  # of a file that are shown; the download has all
+_MOST_LINES = 300  # of a file that are shown; the download has all
 _LANGUAGES = {".yaml": "yaml", ".json": "json"}
 
 
@@ -83,10 +83,9 @@ def page() -> None:
     except UserError as error:
         problem(error)
         return
-    _labels(policies[view.target])
     found = {name: export_info(name, policy) for name, policy in policies.items()}
     _files(found[view.target])
-    if not view.study:
+    if not view.study and found[view.target].files:
         st.markdown("The same from the command line:")
         st.code(command(source, view.target, view.batch, view.context), language="bash", wrap_lines=True)
     st.subheader("All engines")
@@ -174,61 +173,55 @@ def _forget_trial() -> None:
 
 def _choice(studies: Sequence[StudyResult]) -> View:
     """What of the source, and for which engine."""
-    left, middle, right = st.columns([2, 2, 2])
-    with left:
+    first, second, third, fourth = st.columns([2, 2, 1, 1])
+    with first:
         target = st.selectbox(
             "Export to",
             list(TARGETS),
             format_func=lambda name: f"{name} ({TARGETS[name].engine})",
             key=key(PAGE, "target"),
         )
-    with middle:
-        study = _select(
-            "study", "What", ["", *(s.name for s in studies)], _study_words, default="", on_change=_forget_trial
-        )
+    with second:
+        menu = {"": "what was decided", **{s.name: f"one setting of {s.name}" for s in studies}}
+        study = _select("study", "What", menu, on_change=_forget_trial)
     picked = next((s for s in studies if s.name == study), None)
     batch = context = trial = None
-    with right:
-        if picked is not None:
-            words = pickable(picked)
-            require(bool(words), f"no setting of {study} has run and was right: there is none to export")
-            trial = _select("trial", "Setting", list(words), words.__getitem__, default=next(iter(words)))
-        else:
-            first, second = st.columns(2)
-            with first:
-                batches = sorted({s.subject.workload.batch for s in studies})
-                batch = _select("batch", "Batch", [None, *batches], _or_all, default=None)
-            with second:
-                contexts = sorted({s.subject.context for s in studies if s.subject.context is not None})
-                context = _select("context", "Context (tokens)", [None, *contexts], _or_all, default=None)
+    if picked is not None:
+        words = pickable(picked)
+        require(bool(words), f"no setting of {study} has run and was right: there is none to export")
+        trial = _select("trial", "Setting", words)
+    else:
+        with third:
+            batch = _bucket("batch", "Batch", [s.subject.workload.batch for s in studies])
+        with fourth:
+            context = _bucket("context", "Context (tokens)", [s.subject.context for s in studies])
     return View(st.session_state[key(PAGE, "source")], batch, context, study, trial, target)
 
 
-def _select(
-    field: str,
-    label: str,
-    options: Sequence[T],
-    words: Callable[[T], str],
-    default: T,
-    on_change: Callable[[], None] | None = None,
-) -> T:
-    """A menu whose value may come from an address: one that is not there is named, and the default is shown."""
+def _select(field: str, label: str, options: Mapping[T, str], on_change: Callable[[], None] | None = None) -> T:
+    """A menu whose value may come from an address: one that is not there is named, and the first one is shown."""
+    _check(field, list(options), next(iter(options)))
+    chosen: T = st.selectbox(
+        label, list(options), format_func=options.__getitem__, key=key(PAGE, field), on_change=on_change
+    )
+    return chosen
+
+
+def _bucket(field: str, label: str, values: Sequence[int | None]) -> int | None:
+    """A menu of what was tuned for; None is all of it."""
+    there = sorted({value for value in values if value is not None})
+    _check(field, [None, *there], None)
+    chosen: int | None = st.selectbox(label, there, index=None, placeholder="all", key=key(PAGE, field))
+    return chosen
+
+
+def _check(field: str, options: Sequence[T], default: T) -> None:
     widget = key(PAGE, field)
     value = st.session_state.get(widget)
     if value not in options:
         if value is not None:
-            problem(f"There is no {field} {value} here; {words(default)} is shown.")
+            problem(f"There is no {field} {value} here; it is left out.")
         st.session_state[widget] = default
-    chosen: T = st.selectbox(label, options, format_func=words, key=widget, on_change=on_change)
-    return chosen
-
-
-def _study_words(study: str) -> str:
-    return f"one setting of {study}" if study else "what was decided"
-
-
-def _or_all(value: int | None) -> str:
-    return "all" if value is None else str(value)
 
 
 # --- answers
@@ -249,14 +242,6 @@ def _policy(
     )
 
 
-def _labels(policy: Policy) -> None:
-    """What must be known of the numbers before they are taken for what they are not."""
-    if made_up := simulated([*policy.studies, *policy.tilings]):
-        st.warning(escape(f"Simulated: {made_up}. The exported files say so too."))
-    if policy.picks and any(chosen.by_hand for chosen in policy.chosen()):
-        st.warning(escape(f"This setting was {BY_HAND}. The exported evidence says so too."))
-
-
 def _files(info: ExportInfo) -> None:
     """One target: how its files are loaded, what they cannot say, and the files, or why there are none."""
     st.subheader(escape(f"{info.target}: {info.engine}, {info.loads}"))
@@ -264,9 +249,19 @@ def _files(info: ExportInfo) -> None:
     if info.refusal is not None:
         st.warning(escape(f"There is no file: {info.refusal}."))
         return
+    if info.simulated:
+        st.warning(escape(f"Simulated: {info.simulated}. The files say so too."))
+    if info.picked:
+        st.warning(escape(f"This setting was {BY_HAND}. The files say so too."))
     name, content, kind = download(info)
     st.download_button(
-        f"Download {name}", content, file_name=name, mime=kind, key=key(PAGE, "download"), on_click="ignore"
+        f"Download {name}",
+        content,
+        file_name=name,
+        mime=kind,
+        key=key(PAGE, "download"),
+        on_click="ignore",
+        type="primary",
     )
     for title, lines in (
         ("How it is loaded", info.says),
@@ -291,7 +286,16 @@ def _height(lines: int) -> int | str:
 def _overview(found: Sequence[ExportInfo]) -> None:
     """Every engine with this choice: the files, or what it cannot represent."""
     rows = [
-        (i.target, i.engine, i.loads, ", ".join(name for name, _ in i.files), i.refusal or "", "; ".join(i.not_carried))
-        for i in found
+        (i.target, i.engine, i.loads, str(len(i.files) or ""), i.refusal or "", "; ".join(i.not_carried)) for i in found
     ]
-    table(columns_of(("target", "engine", "loads", "files", "refused because", "not carried"), rows), "export-targets")
+    columns = columns_of(("target", "engine", "loads", "files", "refused because", "not carried"), rows)
+    st.table({name: [escape(cell) for cell in cells] for name, cells in columns.items() if any(cells)})
+    st.download_button(
+        "data (CSV)",
+        csv_text(columns),
+        file_name="export-targets.csv",
+        mime="text/csv",
+        key=key(PAGE, "targets"),
+        on_click="ignore",
+        type="tertiary",
+    )
