@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dashboards.choice import Choice
+from dashboards.choice import Choice, predict_command
 from runtime.config import require
 
 ARTEFACTS = {
@@ -79,14 +79,6 @@ QUICK = Plan(
 def commands(model: str, plan: Plan, choice: Choice, prompt: str, threads: int) -> tuple[tuple[str, str], ...]:
     """What repeats each part by itself, into the folder "repeat"."""
     here = {"hardware": "repeat/hardware.yaml", "engine": "repeat/engine.yaml"}
-    at: dict[str, Any] = {
-        "model": choice.model,
-        "batch": choice.batch,
-        "context": choice.context,
-        "sampler": choice.sampler,
-        "draft-tokens": choice.draft_tokens,
-        "acceptance-length": choice.acceptance_length,
-    }
     tuning = {
         "seconds": plan.tuning_seconds,
         "trials": plan.tuning_trials,
@@ -106,10 +98,7 @@ def commands(model: str, plan: Plan, choice: Choice, prompt: str, threads: int) 
     probe = _line("hardware probe", {"out": here["hardware"]}) + " --quick" * plan.quick_probe
     lines = [
         ("Probe this machine:", probe),
-        *(
-            (f"Predict the full-size model on {name}:", _line("predict", {"hardware": name, **at}))
-            for name in choice.devices
-        ),
+        *((f"Predict the full-size model on {name}:", predict_command(choice, name)) for name in choice.devices),
         ("Time the forwards to fit to:", _bench(model, plan.fitted, plan, threads, "repeat/calibration.jsonl")),
         (
             "Fit the engine:",

@@ -100,7 +100,7 @@ class _Point:
 
     def check(self) -> None:
         """UserError for positions beyond the model's, and for what does not fit the memory."""
-        require_context(self.at.spec, int(self.context + np.max(self.step().reach)))
+        require_context(self.at.spec, int(self.context + np.max(step_of(self.decoding).reach)))
         require_memory(self.at, int(self.batch), int(self.context), self.decoding.slots)
 
     def rates(self) -> tuple[float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import streamlit as st
 
@@ -54,6 +53,7 @@ from runtime.config import SAMPLER_NAMES, DecodingConfig
 TITLE = "Explore"
 ORDER = 1
 PAGE = "explore"
+MOST_EXPLAINED = 4  # devices at once: each takes a tenth of a second
 SECTION_NAMES = dict(
     zip(SECTIONS, ("Speedup", "Break-even map", "Where the time goes", "What would change it"), strict=True)
 )
@@ -306,11 +306,12 @@ def _steps(view: View, found: Found) -> None:
 
 
 def _changes(view: View, found: Found) -> None:
-    explained: Mapping = {
-        name: _cached_explanation(view.choice.on(name), profile) for name, (profile, _) in found.items()
-    }
+    shown = list(found.items())[:MOST_EXPLAINED]
+    explained = {name: _cached_explanation(view.choice.on(name), profile) for name, (profile, _) in shown}
     changes, sensitivities = change_info(explained), sensitivity_info(explained)
     st.subheader("What a whole change does to tokens per second")
+    if len(found) > len(shown):
+        st.caption(f"Shown for the first {len(shown)} of the devices.")
     figure(change_plot(changes), "changes", changes.columns("gained"))
     for refused in changes.refused:
         st.caption(escape(refused))
