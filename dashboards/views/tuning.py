@@ -1,0 +1,431 @@
+"""The third page: what a search tried and decided, live while it runs, and a search started and stopped from here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from autotune.report import StudyReport, study_report
+from autotune.results import StudyResult
+from dashboards import sweeps
+from dashboards.frame import columns_of, escape, figure, key, problem, remember, restore, table
+from dashboards.report import decision_sentence
+from dashboards.sources import ENVIRONMENT, TYPED, Source, known_sources, source_of
+from dashboards.studies import (
+    StagesInfo,
+    failed_columns,
+    history_info,
+    parallel_info,
+    pareto_info,
+    rank_info,
+    tiling_columns,
+    trial_columns,
+)
+from dashboards.study_figures import (
+    history_plot,
+    importance_plot,
+    parallel_plot,
+    pareto_plot,
+    rank_plot,
+    stages_plot,
+)
+from dashboards.words import percent, quantity
+from hardware.files import UserError, known
+
+if TYPE_CHECKING:
+    from autotune.watching import Contents, Watch
+
+TITLE = "Tuning"
+ORDER = 3
+PAGE = "tuning"
+PROGRESS = {"settings": "settings tried", "seconds": "time measuring"}
+SECTIONS = {"result": "Result", "settings": "Settings", "predictions": "Predictions", "failures": "Failures"}
+TILINGS = "tilings"  # the section of a storage that holds searches of tilings
+_POLL_SECONDS = 3.0
+# In the session: a typed source, whose studies were drawn last, and what to show next.
+_OPENED, _OF, _NEXT = f"{PAGE}:opened", f"{PAGE}:of", f"{PAGE}:next"
+_ENDED = {"finished": "is finished", "stopped": "was stopped; what it measured is kept", "failed": "failed"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown. source: a known one's name, or that something was typed, which a link cannot bring back."""
+
+    source: str = ""
+    study: str = ""
+    section: str = "result"
+    progress: str = "settings"
+
+    def __post_init__(self) -> None:
+        if self.section not in (*SECTIONS, TILINGS):
+            raise known("section", self.section, (*SECTIONS, TILINGS))
+        if self.progress not in PROGRESS:
+            raise known("progress", self.progress, PROGRESS)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _watch(url: str) -> Watch:
+    """What was read of a storage, for all readers."""
+    from autotune.watching import Watch
+
+    return Watch(url)
+
+
+def page() -> None:
+    """Choose a study, then see it; a search that runs is followed."""
+    st.title("What did tuning find?")
+    restore(View, PAGE)
+    if _NEXT in st.session_state:
+        st.session_state[key(PAGE, "source")] = st.session_state.pop(_NEXT)
+    sweep = sweeps.current()
+    with st.sidebar:
+        _sweep_panel(sweep)
+    offered = known_sources()
+    ours = None if sweep is None else _source_of(sweep)
+    if ours is not None:
+        offered.setdefault(ours.name, ours)
+    source = _choose_source(offered)
+    if source is None:
+        return
+    running = ours is not None and source.name == ours.name and sweep is not None and sweep.state == "running"
+    try:
+        watch = _watch(source.url)
+        view, contents = _choose_study(watch)
+        if view.section == TILINGS:
+            _tilings(watch)
+        else:
+            _follow(watch, view, contents, running)
+    except UserError as error:
+        remember(View(source.name), PAGE)
+        if running:
+            _wait_for(source)
+        else:
+            problem(error)
+
+
+# --- what is looked at
+
+
+def _choose_source(offered: dict[str, Source]) -> Source | None:
+    """A source that is known by name, or one that is typed and opened; None until there is one."""
+    widget = key(PAGE, "source")
+    names = [*offered, TYPED]
+    if st.session_state[widget] not in names:
+        if st.session_state[widget]:
+            problem(known("study source", st.session_state[widget], names))
+        st.session_state[widget] = names[0]
+    name = st.selectbox(
+        "Study storage",
+        names,
+        key=widget,
+        format_func=lambda n: offered[n].label if n in offered else "another place ...",
+        help="studies that ship, those below runs/ and demo-out/ here, and $RIDGEPOINT_STORAGE",
+    )
+    if name != TYPED:
+        return offered[name]
+    with st.form(key(PAGE, "open"), border=False):
+        place, secret, button = st.columns([5, 2, 1], vertical_alignment="bottom")
+        text = place.text_input("Folder, SQLite file or postgresql://USER@HOST:PORT/DATABASE", key=key(PAGE, "place"))
+        password = secret.text_input("Password of the database", type="password", key=key(PAGE, "password"))
+        pressed = button.form_submit_button("Open")
+    if pressed:
+        try:
+            st.session_state[_OPENED] = source_of(text, password)
+        except UserError as error:
+            problem(error)
+            st.session_state.pop(_OPENED, None)
+    source: Source | None = st.session_state.get(_OPENED)
+    if source is None:
+        remember(View(TYPED), PAGE)
+        st.info(escape(f"A link never opens such a place: type it, or start the dashboard with it in {ENVIRONMENT}."))
+    else:
+        st.caption(escape(f"Opened: {source.shown}"))
+    return source
+
+
+def _choose_study(watch: Watch) -> tuple[View, Contents]:
+    """One study of several, a part of what is to be seen of it, and what the search's progress is counted in."""
+    contents = watch.contents()
+    widget, moved = key(PAGE, "study"), st.session_state.get(_OF) != watch.url
+    if st.session_state[widget] not in contents.studies:
+        if st.session_state[widget] and not (moved and _OF in st.session_state):
+            problem(known("study of this storage", st.session_state[widget], contents.studies))
+        st.session_state[widget] = contents.studies[0] if contents.studies else ""
+    st.session_state[_OF] = watch.url
+    names = {**SECTIONS, TILINGS: "Tilings"} if contents.tilings else SECTIONS
+    names = names if contents.studies else {TILINGS: "Tilings"}
+    if st.session_state[key(PAGE, "section")] not in names:
+        st.session_state[key(PAGE, "section")] = next(iter(names))
+    places = st.columns([5, 7, 3])
+    study = places[0].selectbox("Study: model, batch, context", contents.studies, key=widget) or ""
+    section = places[1].segmented_control(
+        "Show", list(names), key=key(PAGE, "section"), format_func=names.__getitem__
+    ) or next(iter(names))
+    progress = places[2].selectbox(
+        "Progress by", list(PROGRESS), key=key(PAGE, "progress"), format_func=PROGRESS.__getitem__,
+        disabled=section != "result",
+    )  # fmt: skip
+    view = View(st.session_state[key(PAGE, "source")], study, section, progress)
+    remember(view, PAGE)
+    return view, contents
+
+
+# --- what is shown of a study
+
+
+def _follow(watch: Watch, view: View, contents: Contents, running: bool) -> None:
+    """Draw a study; again and again while somebody tunes it."""
+    from autotune.watching import running as seems_running
+
+    result = watch.study(view.study)
+    if not running and not seems_running(result):
+        _study(result, view, live=False)
+        return
+
+    def draw() -> None:
+        try:
+            now = watch.study(view.study)
+            if watch.contents() != contents or not _still(now, running):
+                st.rerun()  # the whole page: there is one study more, or it has ended
+            _study(now, view, live=True)
+        except UserError as error:  # the database is away for a while, or the file was deleted
+            problem(error)
+
+    st.fragment(draw, run_every=_POLL_SECONDS)()
+
+
+def _still(result: StudyResult, ours: bool) -> bool:
+    from autotune.watching import running as seems_running
+
+    sweep = sweeps.current()
+    return (sweep is not None and sweep.state == "running") if ours else seems_running(result)
+
+
+def _study(result: StudyResult, view: View, *, live: bool) -> None:
+    report = study_report(result)
+    subject = result.subject
+    work = subject.workload
+    if live:
+        st.info(f"Running: {report.evaluations} settings tried so far. This page follows it.", icon=":material/sync:")
+    context = "any context" if subject.context is None else f"up to {subject.context} cached tokens"
+    st.caption(
+        escape(
+            f"Measured: {subject.model} on {subject.device.get('device')}, batch {work.batch}, "
+            f"{context}, {work.dtype}; "
+            f"{report.evaluations} settings tried"
+            + ("." if report.seconds is None else f" in {quantity(report.seconds, 's')} of measuring.")
+        )
+    )
+    if report.simulated:
+        st.warning(escape(f"Simulated: {report.simulated}. Acceptance and text are not those of a trained model."))
+    if not report.evaluations:
+        st.info("No setting has been measured yet.")
+        return
+    draw: dict[str, Callable[[StudyResult, StudyReport, View], None]] = {
+        "result": _result,
+        "settings": _settings,
+        "predictions": _predictions,
+        "failures": _failures,
+    }
+    draw[view.section](result, report, view)
+
+
+def _result(result: StudyResult, report: StudyReport, view: View) -> None:
+    decision = result.decision
+    found = decision.comparison if decision else None
+    if decision is not None and found is not None:
+        ratio, interval, chosen, default, kept = st.columns([4, 5, 5, 4, 4])
+        ratio.metric("against default", f"{found.ratio:.2f}x")
+        interval.metric("95% interval", f"{found.low:.2f}–{found.high:.2f}")
+        chosen.metric("fastest allowed, tokens/s", f"{found.tokens_per_second:,.0f}")
+        default.metric("default, tokens/s", f"{found.default_tokens_per_second:,.0f}")
+        kept.metric("to run", "the default" if decision.kept_default else f"trial {decision.trial}")
+    st.markdown(escape(decision_sentence(result) if decision else "Nothing is decided yet."))
+    st.subheader("Measured speed, and what differs from autoregressive decoding")
+    front = pareto_info(result)
+    points = [("front", p) for p in front.front] + [("dominated", p) for p in front.dominated]
+    figure(
+        pareto_plot(front),
+        "tuning-front",
+        columns_of(
+            ("place", "setting", "tokens/s", "share that differs", "default", "chosen"),
+            [(place, p.label, p.tokens_per_second, p.divergence, p.default, p.chosen) for place, p in points],
+        ),
+    )
+    st.caption("Up is faster, left is closer to autoregressive decoding; nothing measured beats the line in both.")
+    st.subheader("The search as it went")
+    history = history_info(result, report)
+    figure(
+        history_plot(history, "seconds" if view.progress == "seconds" else "settings"),
+        "tuning-history",
+        columns_of(
+            ("settings tried", "time measuring (s)", "trial", "outcome", "tokens/s", "setting"),
+            [(p.evaluation, p.seconds, p.trial, p.outcome, p.tokens_per_second, p.label) for p in history.points],
+        ),
+    )
+    st.caption(
+        "Settings that ended before they were measured lie on the line of zero; their reasons are under Failures."
+    )
+
+
+def _settings(result: StudyResult, report: StudyReport, view: View) -> None:
+    st.subheader("Parameters, divergence and speed of what ran")
+    parallel = parallel_info(result)
+    if parallel.trials:
+        columns = columns_of(
+            ("trial", *(axis.name for axis in parallel.axes)),
+            [(n, *(axis.values[i] for axis in parallel.axes)) for i, n in enumerate(parallel.trials)],
+        )
+        figure(parallel_plot(parallel), "tuning-parallel", columns)
+        st.caption("A line is a setting, in the colour of its speed. Drag along an axis to keep some; click to undo.")
+    st.subheader("What the fastest settings have in common")
+    if report.importances:
+        figure(
+            importance_plot(report.importances),
+            "tuning-importances",
+            columns_of(
+                ("parameter", "share", "settings with it"),
+                [(i.parameter, i.share, i.settings) for i in report.importances],
+            ),
+        )
+        st.caption(
+            f"PED-ANOVA: what tells the fastest {percent(report.top_share or 0.0)} of the settings that ran from the "
+            "others. The search chose them, so this is about these settings, not about the whole space."
+        )
+    else:
+        st.info(escape(f"Not known: {report.importances_missing}."))
+    st.subheader("All settings")
+    table(trial_columns(result), "tuning-trials")
+
+
+def _predictions(result: StudyResult, report: StudyReport, view: View) -> None:
+    info = rank_info(result, report)
+    rank, error, count = st.columns(3)
+    rank.metric("Spearman's rank correlation", "-" if info.correlation is None else f"{info.correlation:.2f}")
+    error.metric("median error", "-" if info.error is None else percent(info.error))
+    count.metric("settings predicted before they ran", info.count)
+    st.subheader("Predicted beside measured speed")
+    figure(
+        rank_plot(info),
+        "tuning-rank",
+        columns_of(
+            ("trial", "source", "predicted tokens/s", "measured tokens/s", "acceptance counted on it", "setting"),
+            [(p.trial, p.source, p.predicted, p.measured, p.counted_on, p.label) for p in info.points],
+        ),
+    )
+    st.caption(
+        "The performance model predicted each setting before it was measured, with the acceptance that the pilots had "
+        "shown. Hollow ones are those pilots and the default: the figures above leave them out."
+    )
+    st.subheader("Stage by stage")
+    table(
+        columns_of(
+            ("stage", "predicted and measured", "settings", "rank correlation", "median error", "predicted / measured"),
+            [(s.stage, s.quantity, s.count, s.rank_correlation, s.error, s.ratio) for s in info.scores],
+        ),
+        "tuning-scores",
+    )
+
+
+def _failures(result: StudyResult, report: StudyReport, view: View) -> None:
+    info = StagesInfo(report.stages)
+    st.subheader("Where trials ended")
+    figure(
+        stages_plot(info),
+        "tuning-stages",
+        columns_of(
+            ("stage", "entered", "outcome", "ended"),
+            [(s.stage, s.entered, outcome, n) for s in info.stages for outcome, n in (s.ended or {"": 0}).items()],
+        ),
+    )
+    failed = failed_columns(result)
+    st.subheader("Why settings did not run through")
+    if failed["trial"]:
+        table(failed, "tuning-failed")
+    else:
+        st.info("Every setting ran through all stages.")
+
+
+def _tilings(watch: Watch) -> None:
+    found = watch.tilings()
+    st.subheader("Tilings of kernels: what to run, beside the default")
+    for what in sorted({r.subject.simulated for r in found if r.subject.simulated}):
+        st.warning(escape(f"Simulated: {what}."))
+    table(tiling_columns(found), "tuning-tilings")
+
+
+# --- a search from here
+
+
+def _source_of(sweep: sweeps.Sweep) -> Source | None:
+    """Where a search stores what it finds; it can be chosen before its file is there."""
+    try:
+        source = source_of(str(sweep.folder))
+    except UserError:
+        return None
+    name = source.shown.removesuffix("/study.db") if source.name == TYPED else source.name
+    return replace(source, name=name, label=name)
+
+
+def _wait_for(source: Source) -> None:
+    """Until the first study of a search is there."""
+    st.info("The search is starting: the model is loaded before the first setting is measured.")
+
+    def look() -> None:
+        sweep = sweeps.current()
+        if sweep is None or sweep.state != "running" or source.name in known_sources():
+            st.rerun()
+
+    st.fragment(look, run_every=1.0)()
+
+
+def _sweep_panel(sweep: sweeps.Sweep | None) -> None:
+    st.subheader("Tune on this machine")
+    if sweep is not None and sweep.state == "running":
+        st.fragment(_progress, run_every=1.0)()
+        return
+    if sweep is not None:
+        said = f"The last search {_ENDED[sweep.state]}" + (f": {sweep.message}" if sweep.state == "failed" else ".")
+        (st.error if sweep.state == "failed" else st.info)(escape(said))
+    with st.form(key(PAGE, "sweep"), border=False):
+        request: dict[str, Any] = {
+            "model": st.selectbox("Model", sweeps.models(), key=key(PAGE, "model")),
+            "batch": st.number_input("Batch (sequences)", 1, sweeps.MOST_BATCH, key=key(PAGE, "batch")),
+            "context": st.number_input(
+                "Context (most cached tokens)", 1, value=None, placeholder="any", key=key(PAGE, "context")
+            ),
+            "minutes": st.number_input("Minutes", 0.1, sweeps.MOST_MINUTES, 1.0, 0.5, key=key(PAGE, "minutes")),
+            "lossless": st.checkbox("Lossless settings only", True, key=key(PAGE, "lossless")),
+            "replay": st.checkbox(
+                "From the recording that ships", key=key(PAGE, "replay"), help="measures nothing: its model, its batch"
+            ),
+        }
+        if st.form_submit_button("Start", type="primary"):
+            try:
+                started = sweeps.start(sweeps.SweepRequest(**request))
+            except UserError as error:
+                problem(error)
+                return
+            ours = _source_of(started)
+            if ours is not None:
+                st.session_state[_NEXT] = ours.name
+            st.rerun()
+
+
+def _progress() -> None:
+    """How far the search is, and the button that ends it."""
+    sweep = sweeps.current()
+    if sweep is None or sweep.state != "running":
+        st.rerun()
+        return
+    share = min(1.0, sweep.elapsed_seconds / sweep.limit_seconds) if sweep.limit_seconds else 0.0
+    left = max(0.0, (sweep.limit_seconds or 0.0) - sweep.elapsed_seconds)
+    st.progress(share, escape(f"{sweep.done} settings of at most {sweep.planned}, {left:.0f} s left"))
+    st.caption(escape(sweep.message))
+    st.code(sweep.command, language="bash", wrap_lines=True)
+    if st.button("Stop", key=key(PAGE, "stop"), help="What was measured is kept; the same command goes on."):
+        sweeps.stop()
+        st.rerun()
