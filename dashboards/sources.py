@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -93,12 +94,19 @@ def read_source(source: Source) -> tuple[list[StudyResult], list[TilingResult]]:
 
     It takes as long as the database does: a page calls it through a cache (`stamp`).
     """
-    from autotune.storage import read_studies
-    from autotune.tiling_study import read_tilings
+    from autotune.watching import Watch
 
+    with without_password(source):
+        watch = Watch(source.url)
+        contents = watch.contents()
+        return [watch.study(name) for name in contents.studies], watch.tilings() if contents.tilings else []
+
+
+@contextmanager
+def without_password(source: Source) -> Iterator[None]:
+    """Turn what goes wrong with a source into a UserError without its password, raised from nothing that holds it."""
     try:
-        tilings = read_tilings(source.url)
-        return read_studies(source.url, least=0 if tilings else 1), tilings
+        yield
     except UserError as error:
         raise UserError(_clean(str(error), source)) from None  # what it was raised from may hold the URL
     except (OSError, UnicodeError, ValueError) as error:

@@ -173,6 +173,6 @@ def test_an_answer_that_repeats_the_password_is_not_shown(monkeypatch: pytest.Mo
     def refuse(url: str, **_: object) -> None:
         raise UserError(f"no such thing: {url}")
 
-    monkeypatch.setattr("autotune.tiling_study.read_tilings", refuse)
+    monkeypatch.setattr("autotune.watching.open_storage", refuse)
     with pytest.raises(UserError, match="cannot use the study storage postgresql://tuner@host/db: its answer is not"):
         read_source(source_of("postgresql://tuner:a%2Fpass%40word@host/db"))
