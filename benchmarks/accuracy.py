@@ -1,6 +1,7 @@
 """How far predictions are from published measurements that they were not fitted to, as the pages of docs/accuracy.
 
-Every split of `ridgepoint validate` in turn: rows held out with their series, with their source, one by one.
+Every split of `ridgepoint validate` in turn: rows held out with their series, with their source, one by one. Every
+single row, held out with its series, stands in rows.csv, which the dashboard shows.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import command, fail_in_one_line
+from dashboards.pairs import published_text
 from hardware.files import write_atomic
 from perfmodel.published.evidence import (
     PREDICTED,
@@ -17,6 +19,7 @@ from perfmodel.published.evidence import (
     Result,
     direction,
     held_out_rows,
+    predicted_rows,
     shipped_rows,
     statuses,
     summarise,
@@ -29,7 +32,7 @@ _SHOWN_WORST = 12
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write `tables.md` to a folder; about a minute on one core."""
+    """Write `tables.md` and `rows.csv` to a folder; about a minute on one core."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/accuracy"), help="folder (default: docs/accuracy)")
     given = parser.parse_args(argv)
@@ -37,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {split: held_out_rows(rows, split) for split in SPLITS}
     text = page(found, command("benchmarks.accuracy", None if argv is None else list(argv)))
     print(f"written: {write_atomic(given.out / 'tables.md', text)}")
+    lines = published_text(found["series"], predicted_rows(rows))
+    print(f"written: {write_atomic(given.out / 'rows.csv', lines)}")
     return 0
 
 

@@ -122,17 +122,22 @@ def append_jsonl(path: str | os.PathLike[str], measurement: Measurement) -> None
 def read_jsonl(path: str | os.PathLike[str]) -> list[Measurement]:
     """Read records back. A line that is not a record, a cut last one too, raises UserError with its number."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    return parse_jsonl(text, str(path))
+
+
+def parse_jsonl(text: str, path: str) -> list[Measurement]:
+    """The records in a file's text; `path` names it in UserErrors, as those of `read_jsonl`."""
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not valid JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # the latter: nested beyond any record
+            raise UserError(f"{path} line {number} is not valid JSON: {getattr(error, 'msg', error)}") from error
         if isinstance(data, dict) and isinstance(kernels := data.get("kernels"), dict):
             if "experts" in kernels:
                 kernels["experts"] = _by_number(kernels["experts"])

@@ -149,9 +149,9 @@ def fitted_points(folder: Path = FOLDER) -> list[Point]:
     return [point for position, point in enumerate(points) if position in enough]
 
 
-def predicted_rows(rows: Sequence[Row], folder: Path = FOLDER) -> list[Result]:
-    """Every row by the shipped numbers, nothing fitted."""
-    catalog, odd = Catalog(), Oddities(folder)
+def predicted_rows(rows: Sequence[Row], folder: Path = FOLDER, *, paths: bool = True) -> list[Result]:
+    """Every row by the shipped numbers, nothing fitted. paths: rows may name files of profiles and models."""
+    catalog, odd = Catalog(paths), Oddities(folder)
     found = []
     for row in rows:
         point = interpret(row, catalog)
@@ -214,12 +214,17 @@ def _of(by: Dimension) -> Callable[[Result], str]:
         assert point is not None  # of a predicted row
         if by == "device":
             return point.hardware.name
-        if by == "family":  # of operators: "gemm", "served TPOT", "tidar throughput"
-            words = point.operator.split(" ")
-            return words[0] if isinstance(point, KernelPoint) else " ".join(words[:2])
+        if by == "family":
+            return family_of(point)
         return {"operator": point.operator, "source": point.source, "engine": point.engine}[by]
 
     return name
+
+
+def family_of(point: Point) -> str:
+    """The family of a point's operator: "gemm", "served TPOT", "tidar throughput"."""
+    words = point.operator.split(" ")
+    return words[0] if isinstance(point, KernelPoint) else " ".join(words[:2])
 
 
 def _group(by: str, name: str, fit: str, members: Sequence[Result]) -> Group:

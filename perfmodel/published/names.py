@@ -90,8 +90,9 @@ def plain_name(text: str) -> str:
 
 @dataclass
 class Catalog:
-    """Profiles and models by their published names, each read once."""
+    """Profiles and models by their published names, each read once. paths: a name may be that of a file to be read."""
 
+    paths: bool = True
     _profiles: dict[str, HardwareProfile] = field(default_factory=dict)
     _specs: dict[str, ModelSpec] = field(default_factory=dict)
     _names: dict[str, str] = field(default_factory=lambda: {plain_name(n): n for n in list_profiles()})
@@ -107,7 +108,7 @@ class Catalog:
             raise Unclear("the hardware is not stated")
         if count < 1:
             raise Unclear(f"{text!r} are no devices")
-        if name.endswith((".yaml", ".yml")):
+        if self.paths and name.endswith((".yaml", ".yml")):
             return self._profile(counted[2].strip()), count
         short = _MAKERS.sub("", name, count=1) if _MAKERS.match(name) else name
         if short in UNCLEAR:
@@ -132,7 +133,7 @@ class Catalog:
     def model(self, text: str) -> ModelSpec:
         """A built-in model, another name of one, or the path of a config.json or of a folder with one."""
         name = model_for(text) or text
-        if name not in known_models() and not name.endswith((".json", "/")):
+        if name not in known_models() and not (self.paths and name.endswith((".json", "/"))):
             raise Unclear(f"model {text!r} is not known")
         if name not in self._specs:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -87,12 +87,17 @@ def read_rows(path: str | Path) -> list[Row]:
     UserError: a file that cannot be read or is empty, and columns that are unknown or missing. A line with a broken
     cell, or an id given before, is a row with a `problem`.
     """
-    path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            lines = list(csv.reader(stream, strict=True))
+        with Path(path).open(encoding="utf-8-sig", newline="") as stream:
+            return parse_rows(stream, str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def parse_rows(stream: Iterable[str], path: str) -> list[Row]:
+    """The rows in the lines of a CSV file; `path` names it. UserError as `read_rows`."""
+    try:
+        lines = list(csv.reader(stream, strict=True))
     except csv.Error as error:
         raise UserError(f"{path} is not valid CSV: {error}") from error
     require(len(lines) > 0, f"{path} is empty")
@@ -107,7 +112,7 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def _table(header: list[str], path: Path) -> Table:
+def _table(header: list[str], path: str) -> Table:
     for table, columns in COLUMNS.items():
         if sorted(header) == sorted(columns):
             return table
