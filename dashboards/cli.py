@@ -17,6 +17,7 @@ import typer
 from hardware.files import UserError
 
 DEMO_FOLDER = Path("demo-out")
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def register(app: typer.Typer) -> None:
@@ -35,22 +36,46 @@ def dashboard(
     """Serve the dashboard in the browser until it is stopped. It needs neither torch nor a GPU."""
     _check_free(host, port)
     root = Path(__file__).resolve().parent
+    if host not in LOOPBACK:
+        print(
+            f"ridgepoint: whoever reaches {host}:{port} can use this dashboard without a password, and tune on this "
+            "machine with it",
+            file=sys.stderr,
+        )
     print(f"dashboard: http://{host}:{port} (stop with Ctrl+C)", file=sys.stderr, flush=True)
     # Streamlit runs the page as a script: it finds this package wherever the command was started.
     paths = [str(root.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    options = {
+    command = [sys.executable, "-m", "streamlit", "run", str(root / "app.py")]
+    command += server_options(host, port, headless=headless)
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+
+
+def server_options(host: str, port: int, *, headless: bool) -> list[str]:
+    """Streamlit's options. Each is said here, also where it is the default: a user's own configuration has no say."""
+    options: dict[str, object] = {
         "server.address": host,
         "server.port": port,
         "server.headless": headless,
         "server.showEmailPrompt": False,
         "server.fileWatcherType": "none",
+        "server.baseUrlPath": "",
+        "server.maxUploadSize": 1,  # MB; studies, deployments and profiles are far smaller
+        "server.enableXsrfProtection": True,  # of uploads
+        "server.enableCORS": True,  # that is: other sites' pages are refused
+        "server.enableStaticServing": False,
+        "server.enableAgentApi": False,
         "browser.serverAddress": host,  # without it, Streamlit asks the internet for this machine's address
         "browser.gatherUsageStats": False,
+        "client.showErrorDetails": "none",  # a traceback is for the server's log: it names paths and values
+        "client.showErrorLinks": False,
+        "client.allowedOrigins": f"http://{host}:{port}",  # whose frames may steer a page; else Streamlit's own sites'
         "client.toolbarMode": "minimal",
+        "runner.magicEnabled": False,
     }
-    command = [sys.executable, "-m", "streamlit", "run", str(root / "app.py")]
-    command += [f"--{name}={str(value).lower()}" for name, value in options.items()]
-    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    found = [f"--{name}={str(value).lower()}" for name, value in options.items()]
+    # A page of another site whose name is made to lead here (DNS rebinding) must not drive this one. From elsewhere a
+    # server is reached by names that it does not know.
+    return found + [f"--server.allowedHosts={name}" for name in LOOPBACK if host in LOOPBACK]
 
 
 def demo(
