@@ -248,7 +248,8 @@ def _database(text: str, password: str, options: tuple[str, ...] = _OPTIONS) -> 
     query.setdefault("connect_timeout", _CONNECT_SECONDS)
     where = (parsed.host, parsed.port, parsed.database)
     url = URL.create(parsed.drivername, parsed.username, secret or None, *where, query)
-    shown = URL.create(parsed.drivername, parsed.username, None, *where).render_as_string()
+    place = {name: value for name, value in query.items() if name in ("host", "port")}  # a socket's folder
+    shown = URL.create(parsed.drivername, parsed.username, None, *where, place).render_as_string()
     return url.render_as_string(hide_password=False), shown
 
 

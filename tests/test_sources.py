@@ -165,6 +165,8 @@ def test_the_password_reaches_the_database_and_the_typed_one_wins() -> None:
         assert make_url(source.url).password == expected and "password" not in make_url(source.url).query
         assert source.kind == source.name == "typed" and source.shown == source.label
         assert source.shown in ("postgresql://tuner@host/db", "postgres://tuner@host:5/db")
+    socket = "postgresql://tuner@/studies?host=%2Ftmp%2Fpg"
+    assert source_of(f"{socket}&password=one").shown == source_of(socket, "one").shown == socket
     with pytest.raises(UserError, match="a password needs a user"):
         source_of("postgresql://host/db", "two")
 
