@@ -78,7 +78,7 @@ def page() -> None:
     found = _answers(choice)
     if found:
         _numbers(choice, found)
-    view = _view(choice)
+    view = _view(choice, found)
     remember(view, PAGE)
     if found:
         {"speedup": _speedups, "map": _map, "step": _steps, "changes": _changes}[view.section](view, found)
@@ -187,7 +187,7 @@ def _accepted(choice: Choice) -> None:
     figure(accepted_plot(info), "acceptance", info.columns())
 
 
-def _view(choice: Choice) -> View:
+def _view(choice: Choice, found: Found) -> View:
     """The section that is shown, and whose map."""
     section = st.segmented_control(
         "What to show",
@@ -196,11 +196,11 @@ def _view(choice: Choice) -> View:
         key=key(PAGE, "section"),
         label_visibility="collapsed",
     )
-    device = st.session_state[key(PAGE, "map_device")]
-    if device not in choice.devices:  # none was chosen yet, or it is gone
-        device = st.session_state[key(PAGE, "map_device")] = choice.devices[0]
-    if section == "map" and choice.decoding.drafts:
-        device = st.selectbox("Device of the map", choice.devices, key=key(PAGE, "map_device"))
+    device, able = st.session_state[key(PAGE, "map_device")], list(found) or list(choice.devices)
+    if device not in able:  # none was chosen yet, or it is gone, or cannot run this
+        device = st.session_state[key(PAGE, "map_device")] = able[0]
+    if section == "map" and choice.decoding.drafts and found:
+        device = st.selectbox("Device of the map", able, key=key(PAGE, "map_device"))
     return View(**dataclasses.asdict(choice), section=section or SECTIONS[0], map_device=device)
 
 
@@ -268,8 +268,6 @@ def _speedups(view: View, found: Found) -> None:
 def _map(view: View, found: Found) -> None:
     if not view.decoding.drafts:
         st.info("Autoregressive decoding is what a map compares with: choose a sampler that drafts.")
-        return
-    if view.map_device not in found:  # it was said why
         return
     choice, (profile, _) = view.choice, found[view.map_device]
     setting = _setting_name(view.decoding)
