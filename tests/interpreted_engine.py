@@ -1,14 +1,9 @@
-"""Run in a process of its own, with TRITON_INTERPRET=1: the engine `graphs` on a CPU, its kernels interpreted.
-
-python -m tests.interpreted_engine [forwards] [tokens]
+"""The engine `graphs` on a CPU, its kernels interpreted: see tests/interpreter.py.
 
 Asserts that forwards of every layout leave the eager state behind, and that whole steps commit eager's tokens.
 """
 
 from __future__ import annotations
-
-import os
-import sys
 
 import torch
 from torch import Tensor
@@ -99,10 +94,3 @@ def tokens() -> None:
         )
         assert found == expected, f"{decoding.sampler}: {found} and not {expected}"
         print(f"{decoding.sampler}: the same tokens")
-
-
-if __name__ == "__main__":
-    assert os.environ.get("TRITON_INTERPRET") == "1", "the interpreter is chosen before triton is imported"
-    torch.set_num_threads(1)
-    for part in sys.argv[1:]:
-        {"forwards": forwards, "tokens": tokens}[part]()

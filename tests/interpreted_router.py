@@ -1,4 +1,4 @@
-"""The router's kernel in Triton's interpreter, where its inputs are rare ones. A process of its own runs this."""
+"""The router's kernel in Triton's interpreter, where its inputs are rare ones. See tests/interpreter.py."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def half_a_number(given: dict[str, Any]) -> None:
     given["weights"].balancing[3] = float("nan")
 
 
-if __name__ == "__main__":
+def rare_cases() -> None:
     for size in (18, 1):  # a launch finds the counters as the one before it left them
         compare("first layer", size, first_layer)
     compare("no padding", 18, no_padding, "gfx942")

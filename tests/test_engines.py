@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -17,6 +14,7 @@ from runtime.config import DecodingConfig
 from runtime.engine import generate
 from runtime.engines import use_engine
 from runtime.model.zaya import Zaya
+from tests.interpreter import interpreted
 from tests.models import SLIDING, TINY, config_of, noisy_model, random_ids
 
 torch.set_num_threads(1)
@@ -68,7 +66,4 @@ def test_the_measured_equality_of_the_shipped_model(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("part", ["forwards", "tokens"])
 def test_interpreted_triton_kernels_in_whole_steps(part: str) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.interpreted_engine", part]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    interpreted("tests.interpreted_engine", part)

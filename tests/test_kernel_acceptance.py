@@ -1,19 +1,12 @@
 """The kernels that draw and judge: equal to their references, and of the same law, in Triton's interpreter.
 
-The interpreter is chosen when triton is imported, so the checks run in one process of their own, which this file
-starts, and each has a test that reports it. `runtime.kernels.check` tries the same kernels on a model's sizes.
+Each check runs in a process where triton interprets. `runtime.kernels.check` tries the same kernels on a model's sizes.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
@@ -26,13 +19,14 @@ from runtime.kernels.problem import ODD_PROBLEMS, Problem
 from runtime.kernels.target import TARGETS, Target
 from runtime.samplers import acceptance
 from runtime.samplers.acceptance import Accepted, Draft
+from tests.interpreter import interpreted
 
-CHECKS: dict[str, Callable[[], None]] = {}
+CHECKS: list[str] = []
 LAST = 1 - 2**-53  # the largest uniform
 
 
-def interpreted(check: Callable[[], None]) -> Callable[[], None]:
-    CHECKS[check.__name__] = check
+def tried_there(check: Callable[[], None]) -> Callable[[], None]:
+    CHECKS.append(check.__name__)
     return check
 
 
@@ -54,7 +48,7 @@ def argmax_draft(tokens: list[list[int]], logits: Tensor) -> Draft:
     return Draft(torch.tensor(tokens), logits, torch.zeros(logits.shape[1]))
 
 
-@interpreted
+@tried_there
 def equal_to_the_reference() -> None:
     """Token for token: the sizes are odd, the number of splits is 3, and rows are judged two at a time."""
     random = torch.Generator().manual_seed(0)
@@ -75,7 +69,7 @@ def equal_to_the_reference() -> None:
     assert seen == {0, 1, 2, 3}
 
 
-@interpreted
+@tried_there
 def drawn_as_often_as_probable() -> None:
     """Of uniforms on a grid, each token takes its share, up to the one at either end."""
     probabilities = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.1, 0.2])
@@ -86,7 +80,7 @@ def drawn_as_often_as_probable() -> None:
     assert tokens.tolist() == sorted(tokens.tolist())
 
 
-@interpreted
+@tried_there
 def what_is_committed_follows_the_target() -> None:
     """All drafts, in proportion to q, judged by uniforms on a grid; a redraw from the target itself gives 0.55."""
     p, q, steps = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.2, 0.6]), 18
@@ -100,7 +94,7 @@ def what_is_committed_follows_the_target() -> None:
     assert torch.allclose(share, p, atol=0.05)
 
 
-@interpreted
+@tried_there
 def nothing_impossible_is_drawn() -> None:
     """By uniforms at either end, next to tokens without probability, and where a whole split has none."""
     logits = torch.full((2, 1, 13), -torch.inf)
@@ -113,7 +107,7 @@ def nothing_impossible_is_drawn() -> None:
     assert found.count.tolist() == [1, 0] and found.token.tolist() == [1, 1]
 
 
-@interpreted
+@tried_there
 def a_rejection_that_leaves_nothing_redraws_from_the_target() -> None:
     """Probabilities equal but for rounding; the last token has none."""
     target = torch.tensor([[[0.0, 0.3, -200.0]] * 2])
@@ -122,7 +116,7 @@ def a_rejection_that_leaves_nothing_redraws_from_the_target() -> None:
     assert (found.count.item(), found.token.item()) in {(0, 1), (1, 1)}
 
 
-@interpreted
+@tried_there
 def the_first_of_equals_is_the_argmax() -> None:
     logits = torch.tensor([[[0.0, 2.0, 1.0, 2.0, 2.0, 0.0], [3.0, 0.0, 0.0, 0.0, 0.0, 3.0]]])
     assert draw(logits, torch.zeros(2), None).tolist() == [[1, 0]]
@@ -131,7 +125,7 @@ def the_first_of_equals_is_the_argmax() -> None:
     assert (found.count.item(), found.token.item()) == (1, 0)
 
 
-@interpreted
+@tried_there
 def draft_logits_are_not_read_without_need() -> None:
     """At weight 1 with argmax drafts, or where no draft counts: then they may be a stand-in without memory."""
     random = torch.Generator().manual_seed(3)
@@ -151,7 +145,7 @@ def draft_logits_are_not_read_without_need() -> None:
         assert torch.equal(found.token, acceptance.verify(logits, none, temperature, 0.5, uniform).token)
 
 
-@interpreted
+@tried_there
 def narrow_logits_are_widened_first() -> None:
     random = torch.Generator().manual_seed(5)
     logits = torch.randn(2, 3, 9, generator=random).half()
@@ -164,19 +158,9 @@ def narrow_logits_are_widened_first() -> None:
     assert torch.equal(found.count, wide.count) and torch.equal(found.token, wide.token)
 
 
-@cache
-def reports() -> dict[str, str]:
-    """What came of every check, by name: nothing, or a traceback."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.test_kernel_acceptance"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_the_interpreter(name: str) -> None:
-    assert reports()[name] == ""
+    interpreted(__name__, name)
 
 
 # Inputs and judgement
@@ -225,19 +209,3 @@ def test_tilings_differ_and_cut_a_row(target: Target, batch: int) -> None:
             assert 5 <= len(found) <= 30 or config.vocab_size < 2000
             assert len({tuple(sorted(t.items())) for t in found}) == len(found)
             assert all(2 * t["BLOCK"] < config.vocab_size and t["num_warps"] <= target.max_warps for t in found)
-
-
-def main() -> None:
-    """Run the checks, each to its end, and print a report as the last line."""
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

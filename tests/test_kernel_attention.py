@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,36 +11,18 @@ from runtime.cache import Cache
 from runtime.config import ModelConfig
 from runtime.kernels.attention.reference import attention
 from runtime.kernels.attention.tilings import tilings
-from runtime.kernels.problem import problem_of
+from runtime.kernels.check import check
+from runtime.kernels.problem import ODD, SLIDING, Problem, problem_of
+from runtime.kernels.registry import kernel
 from runtime.kernels.target import TARGETS, Target
 from runtime.layout import Layout, causal, draft, single_forward
 from runtime.model.attention import attend
 from runtime.model.frame import build_frame
 from runtime.model.rotary import Rotary
+from tests.interpreter import interpreted
 
 # The registry's check has too few keys for its tilings to divide them: several splits per tile, one or two launches,
 # fewer splits than programs, several row tiles, and programs handed out to XCDs.
-DIVIDED = """
-from dataclasses import replace
-from runtime.kernels.check import check, prepare
-prepare("cpu")
-from runtime.kernels.problem import ODD, SLIDING, Problem
-from runtime.kernels.registry import kernel
-problems = (
-    (Problem(ODD, 3, 1, 90), "float32"),
-    (Problem(replace(ODD, head_dim=24), 2, 5, 70, "draft"), "float16"),
-    (Problem(ODD, 1, 9, 50, "single", (0, 2)), "float16"),
-    (Problem(replace(SLIDING, sliding_window=40), 2, 5, 90), "float32"),
-    (Problem(replace(SLIDING, sliding_window=3), 2, 9, 60, "single", (0, 2)), "float32"),
-)
-sizes = dict(BLOCK_M=16, BLOCK_N=16, PROGRAMS=24, num_warps=4, num_stages=2)
-for problem, dtype in problems:
-    for blocks, launches, xcds in ((1, 1, 8), (2, 2, 1)):
-        tiling = sizes | dict(SPLIT_BLOCKS=blocks, LAUNCHES=launches, XCDS=xcds)
-        for seed in range(2 if launches == 1 else 1):  # the counters must be back at zero for the second
-            result = check(kernel("attention"), problem, dtype, "cpu", tiling, seed)
-            assert result.passed, str(result)
-"""
 
 LAYOUTS = {
     "decode": causal(1),
@@ -126,10 +106,25 @@ def test_unseen_rows_do_not_count() -> None:
     assert (after[:, 1:] - before[:, 1:]).abs().min() > 0
 
 
+def divided() -> None:
+    problems = (
+        (Problem(ODD, 3, 1, 90), "float32"),
+        (Problem(replace(ODD, head_dim=24), 2, 5, 70, "draft"), "float16"),
+        (Problem(ODD, 1, 9, 50, "single", (0, 2)), "float16"),
+        (Problem(replace(SLIDING, sliding_window=40), 2, 5, 90), "float32"),
+        (Problem(replace(SLIDING, sliding_window=3), 2, 9, 60, "single", (0, 2)), "float32"),
+    )
+    sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "PROGRAMS": 24, "num_warps": 4, "num_stages": 2}
+    for problem, dtype in problems:
+        for blocks, launches, xcds in ((1, 1, 8), (2, 2, 1)):
+            tiling = sizes | {"SPLIT_BLOCKS": blocks, "LAUNCHES": launches, "XCDS": xcds}
+            for seed in range(2 if launches == 1 else 1):  # the counters must be back at zero for the second
+                result = check(kernel("attention"), problem, dtype, "cpu", tiling, seed)
+                assert result.passed, str(result)
+
+
 def test_divided_keys_are_joined() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}  # fixed when triton is imported: a process of its own
-    run = subprocess.run([sys.executable, "-c", DIVIDED], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    interpreted(__name__, "divided")
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

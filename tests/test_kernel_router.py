@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +18,8 @@ from runtime.kernels.router.reference import router
 from runtime.kernels.router.tilings import tilings
 from runtime.kernels.target import TARGETS, Target
 from runtime.model.moe import Router
+from tests.interpreter import interpreted
 
-ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(hidden_size=72, num_experts=5, router_hidden_size=24, num_hidden_layers=2)
 PROBLEM = Problem(CONFIG, batch=9)
 
@@ -117,10 +113,7 @@ def test_tilings_differ_and_suit_the_target(target: Target, tokens: int) -> None
 
 def test_rare_cases_in_the_interpreter() -> None:
     """No state, no padding, ties, NaN, launches one after the other: see tests/interpreted_router.py."""
-    command = [sys.executable, "-m", "tests.interpreted_router"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stdout + run.stderr
+    interpreted("tests.interpreted_router", "rare_cases")
 
 
 @pytest.mark.parametrize("target", ["gfx942", "gfx950"])

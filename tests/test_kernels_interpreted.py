@@ -4,36 +4,54 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
+from io import StringIO
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from runtime.kernels import check
 from runtime.kernels.check import CheckResult, Subject, clone, relative_error, tensors
 from runtime.kernels.problem import ODD_PROBLEMS
 from runtime.kernels.registry import KERNELS, Kernel
 from runtime.kernels.target import Target, Tiling
+from tests.interpreter import interpreted
 
-ROOT = Path(__file__).parents[1]
+
+def command(*arguments: str) -> tuple[int, str]:
+    """The exit code and output of runtime.kernels.check, for a process that has loaded triton to interpret."""
+    check.prepare = lambda device: None
+    with redirect_stdout(StringIO()) as output:
+        return check.main(list(arguments)), output.getvalue()
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_equals_its_reference_in_the_interpreter(name: str) -> None:
-    """In a process of its own: the interpreter is chosen when triton is imported."""
-    command = [sys.executable, "-m", "runtime.kernels.check", "--kernel", name, "--json"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert run.returncode in (0, 1), run.stderr
-    document = json.loads(run.stdout)
+    code, output = interpreted(__name__, "command", "--kernel", name, "--json")
+    document = json.loads(output)
+    assert code == bool(document["failed"])
     assert [result for result in document["results"] if not result["passed"]] == []
     tried = {(result["problem"], result["dtype"]) for result in document["results"]}
     assert tried == {(str(problem), dtype) for problem in ODD_PROBLEMS for dtype in ("float32", "float16")}
     assert all(result["errors"] for result in document["results"])
+
+
+@pytest.mark.parametrize(("function", "said"), [("wrong", "AssertionError: as it must be"), ("dead", "code -6")])
+def test_what_fails_there_fails_here(function: str, said: str) -> None:
+    with pytest.raises(AssertionError, match=said):
+        interpreted(__name__, function)
+
+
+def wrong() -> None:
+    raise AssertionError("as it must be")
+
+
+def dead() -> None:
+    os.abort()
 
 
 class Pair(NamedTuple):
