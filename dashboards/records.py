@@ -15,12 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dashboards.pairs import ROOT, Fit, Kind, Pair, Pairs, joined
 from hardware.files import UserError, read_json
 from hardware.profile import HardwareProfile, list_profiles, load_profile, user_folder
 from perfmodel.engine import OURS, EngineProfile, engine_for, load_engine
 from perfmodel.experts import ExpertCoverage, load_measured
 from perfmodel.model_spec import known_models
+from perfmodel.published.predict import BEYOND
+from perfmodel.published.rows import MOST
 from perfmodel.validation import SAMPLER, Row, point_name, recorded_coverage, validate
 from runtime.config import require
 from runtime.measurement import Measurement, parse_jsonl, read_jsonl
@@ -276,11 +280,15 @@ def predicted_records(
     for (ran, _), members in groups.items():
         try:
             found = _engine(profile, engine, ran)
-            rows = validate([records[i] for i in members], profile, engine=found, expert_coverage=coverage)
+            with np.errstate(over="ignore"):  # of absurd sizes: what is not finite has a reason below
+                rows = validate([records[i] for i in members], profile, engine=found, expert_coverage=coverage)
         except UserError as error:
             reasons[" ".join(str(error).split("; known:")[0].split())] += len(members)
             continue
         for index, row in zip(members, rows, strict=True):
+            if not (0 < row.predicted_seconds < MOST and 0 < row.measured_seconds < MOST):
+                reasons[BEYOND] += 1
+                continue
             pairs[index] = _pair(names[index], records[index], row, profile.name, found.name, kind, source)
     return Pairs(tuple(pairs[index] for index in sorted(pairs)), tuple(reasons.most_common()))
 

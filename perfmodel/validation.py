@@ -110,6 +110,10 @@ def _slots(m: Measurement) -> tuple[float, float, float]:
     if m.forward == "draft":
         return m.slots, drafts, 1 + drafts * m.slots
     if m.forward == "single":
+        sampler = m.decoding.sampler
+        require(
+            sampler == "single_forward", f"a forward 'single' is one of single_forward, but the sampler is {sampler}"
+        )
         (single,) = step_of(m.decoding).forwards
         return m.slots, float(np.asarray(single.head_rows)), float(np.asarray(single.pairs))
     return m.slots, m.slots, m.slots * (m.slots + 1) / 2

@@ -260,7 +260,14 @@ def test_an_upload_that_is_no_record_is_one_line(text: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"slots": 10**12}, {"context": -5}, {"kind": "generation", "tokens": [1] * 15, "forwards": 0}, {"kernels": {}}],
+    [
+        {"slots": 10**12},
+        {"context": -5},
+        {"slots": -1},
+        {"forward": "single"},
+        {"kind": "generation", "tokens": [1] * 15, "forwards": 0},
+        {"kernels": {}},
+    ],
 )
 def test_an_impossible_record_has_a_reason_or_finite_numbers(changes: dict[str, Any]) -> None:
     found = uploaded_records(record(**changes), "mine.jsonl", load_profile(OURS / "profile.yaml"))

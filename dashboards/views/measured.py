@@ -126,14 +126,19 @@ def _upload() -> list[Pairs]:
             "Records of `ridgepoint bench` (.jsonl) or rows as in measurements/published (.csv)", ["jsonl", "csv"]
         )
         device = st.selectbox("Device of the records", sorted(list_profiles()), help="the rows of a .csv name theirs")
-    if file is None:
-        return []
-    try:
-        return [_uploaded(file.getvalue().decode("utf-8-sig"), _plain(file.name), device)]
-    except UnicodeDecodeError:
-        return [Pairs(problems=(f"{_plain(file.name)} must be text in UTF-8",))]
-    except UserError as error:
-        return [Pairs(problems=(str(error),))]
+        if file is None:
+            return []
+        try:
+            found = _uploaded(file.getvalue().decode("utf-8-sig"), _plain(file.name), device)
+        except UnicodeDecodeError:
+            problem(f"{_plain(file.name)} must be text in UTF-8")
+            return []
+        except UserError as error:
+            problem(error)
+            return []
+        missing = sum(count for _, count in found.reasons)
+        st.caption(f"{len(found.pairs)} rows predicted, {missing} not: the reasons stand below the figures")
+        return [found]
 
 
 def _plain(name: str) -> str:
