@@ -169,7 +169,7 @@ def test_each_section_shows_its_figures(page: AppTest) -> None:
     assert shown(page) == []
     assert page.query_params["map_device"] == "h100-sxm"
     page.multiselect(key="explore-devices").set_value(["l40s", "b200"]).run()
-    page.number_input(key="explore-batch").set_value(256).run()  # which the first of them has no memory for
+    page.number_input(key="explore-batch").set_value(1024).run()  # which the first of them has no memory for
     assert len(shown(page)) == 1
     assert "On b200, " in " ".join(m.value for m in page.markdown)
     page.number_input(key="explore-batch").set_value(1).run()
