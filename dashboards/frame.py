@@ -85,10 +85,17 @@ def figure(
     return list(event["selection"]["points"]) if select else []
 
 
-def table(columns: Mapping[str, Sequence[Any]], name: str) -> None:
-    """A table with its data to download."""
-    st.dataframe(dict(columns), key=name, hide_index=True)
-    _download(name, columns)
+def table(
+    columns: Mapping[str, Sequence[Any]],
+    name: str,
+    *,
+    data: Mapping[str, Sequence[Any]] | None = None,
+    links: Sequence[str] = (),
+) -> None:
+    """A table with its data to download: what is shown, or `data`. The columns in `links` hold addresses to follow."""
+    config = {column: st.column_config.LinkColumn(display_text="open", width="small") for column in links}
+    st.dataframe(dict(columns), key=name, hide_index=True, column_config=config)
+    _download(name, columns if data is None else data)
 
 
 def _download(name: str, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -111,7 +118,7 @@ def columns_of(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str,
 def csv_text(columns: Mapping[str, Sequence[Any]]) -> str:
     """Columns of one length as CSV with a header."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
+    writer = csv.writer(stream)  # ends lines with \r\n, and so quotes both in a text
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     return stream.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,33 @@ def compared(profiles: dict[str, HardwareProfile]) -> dict[str, dict[str, float 
     order = _order(profiles.values())
     names.sort(key=lambda name: [order[part] for part in name.split(".")])
     return {name: {label: column.get(name) for label, column in columns.items()} for name in names}
+
+
+def own_figure(profile: HardwareProfile, name: str) -> str:
+    """A figure's dotted path in its profile, from its name in `compared`."""
+    return name.replace("memory.main.", f"memory.{profile.main_memory.name}.", 1)
+
+
+def nearest(profile: HardwareProfile, others: Iterable[HardwareProfile]) -> HardwareProfile | None:
+    """The device most like a profile by peak rates, memory bandwidth and capacity, each by its factor; None: no other.
+
+    Peaks are compared where both have the dtype; one of another kind is taken only where there is none of its own.
+    """
+
+    def distance(other: HardwareProfile) -> tuple[bool, bool, float]:
+        shared = set(profile.peak_flops_per_second) & set(other.peak_flops_per_second)
+        peaks = [_far(profile.peak_flops_per_second[d], other.peak_flops_per_second[d]) for d in sorted(shared)]
+        ours, theirs = profile.main_memory, other.main_memory
+        capacity = _far(ours.capacity_bytes, theirs.capacity_bytes)
+        bandwidth = _far(ours.peak_bandwidth_bytes_per_second, theirs.peak_bandwidth_bytes_per_second)
+        return profile.kind != other.kind, not shared, capacity + bandwidth + sum(peaks) / max(1, len(peaks))
+
+    return min((other for other in others if other.name != profile.name), key=distance, default=None)
+
+
+def _far(one: float | None, other: float | None) -> float:
+    assert one is not None and other is not None  # a profile without is refused when it is read
+    return math.log(one / other) ** 2
 
 
 def _order(profiles: Iterable[HardwareProfile]) -> dict[str, int]:

@@ -439,8 +439,7 @@ def user_path(name: str) -> Path:
     reserved = name.split(".")[0].lower() in _RESERVED
     if not _STEM.fullmatch(name) or name.endswith((".yaml", ".yml", ".")) or reserved:
         raise UserError(
-            "name must be 1 to 64 letters (a to z), digits, dots, dashes or underscores, start with a letter or a "
-            f"digit, and not end like a file or be one that Windows keeps, but is {name!r:.80}",
+            f"name must be 1 to 64 letters, digits, dots, dashes or underscores, and no file's, but is {name!r:.80}",
             place=("name",),
         )
     return user_folder() / f"{name}.yaml"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
@@ -66,6 +66,7 @@ def test_what_an_address_cannot_say(query: dict[str, list[str]], message: str) -
         from_query(View, query)
 
 
+@example([("\r", 0.0, None)])
 @given(st.lists(st.tuples(st.text(), st.floats(allow_nan=False), st.none() | st.integers())))
 def test_a_table_is_read_back(rows: list[tuple[str, float, int | None]]) -> None:
     text = csv_text(columns_of(("name", "value", "count"), rows))
