@@ -138,6 +138,24 @@ def sole_worker(url: str) -> Iterator[None]:
         yield
 
 
+def has_sole_worker(url: str) -> bool | None:
+    """Whether a process tunes into a SQLite file now; None for a database, which does not tell.
+
+    It looks by sharing the file's lock for a moment: a worker that begins in just that moment is refused.
+    """
+    database = _parsed(url).database if single_worker(url) else None
+    if database is None:
+        return None
+    try:
+        with Path(f"{database}.lock").open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # no file: nobody has tuned here
+        return False
+
+
 def connect(url: str) -> Engine:
     """The database of a storage."""
     return _engine(_parsed(url))

@@ -27,7 +27,7 @@ from optuna.storages._rdb.models import (
 from sqlalchemy import Connection, select
 
 from autotune.results import Decision, StudyResult, Subject, TrialRecord
-from autotune.storage import database_errors, drawn_record, open_storage, record_of, shown
+from autotune.storage import database_errors, drawn_record, has_sole_worker, open_storage, record_of, shown
 from autotune.tiling_results import TilingResult
 from autotune.tiling_study import SUBJECT as TILING_SUBJECT
 from autotune.tiling_study import read_tiling_study
@@ -86,6 +86,11 @@ class Watch:
             found = [read_tiling_study(optuna.load_study(study_name=name, storage=storage)) for name in names]
         return sorted(found, key=lambda r: (r.subject.model, r.subject.kernel, r.subject.tokens, r.subject.dtype))
 
+    def running(self, result: StudyResult) -> bool:
+        """Whether somebody tunes the study: a file's lock says it, a database is asked for what began lately."""
+        alone = has_sole_worker(self.url)
+        return running(result) if alone is None else alone
+
     @contextmanager
     def _looking(self) -> Iterator[tuple[RDBStorage, Connection]]:
         with self._lock, database_errors(self.url):
@@ -116,7 +121,7 @@ class Watch:
 
 
 def running(result: StudyResult, now: datetime | None = None) -> bool:
-    """Whether somebody seems to tune it: a trial began lately, and it is not finished or nothing is decided after it.
+    """Whether somebody seems to tune a study: a trial began lately, and is not finished or nothing was decided since.
 
     A worker that was killed leaves the same for ten minutes.
     """

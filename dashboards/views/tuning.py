@@ -13,7 +13,7 @@ from autotune.results import StudyResult
 from dashboards import sweeps
 from dashboards.frame import columns_of, escape, figure, key, problem, remember, restore, table
 from dashboards.report import decision_sentence
-from dashboards.sources import ENVIRONMENT, TYPED, Source, known_sources, source_of
+from dashboards.sources import ENVIRONMENT, TYPED, Source, known_sources, source_of, without_password
 from dashboards.studies import (
     StagesInfo,
     failed_columns,
@@ -93,15 +93,19 @@ def page() -> None:
     running = ours is not None and source.name == ours.name and sweep is not None and sweep.state == "running"
     try:
         watch = _watch(source.url)
-        view, contents = _choose_study(watch)
+        with without_password(source):
+            contents = watch.contents()
+        view = _choose_study(contents, source)
         if view.section == TILINGS:
-            _tilings(watch)
+            _tilings(watch, source)
         else:
-            _follow(watch, view, contents, running)
+            _follow(watch, source, view, contents)
     except UserError as error:
         remember(View(source.name), PAGE)
         if running:
             _wait_for(source)
+        elif ours is not None and source.name == ours.name:
+            st.info("The last search stored nothing.")
         else:
             problem(error)
 
@@ -146,15 +150,14 @@ def _choose_source(offered: dict[str, Source]) -> Source | None:
     return source
 
 
-def _choose_study(watch: Watch) -> tuple[View, Contents]:
+def _choose_study(contents: Contents, source: Source) -> View:
     """One study of several, a part of what is to be seen of it, and what the search's progress is counted in."""
-    contents = watch.contents()
-    widget, moved = key(PAGE, "study"), st.session_state.get(_OF) != watch.url
+    widget, moved = key(PAGE, "study"), st.session_state.get(_OF) != source.url
     if st.session_state[widget] not in contents.studies:
         if st.session_state[widget] and not (moved and _OF in st.session_state):
             problem(known("study of this storage", st.session_state[widget], contents.studies))
         st.session_state[widget] = contents.studies[0] if contents.studies else ""
-    st.session_state[_OF] = watch.url
+    st.session_state[_OF] = source.url
     names = {**SECTIONS, TILINGS: "Tilings"} if contents.tilings else SECTIONS
     names = names if contents.studies else {TILINGS: "Tilings"}
     if st.session_state[key(PAGE, "section")] not in names:
@@ -170,38 +173,31 @@ def _choose_study(watch: Watch) -> tuple[View, Contents]:
     )  # fmt: skip
     view = View(st.session_state[key(PAGE, "source")], study, section, progress)
     remember(view, PAGE)
-    return view, contents
+    return view
 
 
 # --- what is shown of a study
 
 
-def _follow(watch: Watch, view: View, contents: Contents, running: bool) -> None:
+def _follow(watch: Watch, source: Source, view: View, contents: Contents) -> None:
     """Draw a study; again and again while somebody tunes it."""
-    from autotune.watching import running as seems_running
-
-    result = watch.study(view.study)
-    if not running and not seems_running(result):
+    with without_password(source):
+        result = watch.study(view.study)
+    if not watch.running(result):
         _study(result, view, live=False)
         return
 
     def draw() -> None:
         try:
-            now = watch.study(view.study)
-            if watch.contents() != contents or not _still(now, running):
-                st.rerun()  # the whole page: there is one study more, or it has ended
-            _study(now, view, live=True)
+            with without_password(source):
+                now, found = watch.study(view.study), watch.contents()
         except UserError as error:  # the database is away for a while, or the file was deleted
-            problem(error)
+            return problem(error)
+        if found != contents or not watch.running(now):
+            st.rerun()  # the whole page: there is one study more, or it has ended
+        _study(now, view, live=True)
 
     st.fragment(draw, run_every=_POLL_SECONDS)()
-
-
-def _still(result: StudyResult, ours: bool) -> bool:
-    from autotune.watching import running as seems_running
-
-    sweep = sweeps.current()
-    return (sweep is not None and sweep.state == "running") if ours else seems_running(result)
 
 
 def _study(result: StudyResult, view: View, *, live: bool) -> None:
@@ -220,7 +216,7 @@ def _study(result: StudyResult, view: View, *, live: bool) -> None:
         )
     )
     if report.simulated:
-        st.warning(escape(f"Simulated: {report.simulated}. Acceptance and text are not those of a trained model."))
+        st.warning(escape(f"Simulated: {report.simulated}."))
     if not report.evaluations:
         st.info("No setting has been measured yet.")
         return
@@ -349,8 +345,9 @@ def _failures(result: StudyResult, report: StudyReport, view: View) -> None:
         st.info("Every setting ran through all stages.")
 
 
-def _tilings(watch: Watch) -> None:
-    found = watch.tilings()
+def _tilings(watch: Watch, source: Source) -> None:
+    with without_password(source):
+        found = watch.tilings()
     st.subheader("Tilings of kernels: what to run, beside the default")
     for what in sorted({r.subject.simulated for r in found if r.subject.simulated}):
         st.warning(escape(f"Simulated: {what}."))
@@ -372,7 +369,7 @@ def _source_of(sweep: sweeps.Sweep) -> Source | None:
 
 def _wait_for(source: Source) -> None:
     """Until the first study of a search is there."""
-    st.info("The search is starting: the model is loaded before the first setting is measured.")
+    st.info("The search is starting. Its first setting is measured once the machine is probed and the model loaded.")
 
     def look() -> None:
         sweep = sweeps.current()
@@ -426,6 +423,7 @@ def _progress() -> None:
     st.progress(share, escape(f"{sweep.done} settings of at most {sweep.planned}, {left:.0f} s left"))
     st.caption(escape(sweep.message))
     st.code(sweep.command, language="bash", wrap_lines=True)
-    if st.button("Stop", key=key(PAGE, "stop"), help="What was measured is kept; the same command goes on."):
+    stopping = sweep.message == "stopping"
+    if st.button("Stop", key=key(PAGE, "stop"), disabled=stopping, help="What is measured is kept, and can go on."):
         sweeps.stop()
         st.rerun()
