@@ -121,6 +121,7 @@ def is_late(node: ast.AST) -> bool:
     return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
 
 
+@cache
 def imports_of(module: str, *, functions: bool) -> set[str]:
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     return set(imported(tree, functions=functions))
