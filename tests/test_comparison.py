@@ -30,7 +30,8 @@ from dashboards.comparison import (
 )
 from dashboards.pairs import COLUMNS, FITS, KINDS, ROOT, Pair, joined, published, rows_of_file
 from dashboards.published_models import FAMILIES, models_columns, models_info
-from dashboards.records import fits, local_files, our_files, predicted_folders, uploaded_records
+from dashboards.record_files import local_files, our_files
+from dashboards.records import fits, predicted_folders, uploaded_records
 from hardware.files import UserError
 from hardware.profile import load_profile
 from perfmodel.published.evidence import FOLDER, predicted_rows

@@ -28,7 +28,8 @@ from dashboards.comparison import (
 from dashboards.frame import columns_of, escape, figure, key, problem, remember, restore, table
 from dashboards.pairs import NO_CHECKOUT, ROOT, ROWS, Pair, Pairs, joined, published, rows_of_file
 from dashboards.published_models import models_columns, models_info
-from dashboards.records import File, file_of, local_files, our_files, predicted_folders, uploaded_records
+from dashboards.record_files import File, file_of, local_files, our_files
+from dashboards.records import predicted_folders, uploaded_records
 from hardware.files import UserError
 from hardware.profile import list_profiles, load_profile
 from perfmodel.published.evidence import FOLDER, TABLES, predicted_rows
