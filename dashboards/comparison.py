@@ -97,11 +97,10 @@ def _value(pair: Pair, name: str) -> str:
 
 @dataclass(frozen=True)
 class ComparisonInfo:
-    """Pairs by kind and fit, and the median absolute error of those held out (None: there are none)."""
+    """Pairs by kind and fit, and of those held out the median absolute error, for kinds that have any."""
 
     groups: dict[tuple[Kind, Fit], tuple[Pair, ...]]
-    held_out_median_absolute_error: float | None
-    held_out_count: int
+    held_out_median_absolute_error: dict[Kind, float]
     simulated_count: int
 
 
@@ -110,11 +109,13 @@ def comparison_info(pairs: Sequence[Pair]) -> ComparisonInfo:
     groups: dict[tuple[Kind, Fit], list[Pair]] = {}
     for pair in sorted(pairs, key=lambda p: (KINDS.index(p.kind), FITS.index(p.fit))):
         groups.setdefault((pair.kind, pair.fit), []).append(pair)
-    errors = [abs(pair.error) for pair in pairs if pair.fit == "held out"]
     return ComparisonInfo(
         {name: tuple(members) for name, members in groups.items()},
-        statistics.median(errors) if errors else None,
-        len(errors),
+        {
+            kind: statistics.median(abs(pair.error) for pair in members)
+            for (kind, fit), members in groups.items()
+            if fit == "held out"
+        },
         sum(pair.simulated is not None for pair in pairs),
     )
 
@@ -154,10 +155,11 @@ def comparison_plot(info: ComparisonInfo, *, intervals: bool = True, point: str 
 
 
 def _title(info: ComparisonInfo) -> str:
-    if info.held_out_median_absolute_error is None:
-        return "no row was held out"
-    error = percent(info.held_out_median_absolute_error)
-    return f"median absolute error {error} over {info.held_out_count} held-out measurements"
+    errors = [
+        f"{KIND_WORDS[kind]} {percent(error)} over {_rows(len(info.groups[kind, 'held out']))}"
+        for kind, error in info.held_out_median_absolute_error.items()
+    ]
+    return f"median absolute error, held out: {'; '.join(errors)}" if errors else "no row was held out"
 
 
 def _bars(pairs: Sequence[Pair], colour: str) -> dict[str, Any]:
@@ -288,7 +290,8 @@ def errors_plot(info: ErrorsInfo) -> go.Figure:
             hovertemplate="%{y}: %{text}<br>mean %{customdata[1]}, bias %{customdata[0]}<extra></extra>",
         )
     height = 170 + 24 * max(len(shown), 2)
-    figure.update_layout(barmode="overlay", bargap=0.25, height=height, legend={"y": -60 / (height - 110)})
+    figure.update_layout(barmode="overlay", bargap=0.25, height=height, showlegend=True)
+    figure.update_layout(legend={"y": -60 / (height - 110)})
     widest = max((100 * group.median_absolute_error for group in shown), default=1.0)
     figure.update_xaxes(range=[0, 1.25 * widest])
     labels = [_label(group) for group in shown]

@@ -101,14 +101,14 @@ def test_errors_are_told_apart_by_what_was_fitted() -> None:
     held = [pair(id=str(n), predicted=10 + n, operator="gemm") for n in (0, 1, 4)]
     fitted = [pair(predicted=30.0, operator="gemm", fit="fitted"), pair(fit="not fitted", operator="moe")]
     info = comparison_info([*fitted, *held])
-    assert info.held_out_median_absolute_error == pytest.approx(0.1) and info.held_out_count == 3
+    assert info.held_out_median_absolute_error == {"ours": pytest.approx(0.1)}
     first, second, third = errors_info([*fitted, *held], "operator").groups
     assert (first.name, first.fit, first.count) == ("gemm", "held out", 3)
     assert (second.fit, second.median_absolute_error) == ("fitted", 2.0) and third.name == "moe"
     figure = comparison_plot(info)
     symbols = {trace.name: trace.marker.symbol for trace in figure.data}
     assert symbols["ours, committed, held out"] == "diamond" and symbols["ours, committed, fitted"] == "diamond-open"
-    assert figure.layout.title.text == "median absolute error 10% over 3 held-out measurements"
+    assert figure.layout.title.text == "median absolute error, held out: ours, committed 10% over 3 rows"
     assert comparison_plot(comparison_info(fitted)).layout.title.text == "no row was held out"
 
 

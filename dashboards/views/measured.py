@@ -47,13 +47,9 @@ LABELS = {
     "devices": "Devices",
     "engines": "Engines",
     "sources": "Sources",
-    "fits": "The numbers behind the prediction were",
+    "fits": "Fit",
 }
-FIT_WORDS = {
-    "held out": "fitted without the row's series",
-    "fitted": "fitted to the row",
-    "not fitted": "fitted to nothing like it",
-}
+HELP = {"fits": "what the numbers behind the prediction were fitted to: not to the row (held out), to it, or to none"}
 
 
 # The files' times and sizes are the keys: what was written since is another key. What they return is never changed.
@@ -157,11 +153,10 @@ def _controls(pairs: tuple[Pair, ...]) -> ComparisonView:
         st.session_state[key(PAGE, name)] = list(getattr(view, name))
     st.session_state[key(PAGE, "point")] = view.point
     allowed = options(pairs)
-    words = {"kinds": KIND_WORDS, "fits": FIT_WORDS}
     filters: dict[str, Any] = {}
     with st.sidebar:
         for name in FILTERS:
-            named = words.get(name, {})
+            named: dict[Any, str] = KIND_WORDS if name == "kinds" else {}  # type: ignore[assignment]
             filters[name] = tuple(
                 st.multiselect(
                     LABELS[name],
@@ -169,6 +164,7 @@ def _controls(pairs: tuple[Pair, ...]) -> ComparisonView:
                     key=key(PAGE, name),
                     format_func=lambda value, named=named: named.get(value, value),
                     placeholder="all",
+                    help=HELP.get(name),
                 )
             )
         intervals = st.checkbox("80% intervals", key=key(PAGE, "intervals"), help="where they are known")
