@@ -53,7 +53,7 @@ def groups(caches: int) -> tuple[Group, ...]:
             Field(f"memory.{i}.peak_bandwidth_bytes_per_second", f"{what}: peak (GB/s)", scale=1e9),
         ]
         reached.append(Field(f"memory.{i}.achieved_bandwidth_bytes_per_second", f"{what} (GB/s)", scale=1e9))
-    reached.append(Field(f"memory.{caches}.reported_bytes", "main memory, by the driver (GB)", scale=1e9))
+    reached.append(Field(f"memory.{caches}.reported_bytes", "reported by driver (GB)", scale=1e9))
     return (
         Group(
             "",
@@ -62,7 +62,7 @@ def groups(caches: int) -> tuple[Group, ...]:
                 Field("name", "Name", "text"),
                 Field("vendor", "Vendor", "text"),
                 Field("kind", "Kind", "choice"),
-                Field("compile_target", "Compile target (sm_90, gfx942, cpu)", "text"),
+                Field("compile_target", "Compile target (sm_90)", "text"),
             ),
         ),
         Group(

@@ -107,7 +107,7 @@ class ComparisonInfo:
 
     def shown(self, *, differing: bool = False) -> dict[str, list[str]]:
         """The table in words; only those rows in which devices differ, if asked for."""
-        rows = [row for row in self.rows if row.differs or not differing]
+        rows = [row for row in self.rows if row.differs or not differing or len(self.devices) == 1]
         columns: dict[str, list[str]] = {
             THE_FIGURE: [figure_words(r.figure) for r in rows],
             STATED_AS: [r.basis for r in rows],

@@ -119,7 +119,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # thousands of digits, a 13th month
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        found = " ".join(str(error).split()).replace(' in "<unicode string>",', " at")
+        raise UserError(f"{where} is not valid YAML: {found}") from error
     if not isinstance(data, dict):
         raise UserError(f"{where} must hold a mapping, but holds {type(data).__name__}")
     return data

@@ -32,13 +32,30 @@ MOST_FAULTS = 20  # of a file, in lines
 Profiles = Mapping[str, HardwareProfile]
 
 
+@st.cache_resource(show_spinner=False, max_entries=4)  # by names and states of all files; a probed one takes 40 ms
+def _read(files: tuple[tuple[object, ...], ...]) -> tuple[dict[str, HardwareProfile], list[str]]:
+    return known_profiles()
+
+
+def _files() -> tuple[tuple[object, ...], ...]:
+    found: list[tuple[object, ...]] = []
+    for path in list_profiles().values():
+        try:
+            state = path.stat()
+        except OSError:  # deleted since it was listed, or a link to nothing
+            found.append((str(path),))
+        else:
+            found.append((str(path), state.st_mtime_ns, state.st_size, state.st_ino))
+    return tuple(found)
+
+
 def page() -> None:
     """One of four parts; a profile that cannot be read is named, and the others work."""
     st.title("Devices")
     restore(DevicesView, PAGE)
     if SAID in st.session_state:
         st.success(escape(st.session_state.pop(SAID)))
-    profiles, broken = known_profiles()
+    profiles, broken = _read(_files())
     for line in broken:
         problem(line)
     devices = key(PAGE, "devices")  # one may have been deleted, or broken, since
@@ -115,7 +132,7 @@ def _compare(profiles: Profiles) -> None:
 def _file(profiles: Profiles) -> None:
     st.markdown(
         "A device is one YAML file with a source for every figure: the profiles on the first tab can be downloaded and "
-        "changed. Nothing is written before it is checked, previewed and saved."
+        "changed. Nothing is written before it is checked, previewed and saved. Comments are not kept."
     )
     count = st.session_state.setdefault(UPLOADS, 0)  # another key empties the widget once its file is saved
     upload = st.file_uploader(
@@ -127,7 +144,7 @@ def _file(profiles: Profiles) -> None:
     if upload is None:
         return
     try:
-        profile = parse_profile(upload.getvalue() if upload.size <= MOST_BYTES else b" " * upload.size, upload.name)
+        profile = parse_profile(upload.getvalue(), upload.name)
     except UserError as error:
         faults = error.each()
         for fault in faults[:MOST_FAULTS]:
@@ -148,7 +165,7 @@ def _form(profiles: Profiles) -> None:
     form = state.setdefault(FORM, {"start": first, "caches": None, "values": {}, "checked": False})
     if form["start"] not in profiles:
         form |= {"start": first, "caches": None, "values": {}, "checked": False}
-    left, right, _ = st.columns([2, 1, 2])
+    left, right, _ = st.columns([2, 2, 1])
     state.setdefault("hardware-start", form["start"])
     start = left.selectbox("Start from", names, key="hardware-start")
     base = profiles[start]
