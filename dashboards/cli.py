@@ -43,9 +43,9 @@ def dashboard(
             file=sys.stderr,
         )
     print(f"dashboard: http://{host}:{port} (stop with Ctrl+C)", file=sys.stderr, flush=True)
-    # Streamlit runs the page as a script: it finds this package wherever the command was started.
+    # This package is found wherever the command was started, and none of its name that lies there (-P).
     paths = [str(root.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "streamlit", "run", str(root / "app.py")]
+    command = [sys.executable, "-P", "-m", "dashboards.serve", "run", str(root / "app.py")]
     command += server_options(host, port, headless=headless)
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
 
