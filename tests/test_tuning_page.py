@@ -298,7 +298,7 @@ def test_an_impossible_address_is_named_in_a_line_and_a_study_is_shown(address: 
     assert at.metric and not at.exception
 
 
-def test_a_study_is_followed_while_its_worker_runs(folder: Path) -> None:
+def test_a_study_is_followed_while_its_worker_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about, place = subject(space=small_space(), simulated="**made up**"), folder / "runs" / "mine"
     with unsynced():
         run(place, MadeUp(), about, trials=2)
@@ -308,6 +308,10 @@ def test_a_study_is_followed_while_its_worker_runs(folder: Path) -> None:
             assert "Running: 2 settings tried so far" in texts(at) and "Simulated: **made up**." in texts(at)
         at.run()
         assert "Running" not in texts(at) and not at.error
+        with monkeypatch.context() as changes:  # the worker ends while the page is drawn: it is run anew later only,
+            changes.setattr(Watch, "running", lambda *_, found=[False, True]: found.pop())
+            changes.setattr("streamlit.rerun", lambda: pytest.fail("the browser has not got this run's widgets yet"))
+            assert not at.run().exception and "Running" in texts(at)
         run(place, MadeUp(), about, trials=5)
         at.run()
         assert "5 settings tried" in texts(at)

@@ -187,17 +187,26 @@ def _follow(watch: Watch, source: Source, view: View, contents: Contents) -> Non
         _study(result, view, live=False)
         return
 
-    def draw() -> None:
+    def draw(first: bool) -> None:
         try:
             with without_password(source):
                 now, found = watch.study(view.study), watch.contents()
         except UserError as error:  # the database is away for a while, or the file was deleted
             return problem(error)
-        if found != contents or not watch.running(now):
+        if not first and (found != contents or not watch.running(now)):
             st.rerun()  # the whole page: there is one study more, or it has ended
         _study(now, view, live=True)
 
-    st.fragment(draw, run_every=_POLL_SECONDS)()
+    _again_every(_POLL_SECONDS, draw)
+
+
+def _again_every(seconds: float, draw: Callable[[bool], None]) -> None:
+    """Draw now and then again, told whether it is the first time: only later ones may run the whole page anew.
+
+    Else the browser would never get what this run of the page has put into its widgets.
+    """
+    first = [True]
+    st.fragment(lambda: draw(bool(first and first.pop())), run_every=seconds)()
 
 
 def _study(result: StudyResult, view: View, *, live: bool) -> None:
@@ -371,18 +380,18 @@ def _wait_for(source: Source) -> None:
     """Until the first study of a search is there."""
     st.info("The search is starting. Its first setting is measured once the machine is probed and the model loaded.")
 
-    def look() -> None:
+    def look(first: bool) -> None:
         sweep = sweeps.current()
-        if sweep is None or sweep.state != "running" or source.name in known_sources():
+        if not first and (sweep is None or sweep.state != "running" or source.name in known_sources()):
             st.rerun()
 
-    st.fragment(look, run_every=1.0)()
+    _again_every(1.0, look)
 
 
 def _sweep_panel(sweep: sweeps.Sweep | None) -> None:
     st.subheader("Tune on this machine")
     if sweep is not None and sweep.state == "running":
-        st.fragment(_progress, run_every=1.0)()
+        _again_every(1.0, _progress)
         return
     if sweep is not None:
         said = f"The last search {_ENDED[sweep.state]}" + (f": {sweep.message}" if sweep.state == "failed" else ".")
@@ -412,12 +421,13 @@ def _sweep_panel(sweep: sweeps.Sweep | None) -> None:
             st.rerun()
 
 
-def _progress() -> None:
+def _progress(first: bool) -> None:
     """How far the search is, and the button that ends it."""
     sweep = sweeps.current()
-    if sweep is None or sweep.state != "running":
-        st.rerun()
+    if sweep is None:
         return
+    if not first and sweep.state != "running":
+        st.rerun()
     share = min(1.0, sweep.elapsed_seconds / sweep.limit_seconds) if sweep.limit_seconds else 0.0
     left = max(0.0, (sweep.limit_seconds or 0.0) - sweep.elapsed_seconds)
     st.progress(share, escape(f"{sweep.done} settings of at most {sweep.planned}, {left:.0f} s left"))
