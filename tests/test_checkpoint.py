@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from runtime import checkpoint
 from runtime.checkpoint import INDEX, WEIGHTS, empty_model, load_model, model_hash, random_model, save_model
 from runtime.config import ModelConfig, model_config_from_json, replace
 from runtime.model.zaya import Zaya
+from tests.interpreter import interpreted
 from tests.models import SMALL, TINY, VARIANTS, config_of, noisy_model
 
 torch.set_num_threads(1)
@@ -289,3 +291,13 @@ def test_absent_keys_are_the_published_models(tmp_path: Path) -> None:
     null = {"model_type": "zaya", "layer_types": None, "rope_parameters": None, "sliding_window": None}
     (tmp_path / "config.json").write_text(json.dumps(null | SMALL))
     assert model_config_from_json(tmp_path / "config.json") == config_of({})
+
+
+def test_a_model_is_loaded_without_the_compilers_of_torch() -> None:
+    """Drawing values for a meta tensor imports them, which takes longer than the rest."""
+    assert interpreted(__name__, "imported_by_loading") == []
+
+
+def imported_by_loading() -> list[str]:
+    empty_model(TINY)
+    return sorted({"torch._dynamo", "torch._inductor"} & set(sys.modules))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import os
 import random
 import sysconfig
 import zlib
@@ -44,15 +45,24 @@ def _held_out(name: str) -> bool:
     return zlib.crc32(name.encode()) % 20 == 0
 
 
+def _sources(root: Path) -> Iterator[str]:
+    """Files below the folder, by their path from there. Folders that are excluded are not even listed."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - EXCLUDED
+        for name in names:
+            # _sysconfigdata is no source either: it names one machine's build.
+            path = Path(folder, name).relative_to(root).as_posix()
+            if name.endswith(".py") and not path.startswith("_sysconfigdata"):
+                yield path
+
+
 @lru_cache(maxsize=2)
 def _source(split: str) -> _Source:
     if split not in SPLITS:
         raise known("split", split, SPLITS)
     root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    # _sysconfigdata is no source either: it names one machine's build.
-    kept = [n for n in names if not EXCLUDED & set(n.split("/")) and not n.startswith("_sysconfigdata")]
-    files = [(root / n).read_bytes() for n in kept if _held_out(n) == (split == "test")]
+    names = sorted(_sources(root))
+    files = [(root / n).read_bytes() for n in names if _held_out(n) == (split == "test")]
     # A final newline on each, so that every file begins at a line start of the whole.
     files = [text if text.endswith(b"\n") else text + b"\n" for text in files if text]
     if not files:

@@ -52,7 +52,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        if not weight.is_meta:  # where there is nothing to draw, drawing imports torch._dynamo: more than a second
+            self.embed_tokens.reset_parameters()
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.input_hidden_states_scale = nn.Parameter(torch.ones(config.hidden_size))
