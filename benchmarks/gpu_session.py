@@ -146,9 +146,9 @@ class Session:
         return None
 
     def release(self) -> None:
-        """Give the memory of dead tensors back."""
-        gc.collect()
+        """Give the device's memory of dead tensors back."""
         if self.device.startswith("cuda"):
+            gc.collect()
             torch.cuda.empty_cache()
 
     def measure(self, name: str, point: str, run: Callable[[], Measurement]) -> Measurement | None:
