@@ -33,9 +33,17 @@ _FastLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C parser
 class _StrictLoader(_FastLoader):
     """A safe loader for which a key given twice is an error; YAML's own rule is that the last one silently wins."""
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            # A 13th month, thousands of digits, "!!bool x": PyYAML lets whatever its own code meets pass.
+            told = str(error) if isinstance(error, ValueError) else f"no {node.tag.rsplit(':', 1)[-1]}"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark) from error
+
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():  # PyYAML refuses what is none
             if not isinstance(key.value, str):
                 continue  # not a plain key: the loader itself refuses it
             if key.value in seen:
@@ -118,7 +126,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         data = _load(text)
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # thousands of digits, a 13th month
+    except yaml.YAMLError as error:
         found = " ".join(str(error).split()).replace(' in "<unicode string>",', " at")
         raise UserError(f"{where} is not valid YAML: {found}") from error
     if not isinstance(data, dict):

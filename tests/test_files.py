@@ -163,6 +163,10 @@ def test_a_message_shows_the_start_of_a_long_value() -> None:
         ("a: 1" + ":1" * 100_000, ["number with colons", "line 1"]),  # base 60, in quadratic time
         ("a: 1" + ":1" * 100_000 + ".5", ["number with colons", "line 1"]),
         ("a: 0x" + "f" * 20_000, ["too many digits"]),
+        ("a: !!bool x\n", ["no bool", "line 1"]),
+        ("a: !!timestamp x\n", ["no timestamp", "line 1"]),
+        ("a: !!int ''\n", ["no int", "line 1"]),
+        ("a: 1\nb: !!map [1]\n", ["not valid YAML", "line 2"]),
         ("a: &a [*a]\n", ["stands inside what it names"]),
         ("a0: &a0 [x, x]\n" + doubled("[{0}, {0}]"), ["aliases stand for too much"]),
         ("a0: &a0 {x: 1}\n" + doubled("{{<<: [{0}, {0}]}}"), ["aliases stand for too much"]),
