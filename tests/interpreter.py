@@ -48,16 +48,34 @@ def _answer(request: str) -> str:
         return json.dumps([False, traceback.format_exc()])
 
 
+def _quicken() -> None:
+    """Leave out what the interpreter does in vain, more than half of its time, in processes that do nothing else."""
+    from triton.runtime import interpreter
+
+    # Every integer operation is done in 64 bits again, and what that gives is compared in debug mode alone.
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    # For every call of a kernel or of its functions, the language that its module sees is patched, and then restored.
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module not in patched:
+            patched.add(module)
+            patch(function)
+        return interpreter._LangPatchScope()  # which restores nothing
+
+    interpreter._patch_lang = patch_once
+
+
 def _serve() -> None:
     import torch
-    from triton.runtime.interpreter import interpreter_builder
 
     for name in ("pytest", "runtime.engine", "runtime.kernels.check", "tests.models"):
         importlib.import_module(name)
     torch.set_num_threads(1)
-    # By default every integer operation is done in 64 bits again, and what that gives is compared in debug mode alone.
-    assert not interpreter_builder.options.debug
-    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+    _quicken()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     answers = os.fdopen(os.dup(1), "w")
