@@ -119,17 +119,18 @@ return Math.max(...[...parts].map(part => part.scrollHeight));
 """
 
 
-def picture(browser: Any, path: Path) -> None:
-    """A PNG of the whole page, also of what lies below the window."""
+def picture(browser: Any, path: Path, height: int | None = None) -> Path:
+    """A PNG of the page from its top; None: the whole page, also what lies below the window."""
     import base64
 
-    tall = browser.execute_script(_WHOLE)
-    size = {"width": WIDTH, "height": int(tall), "deviceScaleFactor": 1, "mobile": False}
+    tall = height or int(browser.execute_script(_WHOLE))
+    size = {"width": WIDTH, "height": tall, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
-        wait(browser, lambda: settled(browser), "the page at its whole height")
+        wait(browser, lambda: settled(browser), f"the page {tall} pixels high")
         data = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(base64.b64decode(data))
+    return path
