@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from dashboards.device_form import groups, profile_of, source_key, values_of
+import hardware.profile
+from dashboards.device_form import MOST_CACHES, groups, profile_of, source_key, values_of
 from dashboards.devices import comparison_info, link, peaks_info, peaks_plot
 from hardware.comparison import nearest, own_figure
 from hardware.files import UserError
@@ -32,6 +33,8 @@ from hardware.profile import (
     user_path,
 )
 from tests.test_dashboard import one_level
+
+BUNDLED = sorted(path.stem for path in (Path(hardware.profile.__file__).parent / "profiles").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +158,7 @@ def form_of(base: HardwareProfile, caches: int | None = None, **changed: Any) ->
     return profile_of(values_of(base, count) | {"name": "mine"} | changed, base, count)
 
 
-@pytest.mark.parametrize("name", sorted(list_profiles()))
+@pytest.mark.parametrize("name", BUNDLED)
 def test_a_device_passes_through_the_form_unchanged(name: str) -> None:
     base = load_profile(name)
     found = form_of(base)
@@ -197,6 +200,28 @@ def test_all_faults_of_a_form_are_told_at_their_fields() -> None:
     found = {fault.place[0]: str(fault) for fault in error.value.each()}
     assert set(found) == {*wrong, "source.units", "source.peaks", "source.price"}
     assert found["launch_seconds"] == "must be given"
+
+
+ENTERED = st.sampled_from([None, "", " ", "x", "l2", "hbm", "../up", 0, -1, 1, 2.5, 1e-9, 1e30])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from(BUNDLED), st.integers(0, MOST_CACHES), st.data())
+def test_every_fault_of_a_form_has_a_field(name: str, caches: int, data: st.DataObject) -> None:
+    base = load_profile(name)
+    text = {f.key for group in groups(caches) for f in group.fields if f.kind in ("text", "choice")}
+    values = values_of(base, caches) | {"name": "mine"}
+    for key in data.draw(st.lists(st.sampled_from(sorted(values)), max_size=5)):
+        is_text = key in text or key.startswith("source.")
+        values[key] = data.draw(
+            ENTERED.filter(lambda v, t=is_text: isinstance(v, str) if t else not isinstance(v, str))
+        )
+    try:
+        profile = profile_of(values, base, caches)
+    except UserError as error:
+        assert {fault.place[0] for fault in error.each()} <= set(values)
+    else:
+        assert parse_profile(profile_text(profile).encode(), "mine.yaml") == profile
 
 
 def test_levels_and_links_can_be_added_and_left_out() -> None:
