@@ -5,17 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from autotune.objective import DECODING_STAGES, Outcome
+from autotune.objective import Outcome
 from autotune.report import Improvement, Score, StageCount, StudyReport
 from autotune.results import StudyResult, TrialRecord, spearman
 from autotune.space import Parameter, Value
 from dashboards.evidence import FrontInfo, front_info
 from dashboards.report import front_points, setting_text
-
-if TYPE_CHECKING:
-    from autotune.tiling_results import TilingResult
 
 NOT_SET = "not set"
 COUNTED_ON = ("default", "pilot")  # the trials that acceptance was counted on for the model's predictions of all others
@@ -171,7 +168,7 @@ def _axis(parameter: Parameter, values: Sequence[Value | None]) -> Axis:
         values = rounded
     else:
         places = {v: float(i) for i, v in enumerate(v for v in parameter.choices if v in values)}
-    words = {place: _word(v) for v, place in places.items()}
+    words = {place: word(v) for v, place in places.items()}
     shown = sorted(words)
     every = -(-len(shown) // _MOST_TICKS) or 1
     shown = shown[::-1][::every][::-1]  # the largest in any case
@@ -195,79 +192,10 @@ def _even(values: Sequence[float]) -> tuple[tuple[float, ...], tuple[str, ...]]:
     return ticks, tuple(f"{tick:,.0f}" if high >= 100 else f"{tick:.1f}" for tick in ticks)
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# --- tables
-
-
-TRIAL_COLUMNS = (
-    "trial", "source", "outcome", "stage", "tokens/s", "predicted tokens/s", "differs (%)", "tokens a step",
-    "step (ms)", "spent (s)",
-)  # fmt: skip
-
-
-def trial_columns(result: StudyResult) -> dict[str, list[Any]]:
-    """Every setting that was tried, the fastest first, with a column for each parameter."""
-    trials = sorted(result.measured, key=lambda t: -(t.tokens_per_second or 0.0))
-    rows = [
-        (
-            t.number,
-            t.source,
-            t.outcome,
-            t.stage,
-            t.tokens_per_second,
-            t.predicted_tokens_per_second,
-            None if t.divergence is None else 100 * t.divergence,
-            t.acceptance_length,
-            None if t.step_seconds is None else 1e3 * t.step_seconds,
-            t.spent_seconds,
-        )
-        for t in trials
-    ]
-    found: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(TRIAL_COLUMNS)}
-    for parameter in result.subject.space.parameters:
-        values = [t.params.get(parameter.name) for t in trials]
-        mixed = parameter.kind == "choice" and len({type(v) for v in parameter.choices}) > 1
-        found[parameter.name] = [None if v is None else _word(v) if mixed else v for v in values]
-    return found
-
-
-def failed_columns(result: StudyResult) -> dict[str, list[Any]]:
-    """The settings that did not run through all stages, by stage and outcome, and why."""
-    order = {stage: i for i, stage in enumerate(DECODING_STAGES)}
-    failed = [t for t in result.measured if t.outcome != "correct"]
-    failed.sort(key=lambda t: (order.get(t.stage, -1), str(t.outcome), t.number))
-    return {
-        "trial": [t.number for t in failed],
-        "outcome": [t.outcome for t in failed],
-        "ended in": [t.stage for t in failed],
-        "reason": [t.reason for t in failed],
-        "setting": [setting_text(t) for t in failed],
-    }
-
-
-def tiling_columns(results: Sequence[TilingResult]) -> dict[str, list[Any]]:
-    """A row for each kernel and bucket: the tiling to run, and what it gains over the default."""
-    from autotune.report import tiling_report
-
-    reports = [tiling_report(result) for result in results]
-    return {
-        "kernel and bucket": [r.name for r in reports],
-        "routes": [r.routing for r in reports],
-        "against the default (x)": [r.ratio for r in reports],
-        "95% from": [r.low for r in reports],
-        "to": [r.high for r in reports],
-        "rounds": [r.rounds for r in reports],
-        "rank correlation": [r.rank_correlation for r in reports],
-        "tilings": [", ".join(f"{n} {outcome}" for outcome, n in sorted(r.outcomes.items())) for r in reports],
-        "to run": [", ".join(f"{k} {v}" for k, v in (r.tiling or {}).items()) for r in reports],
-        "decision": [r.reason for r in reports],
-        "simulated": [r.simulated for r in reports],
-    }
 
 
 def _with_reason(label: str, trial: TrialRecord) -> str:

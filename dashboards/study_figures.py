@@ -59,7 +59,7 @@ def history_plot(info: HistoryInfo, by: Progress) -> go.Figure:
                 y=[p.tokens_per_second or 0.0 for p in found],
                 mode="markers",
                 name=f"{outcome} ({len(found)})",
-                marker={"color": colour, "symbol": symbol, "size": 6, "opacity": 0.75},
+                marker={"color": colour, "symbol": symbol, "size": 6},
                 text=[_wrapped(p.label) for p in found],
                 cliponaxis=False,
                 hovertemplate="%{text}<br>%{y:,.0f} tokens/s<extra></extra>"
@@ -96,7 +96,7 @@ def stages_plot(info: StagesInfo) -> go.Figure:
                 x=counts,
                 orientation="h",
                 name="correct, to the end" if outcome == "correct" else outcome,
-                marker={"color": colour, "pattern": {**PATTERN, "shape": pattern, "fgopacity": 0.6}},
+                marker={"color": colour, "pattern": {**PATTERN, "shape": pattern}},
                 text=[str(count) if count else "" for count in counts],
                 hovertemplate=f"%{{y}}: %{{x}} {safe(outcome)}<extra></extra>",
             )

@@ -28,13 +28,24 @@ from dashboards import sweeps
 from dashboards.studies import (
     NOT_SET,
     StagesInfo,
-    failed_columns,
     history_info,
     parallel_info,
+    pareto_info,
     rank_info,
-    trial_columns,
 )
 from dashboards.study_figures import OUTCOMES, history_plot, parallel_plot, rank_plot, stages_plot
+from dashboards.study_tables import (
+    failed_columns,
+    front_columns,
+    history_columns,
+    importance_columns,
+    parallel_columns,
+    rank_columns,
+    score_columns,
+    source_columns,
+    stage_columns,
+    trial_columns,
+)
 from hardware.files import UserError
 from tests.made_up import MadeUp, oracle, run, small_space, subject, unsynced
 from tests.postgres_server import PASSWORD, postgres_server
@@ -211,11 +222,25 @@ def test_parallel_coordinates_keep_every_setting_beside_its_own_value(mixed: Stu
 
 
 def test_tables_have_every_setting_and_parameter(mixed: StudyResult) -> None:
+    report = study_report(mixed)
     columns = trial_columns(mixed)
     assert {len(column) for column in columns.values()} == {len(mixed.measured)}
     assert {p.name for p in mixed.subject.space.parameters} <= set(columns)
     speeds = [speed or 0.0 for speed in columns["tokens/s"]]
     assert speeds == sorted(speeds, reverse=True)
+    correct = len(mixed.correct)
+    for found, rows in (
+        (front_columns(pareto_info(mixed)), correct),
+        (history_columns(history_info(mixed, report)), len(mixed.measured)),
+        (parallel_columns(parallel_info(mixed)), correct),
+        (importance_columns(report), len(report.importances)),
+        (rank_columns(rank_info(mixed, report)), sum(t.predicted_tokens_per_second is not None for t in mixed.correct)),
+        (score_columns(report), 3),
+        (source_columns(report), len({t.source for t in mixed.measured})),
+        (stage_columns(StagesInfo(report.stages)), len(OUTCOME_NAMES)),
+    ):
+        assert {len(column) for column in found.values()} == {rows} and rows
+    assert sum(stage_columns(StagesInfo(report.stages))["ended"]) == len(mixed.measured)
 
 
 # --- the page

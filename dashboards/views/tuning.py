@@ -6,31 +6,44 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import plotly.graph_objects as go
 import streamlit as st
 
 from autotune.report import StudyReport, study_report
 from autotune.results import StudyResult
 from dashboards import sweeps
-from dashboards.frame import columns_of, escape, figure, key, problem, remember, restore, table
+from dashboards.frame import escape, figure, key, problem, remember, restore, table
 from dashboards.report import decision_sentence
 from dashboards.sources import ENVIRONMENT, TYPED, Source, known_sources, source_of, without_password
 from dashboards.studies import (
     StagesInfo,
-    failed_columns,
     history_info,
     parallel_info,
     pareto_info,
     rank_info,
-    tiling_columns,
-    trial_columns,
 )
 from dashboards.study_figures import (
+    Progress,
     history_plot,
     importance_plot,
     parallel_plot,
     pareto_plot,
     rank_plot,
     stages_plot,
+)
+from dashboards.study_tables import (
+    Columns,
+    failed_columns,
+    front_columns,
+    history_columns,
+    importance_columns,
+    parallel_columns,
+    rank_columns,
+    score_columns,
+    source_columns,
+    stage_columns,
+    tiling_columns,
+    trial_columns,
 )
 from dashboards.words import percent, quantity
 from hardware.files import UserError, known
@@ -117,6 +130,8 @@ def _choose_source(offered: dict[str, Source]) -> Source | None:
     """A source that is known by name, or one that is typed and opened; None until there is one."""
     widget = key(PAGE, "source")
     names = [*offered, TYPED]
+    if not offered:
+        st.info("No study here yet: `ridgepoint tune` makes one, and so does Start at the side.")
     if st.session_state[widget] not in names:
         if st.session_state[widget]:
             problem(known("study source", st.session_state[widget], names))
@@ -238,6 +253,12 @@ def _study(result: StudyResult, view: View, *, live: bool) -> None:
     draw[view.section](result, report, view)
 
 
+def _figure(view: View, plot: go.Figure, name: str, columns: Columns) -> None:
+    """A figure whose zoom stays while the same study grows."""
+    plot.update_layout(uirevision=f"{view.source} {view.study} {view.progress}")
+    figure(plot, name, columns)
+
+
 def _result(result: StudyResult, report: StudyReport, view: View) -> None:
     decision = result.decision
     found = decision.comparison if decision else None
@@ -251,26 +272,16 @@ def _result(result: StudyResult, report: StudyReport, view: View) -> None:
     st.markdown(escape(decision_sentence(result) if decision else "Nothing is decided yet."))
     st.subheader("Measured speed, and what differs from autoregressive decoding")
     front = pareto_info(result)
-    points = [("front", p) for p in front.front] + [("dominated", p) for p in front.dominated]
-    figure(
-        pareto_plot(front),
-        "tuning-front",
-        columns_of(
-            ("place", "setting", "tokens/s", "share that differs", "default", "chosen"),
-            [(place, p.label, p.tokens_per_second, p.divergence, p.default, p.chosen) for place, p in points],
-        ),
+    _figure(view, pareto_plot(front), "tuning-front", front_columns(front))
+    ended = report.evaluations - len(result.correct)
+    st.caption(
+        "Up is faster, left is closer to autoregressive decoding; nothing measured beats the line in both."
+        + (f" {ended} settings that did not run through have no place here." if ended else "")
     )
-    st.caption("Up is faster, left is closer to autoregressive decoding; nothing measured beats the line in both.")
     st.subheader("The search as it went")
     history = history_info(result, report)
-    figure(
-        history_plot(history, "seconds" if view.progress == "seconds" else "settings"),
-        "tuning-history",
-        columns_of(
-            ("settings tried", "time measuring (s)", "trial", "outcome", "tokens/s", "setting"),
-            [(p.evaluation, p.seconds, p.trial, p.outcome, p.tokens_per_second, p.label) for p in history.points],
-        ),
-    )
+    progress: Progress = "seconds" if view.progress == "seconds" else "settings"
+    _figure(view, history_plot(history, progress), "tuning-history", history_columns(history))
     st.caption(
         "Settings that ended before they were measured lie on the line of zero; their reasons are under Failures."
     )
@@ -280,22 +291,11 @@ def _settings(result: StudyResult, report: StudyReport, view: View) -> None:
     st.subheader("Parameters, divergence and speed of what ran")
     parallel = parallel_info(result)
     if parallel.trials:
-        columns = columns_of(
-            ("trial", *(axis.name for axis in parallel.axes)),
-            [(n, *(axis.values[i] for axis in parallel.axes)) for i, n in enumerate(parallel.trials)],
-        )
-        figure(parallel_plot(parallel), "tuning-parallel", columns)
+        _figure(view, parallel_plot(parallel), "tuning-parallel", parallel_columns(parallel))
         st.caption("A line is a setting, in the colour of its speed. Drag along an axis to keep some; click to undo.")
     st.subheader("What the fastest settings have in common")
     if report.importances:
-        figure(
-            importance_plot(report.importances),
-            "tuning-importances",
-            columns_of(
-                ("parameter", "share", "settings with it"),
-                [(i.parameter, i.share, i.settings) for i in report.importances],
-            ),
-        )
+        _figure(view, importance_plot(report.importances), "tuning-importances", importance_columns(report))
         st.caption(
             f"PED-ANOVA: what tells the fastest {percent(report.top_share or 0.0)} of the settings that ran from the "
             "others. The search chose them, so this is about these settings, not about the whole space."
@@ -313,39 +313,22 @@ def _predictions(result: StudyResult, report: StudyReport, view: View) -> None:
     error.metric("median error", "-" if info.error is None else percent(info.error))
     count.metric("settings predicted before they ran", info.count)
     st.subheader("Predicted beside measured speed")
-    figure(
-        rank_plot(info),
-        "tuning-rank",
-        columns_of(
-            ("trial", "source", "predicted tokens/s", "measured tokens/s", "acceptance counted on it", "setting"),
-            [(p.trial, p.source, p.predicted, p.measured, p.counted_on, p.label) for p in info.points],
-        ),
-    )
+    _figure(view, rank_plot(info), "tuning-rank", rank_columns(info))
     st.caption(
         "The performance model predicted each setting before it was measured, with the acceptance that the pilots had "
-        "shown. Hollow ones are those pilots and the default: the figures above leave them out."
+        "shown. Hollow ones are those pilots and the default: the figures above leave them out, the table does not."
     )
     st.subheader("Stage by stage")
-    table(
-        columns_of(
-            ("stage", "predicted and measured", "settings", "rank correlation", "median error", "predicted / measured"),
-            [(s.stage, s.quantity, s.count, s.rank_correlation, s.error, s.ratio) for s in info.scores],
-        ),
-        "tuning-scores",
-    )
+    table(score_columns(report), "tuning-scores")
+    st.subheader("Who proposed what")
+    table(source_columns(report), "tuning-sources")
+    st.caption("The performance model proposed seed and guided, the latter corrected by what was measured before.")
 
 
 def _failures(result: StudyResult, report: StudyReport, view: View) -> None:
     info = StagesInfo(report.stages)
     st.subheader("Where trials ended")
-    figure(
-        stages_plot(info),
-        "tuning-stages",
-        columns_of(
-            ("stage", "entered", "outcome", "ended"),
-            [(s.stage, s.entered, outcome, n) for s in info.stages for outcome, n in (s.ended or {"": 0}).items()],
-        ),
-    )
+    _figure(view, stages_plot(info), "tuning-stages", stage_columns(info))
     failed = failed_columns(result)
     st.subheader("Why settings did not run through")
     if failed["trial"]:
