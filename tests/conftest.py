@@ -6,10 +6,13 @@ import gc
 import os
 from collections.abc import Generator
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several busy threads on few cores stall each other
 gc.disable()  # until everything is imported: what torch, transformers and 5,000 tests consist of is no garbage
+hypothesis.settings.register_profile("any time", hypothesis.settings(), deadline=None)  # machines are busy
+hypothesis.settings.load_profile("any time")
 
 NEEDS_GPU = "needs a GPU"
 Report = pytest.TestReport | pytest.CollectReport
@@ -45,9 +48,3 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_terminal_summary() -> None:
-    """For Hypothesis, which may be imported as late as now, and warns of what nothing refers to."""
-    gc.unfreeze()
