@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def predicted(cells: dict[str, str], **changes: str) -> Result:
     return result
 
 
+@cache
 def of_family(family: str) -> list[Row]:
     """The shipped rows of one kernel family."""
     catalog = Catalog()
