@@ -18,6 +18,7 @@ from hardware.files import UserError
 
 DEMO_FOLDER = Path("demo-out")
 LOOPBACK = ("127.0.0.1", "localhost")
+THEMES = {"light": "#ffffff", "dark": "#171614"}  # a page's background, which a figure's picture gets too
 
 
 def register(app: typer.Typer) -> None:
@@ -71,6 +72,8 @@ def server_options(host: str, port: int, *, headless: bool) -> list[str]:
         "client.allowedOrigins": f"http://{host}:{port}",  # whose frames may steer a page; else Streamlit's own sites'
         "client.toolbarMode": "minimal",
         "runner.magicEnabled": False,
+        **{f"theme.{name}.backgroundColor": colour for name, colour in THEMES.items()},
+        **{f"theme.{name}.primaryColor": "#0072B2" for name in THEMES},  # the figures' blue; red would say: wrong
     }
     found = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     # A page of another site whose name is made to lead here (DNS rebinding) must not drive this one. From elsewhere a

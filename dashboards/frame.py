@@ -15,7 +15,6 @@ from dashboards.address import from_query, to_query
 from hardware.files import UserError
 
 V = TypeVar("V")
-_PAGES = {"light": "#ffffff", "dark": "#0e1117"}  # behind a figure, so that its picture can be read by itself
 
 
 def escape(text: object) -> str:
@@ -76,9 +75,9 @@ def figure(
     plot: go.Figure, name: str, columns: Mapping[str, Sequence[Any]], *, select: bool = False
 ) -> list[dict[str, Any]]:
     """Draw a figure with its data to download; the camera above it saves the picture. Returns the points selected."""
-    background = _PAGES.get(st.context.theme.type or "")
-    if background:
-        plot.update_layout(paper_bgcolor=background)
+    theme = st.context.theme.type
+    if theme:  # a picture that is saved can then be read by itself
+        plot.update_layout(paper_bgcolor=st.get_option(f"theme.{theme}.backgroundColor"))
     options = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": name}}
     event = st.plotly_chart(plot, key=name, config=options, on_select="rerun" if select else "ignore")
     _download(name, columns)
