@@ -134,8 +134,11 @@ def importance_plot(importances: Sequence[Importance]) -> go.Figure:
     return figure
 
 
-def parallel_plot(info: ParallelInfo) -> go.Figure:
-    """A line for each setting that ran right, in the colour of its speed; drag along an axis to keep some of them."""
+def parallel_plot(info: ParallelInfo, text: str | None = None) -> go.Figure:
+    """A line for each setting that ran right, in the colour of its speed; drag along an axis to keep some of them.
+
+    text: colour of the words on the axes, which lie on the lines: black or white, as the page is light or dark.
+    """
     figure = base_figure("", "")
     figure.add_parcoords(
         dimensions=[
@@ -153,6 +156,8 @@ def parallel_plot(info: ParallelInfo) -> go.Figure:
             "showscale": True,
             "colorbar": {"title": {"text": "tokens/s"}, "thickness": 14, "outlinewidth": 0},
         },
+        tickfont={"color": text, "weight": "bold"},
+        labelfont={"color": text},
         labelangle=-20,
         labelside="bottom",
         unselected={"line": {"color": GREY, "opacity": 0.08}},
@@ -183,7 +188,7 @@ def rank_plot(info: RankInfo) -> go.Figure:
             x=[p.measured for p in found],
             y=[p.predicted for p in found],
             mode="markers",
-            name=f"{safe(source)} ({len(found)}" + (", acceptance counted on them)" if hollow else ")"),
+            name=f"{safe(source)} ({len(found)}" + (", the model uses them)" if hollow else ")"),
             marker={"color": PALETTE[i % len(PALETTE)], "symbol": f"{symbol}-open" if hollow else symbol, "size": 8},
             text=[_wrapped(p.label) for p in found],
             hovertemplate="%{text}<br>measured %{x:,.0f}, predicted %{y:,.0f} tokens/s<extra></extra>",

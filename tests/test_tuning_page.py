@@ -193,7 +193,7 @@ def test_the_models_rank_leaves_out_what_acceptance_was_counted_on(mixed: StudyR
     assert (info.count, info.correlation) == (10, pytest.approx(1))
     assert rank_info(study(trial(0)), study_report(study(trial(0)))).correlation is None
     drawn = {t.name: t.marker.symbol for t in rank_plot(info).data if t.mode == "markers"}
-    assert drawn == {"pilot (1, acceptance counted on them)": "circle-open", "search (10)": "diamond"}
+    assert drawn == {"pilot (1, the model uses them)": "circle-open", "search (10)": "diamond"}
 
 
 def test_parallel_coordinates_keep_every_setting_beside_its_own_value(mixed: StudyResult, shipped: StudyResult) -> None:

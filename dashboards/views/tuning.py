@@ -291,7 +291,8 @@ def _settings(result: StudyResult, report: StudyReport, view: View) -> None:
     st.subheader("Parameters, divergence and speed of what ran")
     parallel = parallel_info(result)
     if parallel.trials:
-        _figure(view, parallel_plot(parallel), "tuning-parallel", parallel_columns(parallel))
+        text = {"light": "black", "dark": "white"}.get(st.context.theme.type or "")
+        _figure(view, parallel_plot(parallel, text), "tuning-parallel", parallel_columns(parallel))
         st.caption("A line is a setting, in the colour of its speed. Drag along an axis to keep some; click to undo.")
     st.subheader("What the fastest settings have in common")
     if report.importances:
@@ -316,7 +317,8 @@ def _predictions(result: StudyResult, report: StudyReport, view: View) -> None:
     _figure(view, rank_plot(info), "tuning-rank", rank_columns(info))
     st.caption(
         "The performance model predicted each setting before it was measured, with the acceptance that the pilots had "
-        "shown. Hollow ones are those pilots and the default: the figures above leave them out, the table does not."
+        "shown. Hollow ones are the pilots and the default, whose counts it uses: the numbers above leave them out, the "
+        "table does not."
     )
     st.subheader("Stage by stage")
     table(score_columns(report), "tuning-scores")
