@@ -317,8 +317,8 @@ def _predictions(result: StudyResult, report: StudyReport, view: View) -> None:
     _figure(view, rank_plot(info), "tuning-rank", rank_columns(info))
     st.caption(
         "The performance model predicted each setting before it was measured, with the acceptance that the pilots had "
-        "shown. Hollow ones are the pilots and the default, whose counts it uses: the numbers above leave them out, the "
-        "table does not."
+        "shown. Hollow ones are the pilots and the default, whose counts it uses: the numbers above leave them out, "
+        "the table does not."
     )
     st.subheader("Stage by stage")
     table(score_columns(report), "tuning-scores")
