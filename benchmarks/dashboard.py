@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import command, fail_in_one_line
+from dashboards.comparison import FILTERS
 from hardware.files import UserError, write_atomic
 from hardware.fingerprint import fingerprint, git_commit
 from runtime.config import require
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 60.0  # over it, something is wrong
+SECONDS = 30.0  # over it, something is wrong
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1280,900"
@@ -81,7 +82,8 @@ class Control:
     query: str = ""
 
 
-# A line each. A value is typed, chosen from a list by its text, or clicked at by its text; of a checkbox it is ignored.
+# A line each. A value is typed, chosen from a list by its text, or clicked at by its text; "next" goes on so many
+# places in a list; of a checkbox it is ignored.
 CONTROLS = (
     Control("explore", "devices", "choose", ("h200", "b200", "a100")),
     Control("explore", "model", "choose", ("zaya-nano", "zaya1-8b"), "context=256"),
@@ -99,6 +101,21 @@ CONTROLS = (
     Control("explore", "section", "click", ("map", "time", "change")),
     Control("explore", "batch", "type", ("3", "48", "200", "7", "96"), "section=map"),
     Control("explore", "batch", "type", ("5", "40", "150", "9", "90"), "section=changes"),
+    *(Control("measured", name, "next", ("1",)) for name in FILTERS),
+    Control("measured", "intervals", "check", ("",)),
+    Control("measured", "point", "next", ("1",)),
+    Control("measured", "by", "click", ("family", "device", "engine", "source")),
+    Control("tuning", "study", "next", ("1",)),
+    Control("tuning", "section", "click", ("settings", "predictions", "failures", "result")),
+    Control("tuning", "progress", "choose", ("time", "settings")),
+    Control("hardware", "tab", "click", ("file", "form", "your", "compare")),
+    Control("hardware", "devices", "choose", ("h200", "a100", "mi325x")),
+    Control("hardware", "dtype", "choose", ("float16", "float32", "bfloat16")),
+    Control("hardware", "differing", "check", ("",)),
+    Control("export", "target", "choose", ("vllm", "sglang", "native")),
+    Control("export", "study", "next", ("1",)),
+    Control("export", "batch", "choose", ("8", "1")),
+    Control("export", "context", "choose", ("768", "256")),
 )
 
 
@@ -198,6 +215,15 @@ def _choose(browser: Any, place: str, value: str) -> None:
     field.send_keys(Keys.ENTER)
 
 
+def _next(browser: Any, place: str, value: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    field = browser.find_element("css selector", f"{place} input")
+    field.click()
+    time.sleep(0.3)  # the list opens
+    field.send_keys(*[Keys.ARROW_DOWN] * int(value), Keys.ENTER)
+
+
 def _click(browser: Any, place: str, value: str) -> None:
     buttons = browser.find_elements("css selector", f"{place} button")
     matching = [b for b in buttons if value.lower() in b.text.lower()]
@@ -210,7 +236,7 @@ def _check(browser: Any, place: str, value: str) -> None:
 
 
 ACTIONS: dict[str, Callable[[Any, str, str], None]] = {
-    "type": _type, "choose": _choose, "click": _click, "check": _check,
+    "type": _type, "choose": _choose, "next": _next, "click": _click, "check": _check,
 }  # fmt: skip
 
 
@@ -237,11 +263,13 @@ def starts(count: int) -> list[dict[str, float]]:
     return found
 
 
-def page_times(browser: Any, url: str, rounds: int) -> list[dict[str, Any]]:
+def page_times(browser: Any, url: str, rounds: int, part: str) -> list[dict[str, Any]]:
     """Each page: by its address, as somebody who follows a link waits for it; and from another page, by the menu."""
     found = []
     titles = list(pages(browser))
     for title, address in pages(browser).items():
+        if part not in title.lower():
+            continue
         other = titles[0] if title != titles[0] else titles[-1]
 
         def follow(address: str = address) -> list[tuple[float, float]]:
@@ -328,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
             "browser": f"Chromium {browser.capabilities['browserVersion']}, headless, 1280 x 900",
             "load_average": load,  # of the last minute: other work slows these figures down
             "starts": found,
-            "pages": page_times(browser, url, chosen.rounds),
+            "pages": page_times(browser, url, chosen.rounds, chosen.page),
             "controls": control_times(browser, url, chosen.rounds, chosen.page),
         }
     if chosen.out is not None:
@@ -357,7 +385,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of each page and control")
     parser.add_argument("--starts", type=int, default=3, help="fresh servers")
-    parser.add_argument("--page", default="", help="only controls of the pages with this in their name")
+    parser.add_argument("--page", default="", help="only pages with this in their title, and their controls")
     parser.add_argument("--out", type=Path, help="JSON file for the whole result")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     return parser.parse_args(arguments)
