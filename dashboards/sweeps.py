@@ -216,9 +216,10 @@ class _Running:
         except OSError as error:
             raise UserError(f"cannot write {FOLDER}: {error.strerror or error}") from error
         busy = None if _free(lock) else FOLDER
-        for path in (p for p in self._place.parent.glob("*/study.db.lock") if busy is None):
+        runs = self._place.parent
+        for path in (*runs.glob("*/study.db.lock"), *self._place.glob("*/study.db.lock")):
             with suppress(OSError), path.open() as other:
-                busy = None if _free(other) else path.parent
+                busy = busy if _free(other) else path.parent
         if busy is not None:
             lock.close()
             raise UserError(f"another process is tuning in {os.path.relpath(busy)}: two would spoil each other's times")

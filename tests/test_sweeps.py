@@ -99,12 +99,13 @@ def test_a_sweep_ends_with_its_server_and_no_other_server_starts_one_beside(fold
             time.sleep(0.05)
 
 
-def test_nothing_starts_beside_a_tuning_run_in_a_terminal(folder: Path) -> None:
-    place = folder / "runs" / "tune"
+@pytest.mark.parametrize("where", ["runs/tune", "runs/dashboard/2026-11-21-120000"])  # or one that goes on there
+def test_nothing_starts_beside_a_tuning_run_in_a_terminal(where: str, folder: Path) -> None:
+    place = folder / where
     place.mkdir(parents=True)
     with (place / "study.db.lock").open("a") as held:
         sweeps.fcntl.flock(held, sweeps.fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is tuning in runs/tune"):
+        with pytest.raises(UserError, match=f"another process is tuning in {where}"):
             start(REPLAY)
     assert current() is None
 
