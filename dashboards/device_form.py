@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from dashboards.devices import DTYPES
 from hardware.files import UserError, build, plain
-from hardware.profile import HardwareProfile, user_path
+from hardware.own import user_path
+from hardware.profile import HardwareProfile
 
 MOST_CACHES = 4
 # Figures that a probe's curves depend on: a form that changes one of them drops the curves.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,62 +12,15 @@ from typing import Any, Literal
 
 import yaml
 
-from hardware.files import UserError, build, known, parse_yaml, plain, read_yaml, refuse, write_atomic
+from hardware.files import UserError, build, known, plain, read_yaml, refuse, write_atomic
+from hardware.rules import figure_faults, name_faults, positive_faults, word_faults
 
 DType = Literal["float32", "bfloat16", "float16", "fp8", "fp4", "int8"]
 
 
 def check_name(name: str) -> None:
     """UserError unless a profile can be called so: it is the stem of its file."""
-    refuse(_name_faults(name))
-
-
-def _name_faults(name: str) -> Iterator[UserError]:
-    if not name or any(c.isspace() or c in "/\\" for c in name):
-        yield UserError(f"name must be one word without slashes, but is {name!r}", place=("name",))
-
-
-MOST_BYTES = 128 * 1024  # of a file that is handed over; one with a probe's curves takes 45 kB
-_STEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
-
-# The most that a figure of each unit can plausibly be, by the end of its name: what lies beyond is a slip of the unit.
-_MOST = {
-    "bytes_per_second": 1e15,
-    "flops_per_second": 1e18,
-    "bytes": 1e14,
-    "_seconds": 1.0,
-    "seconds": 1e4,  # of one matmul that a probe timed
-    "watts": 1e5,
-    "dollars_per_hour": 1e4,
-    "hertz": 1e11,
-    "compute_units": 1e5,
-    "warp_size": 1024.0,
-    "devices": 1e5,
-    "": 1e9,
-}
-
-
-def _figure_faults(name: str, value: float | None, unit: str, *place: str) -> Iterator[UserError]:
-    most = next(most for end, most in _MOST.items() if unit.endswith(end))
-    if value is None:
-        return
-    if not value > 0:
-        yield UserError(f"{name} > 0 must hold, but got {value}", place=place)
-    elif value > most:
-        yield UserError(f"{name} <= {most:g} must hold, but got {value}", place=place)
-
-
-def _positive(owner: Any, *names: str) -> Iterator[UserError]:
-    """Figures above zero and not above what is plausible of their unit; None is no figure."""
-    for name in names:
-        yield from _figure_faults(name, getattr(owner, name), name, name)
-
-
-def _words(owner: Any, *names: str) -> Iterator[UserError]:
-    for name in names:
-        if not getattr(owner, name).strip():
-            yield UserError(f"{name} must be words, but is {getattr(owner, name)!r}", place=(name,))
+    refuse(name_faults(name))
 
 
 @dataclass(frozen=True)
@@ -89,9 +41,9 @@ class MemoryLevel:
         refuse(self._faults())
 
     def _faults(self) -> Iterator[UserError]:
-        yield from _name_faults(self.name)
+        yield from name_faults(self.name)
         bandwidths = ("peak_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second")
-        yield from _positive(self, "capacity_bytes", *bandwidths, "reported_bytes")
+        yield from positive_faults(self, "capacity_bytes", *bandwidths, "reported_bytes")
         peak, achieved = self.peak_bandwidth_bytes_per_second, self.achieved_bandwidth_bytes_per_second
         if peak is not None and achieved is not None and achieved > peak:
             yield UserError(
@@ -111,7 +63,7 @@ class BandwidthPoint:
     spread: float = 0.0
 
     def __post_init__(self) -> None:
-        refuse(_positive(self, "working_set_bytes", "bytes_per_second"))
+        refuse(positive_faults(self, "working_set_bytes", "bytes_per_second"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +85,7 @@ class MatmulPoint:
     spread: float = 0.0
 
     def __post_init__(self) -> None:
-        refuse(_positive(self, "batch", "m", "k", "n", "seconds", "working_set_bytes"))
+        refuse(positive_faults(self, "batch", "m", "k", "n", "seconds", "working_set_bytes"))
 
     @property
     def flops_per_second(self) -> float:
@@ -157,7 +109,7 @@ class Curves:
     matmul: tuple[MatmulPoint, ...]
 
     def __post_init__(self) -> None:
-        refuse(_positive(self, "threads", "elementwise_seconds", "linear_seconds", "python_seconds"))
+        refuse(positive_faults(self, "threads", "elementwise_seconds", "linear_seconds", "python_seconds"))
         for name in ("bandwidth", "matmul"):
             if not getattr(self, name):
                 raise UserError(f"{name} must have at least one point")
@@ -187,8 +139,8 @@ class Interconnect:
         peak, pair, achieved = (
             "peak_bandwidth_bytes_per_second", "pair_bandwidth_bytes_per_second", "achieved_bandwidth_bytes_per_second",
         )  # fmt: skip
-        yield from _words(self, "name")
-        yield from _positive(self, peak, achieved, pair, "latency_seconds", "devices")
+        yield from word_faults(self, "name")
+        yield from positive_faults(self, peak, achieved, pair, "latency_seconds", "devices")
         if self.devices == 1:
             yield UserError(f"devices >= 2 must hold, but got {self.devices}", place=("devices",))
         most = self.peak_bandwidth_bytes_per_second
@@ -239,12 +191,12 @@ class HardwareProfile:
 
     def _faults(self) -> Iterator[UserError]:
         figures = ("compute_units", "warp_size", "shared_memory_bytes", "launch_seconds", "graph_node_seconds")
-        yield from _positive(self, *figures, "tdp_watts", "price_dollars_per_hour", "clock_hertz")
-        yield from _name_faults(self.name)
-        yield from _words(self, "vendor", "compile_target")
+        yield from positive_faults(self, *figures, "tdp_watts", "price_dollars_per_hour", "clock_hertz")
+        yield from name_faults(self.name)
+        yield from word_faults(self, "vendor", "compile_target")
         for group in ("peak_flops_per_second", "achieved_flops_per_second"):
             for dtype, rate in getattr(self, group).items():
-                yield from _figure_faults(f"{group}.{dtype}", rate, group, group, dtype)
+                yield from figure_faults(f"{group}.{dtype}", rate, group, group, dtype)
         if not self.peak_flops_per_second:
             yield UserError("peak_flops_per_second must have at least one dtype", place=("peak_flops_per_second",))
         for dtype, rate in self.achieved_flops_per_second.items():
@@ -314,7 +266,7 @@ class HardwareProfile:
         if path not in figures:
             raise known("figure", path, figures)
         place = self._source_place(path)
-        assert place is not None  # held by _check_sources
+        assert place is not None  # held by _source_faults
         return self.sources[place]
 
     def level(self, name: str) -> MemoryLevel:
@@ -416,57 +368,3 @@ def profile_text(profile: HardwareProfile) -> str:
     sources = data.pop("sources")
     text = yaml.safe_dump(data, sort_keys=False, width=200, default_flow_style=None)
     return str(text + yaml.safe_dump({"sources": sources}, sort_keys=False, width=118))
-
-
-def parse_profile(data: bytes, where: str) -> HardwareProfile:
-    """The profile in a YAML file that somebody handed over; nothing is written. UserError: all faults in one.
-
-    Stricter than `load_profile`: the name must do as a file's everywhere (`user_path`), and the file must be small.
-    """
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{where} must be of at most {MOST_BYTES:,} bytes, but is of {len(data):,}")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} must be UTF-8 text, but is not: {error}") from error
-    profile = build(HardwareProfile, parse_yaml(text, where), where)
-    user_path(profile.name)
-    return profile
-
-
-def user_path(name: str) -> Path:
-    """Where the user's own profile of that name lies. UserError unless the name does as a file's on every system."""
-    reserved = name.split(".")[0].lower() in _RESERVED
-    if not _STEM.fullmatch(name) or name.endswith((".yaml", ".yml", ".")) or reserved:
-        raise UserError(
-            f"name must be 1 to 64 letters, digits, dots, dashes or underscores, and no file's, but is {name!r:.80}",
-            place=("name",),
-        )
-    return user_folder() / f"{name}.yaml"
-
-
-def keep_profile(profile: HardwareProfile, *, replace: bool = False) -> Path:
-    """Save a profile among the user's own. UserError: one of the name is there, unless it shall be replaced."""
-    path = user_path(profile.name)
-    if path.is_symlink() or (path.exists() and not replace):
-        what = "a link, which is not written through" if path.is_symlink() else "a profile of yours already"
-        raise UserError(f"{path} is {what}", place=("name",))
-    return save_profile(profile, path)
-
-
-def own_profiles() -> dict[str, Path]:
-    """The user's own profiles by name, broken ones too."""
-    folder = user_folder()
-    return {name: path for name, path in list_profiles().items() if path.parent == folder}
-
-
-def forget_profile(name: str) -> Path:
-    """Delete one of the user's own profiles. UserError for any other name."""
-    own = own_profiles()
-    if name not in own:
-        raise known("profile of yours", name, own)
-    try:
-        own[name].unlink()
-    except OSError as error:
-        raise UserError(f"cannot delete {own[name]}: {error.strerror or error}") from error
-    return own[name]

@@ -17,20 +17,15 @@ from dashboards.device_form import MOST_CACHES, groups, profile_of, source_key, 
 from dashboards.devices import comparison_info, link, peaks_info, peaks_plot
 from hardware.comparison import nearest, own_figure
 from hardware.files import UserError
+from hardware.own import MOST_BYTES, forget_profile, keep_profile, own_profiles, parse_profile, user_path
 from hardware.profile import (
-    MOST_BYTES,
     BandwidthPoint,
     Curves,
     HardwareProfile,
     MatmulPoint,
-    forget_profile,
-    keep_profile,
     list_profiles,
     load_profile,
-    own_profiles,
-    parse_profile,
     profile_text,
-    user_path,
 )
 from tests.test_dashboard import one_level
 

@@ -12,16 +12,8 @@ from dashboards.devices import DTYPES, TABS, DevicesView, comparison_info, peaks
 from dashboards.frame import escape, figure, key, problem, remember, restore, table
 from hardware.comparison import known_profiles, nearest
 from hardware.files import UserError
-from hardware.profile import (
-    MOST_BYTES,
-    HardwareProfile,
-    forget_profile,
-    keep_profile,
-    list_profiles,
-    own_profiles,
-    parse_profile,
-    user_folder,
-)
+from hardware.own import MOST_BYTES, forget_profile, keep_profile, own_profiles, parse_profile
+from hardware.profile import HardwareProfile, list_profiles, user_folder
 
 TITLE = "Hardware"
 ORDER = 4
