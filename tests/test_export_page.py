@@ -201,7 +201,6 @@ def test_every_control_of_the_page(page: AppTest, tmp_path: Path) -> None:
     page.selectbox(key="export-trial").select(last).run()
     assert BY_HAND in shown(page)[1] and f"trial: {last}" in page.code[0].value and len(page.code) == 1
     link = dict(page.query_params)
-    page.button(key="export-again").click().run()
     again = AppTest.from_string(SCRIPT, default_timeout=30)
     again.query_params.update(link)
     again.run()
@@ -216,9 +215,8 @@ def pickable_of(source: str, name: str) -> list[int]:
 
 
 LINKS: list[tuple[dict[str, str], str]] = [
-    ({"source": "postgresql://tuner:Zq@127.0.0.1:1/db"}, "a link names a study of this machine"),
-    ({"source": "/etc/passwd"}, "a link names a study of this machine"),
-    ({"source": "typed"}, "A link holds no database: type it again"),
+    ({"source": "postgresql://tuner:Zq@127.0.0.1:1/db"}, "a link names a study storage of this machine"),
+    ({"source": "/etc/passwd"}, "a link names a study storage of this machine"),
     ({"source": "runs/tune", "target": "onnx"}, "unknown export format 'onnx'"),
     ({"source": "runs/tune", "batch": "64"}, "There is no batch 64 here; it is left out."),
     ({"source": "runs/tune", "batch": "-1"}, "batch >= 1"),
@@ -245,19 +243,28 @@ def test_a_typed_place_is_opened_by_its_button_only(page: AppTest, tmp_path: Pat
         return shown(page)
 
     page.run()
+    page.selectbox(key="export-source").select("typed").run()
     assert "must lie below one of" in enter("/etc/passwd")[0]
     (words,) = enter("postgresql://tuner:Zq1@127.0.0.1:1/db", "Zq2")
     assert "cannot reach the study storage postgresql://tuner:***@127.0.0.1:1/db" in words
     assert page.text_input(key="export-password").value == "" and "Zq" not in page.text_input(key="export-place").value
     assert page.query_params["source"] == "typed" and "Zq" not in str(page.query_params)
+    tuning = AppTest.from_string(SCRIPT.replace("export", "tuning"), default_timeout=30)  # the same session there
+    tuning.session_state["opened-source"] = page.session_state["opened-source"]
+    tuning.session_state["last-source"] = page.session_state["last-source"]
+    tuning.run()
+    assert shown(tuning) == [words] and tuning.selectbox(key="tuning-source").value == "typed"
     page.selectbox(key="export-source").select("runs/tune").run()
     assert "max_batch: 1" in page.code[0].value
     (tmp_path / "runs" / "tune" / "study.db").rename(tmp_path / "runs" / "other.db")
     page.run()
+    assert page.selectbox(key="export-source").value == "typed" and page.query_params["source"] == "typed"
     assert "max_batch" not in str(page.code) and enter("runs/other.db") == ["Simulated: made up. The files say so too."]
 
 
 def test_without_a_study_the_page_says_how_to_make_one(page: AppTest, tmp_path: Path) -> None:
     (tmp_path / "runs" / "tune" / "study.db").unlink()
+    page.query_params["source"] = "typed"
     page.run()
     assert shown(page) == [] and "ridgepoint tune" in page.info[0].value
+    assert "A link never opens such a place" in page.info[1].value

@@ -12,7 +12,8 @@ from autotune.export.policy import BY_HAND, Policy
 from autotune.export.targets import TARGETS
 from dashboards.exports import ExportInfo, command, download, export_info, pickable, policy_of
 from dashboards.frame import columns_of, csv_text, escape, key, problem, remember, restore
-from dashboards.sources import ENVIRONMENT, TYPED, Source, known_sources, read_source, source_of, stamp
+from dashboards.source_menu import choose_source
+from dashboards.sources import TYPED, Source, known_sources, read_source, stamp
 from hardware.files import UserError, known
 from runtime.config import require
 
@@ -25,7 +26,7 @@ TITLE = "Export"
 ORDER = 5
 
 PAGE = "export"
-OPENED = "typed-source"  # in the session: what was typed and opened; an address cannot bring it back
+_FRESH_SECONDS = 10.0  # for so long a database is not asked again
 _MOST_LINES = 300  # of a file that are shown; the download has all
 _LANGUAGES = {".yaml": "yaml", ".json": "json"}
 
@@ -42,12 +43,6 @@ class View:
     target: str = "native"
 
     def __post_init__(self) -> None:
-        # Not repeated: somebody may have written a database's URL into an address, with its password.
-        names = known_sources()
-        require(
-            self.source in ("", TYPED, *names),
-            f"a link names a study of this machine, but this one names another; here are: {', '.join(names) or 'none'}",
-        )
         for name in ("batch", "context"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} >= 1 must hold, but got {value}")
@@ -56,9 +51,9 @@ class View:
             raise known("export format", self.target, TARGETS)
 
 
-@st.cache_data(show_spinner="Reading the study", max_entries=8)
-def _read(source: Source, written: str, turn: int) -> tuple[list[StudyResult], list[TilingResult]]:
-    """By value: a file that was written to, and a press of the button, is another key."""
+@st.cache_data(show_spinner="Reading the study", max_entries=8, ttl=_FRESH_SECONDS)
+def _read(source: Source, written: str) -> tuple[list[StudyResult], list[TilingResult]]:
+    """By value: a file that was written to is another key."""
     return read_source(source)
 
 
@@ -66,12 +61,12 @@ def page() -> None:
     """The source, what of it and for which engine above; below, the files."""
     st.title("What each engine gets")
     restore(View, PAGE)
-    source = _source()
+    source = choose_source(PAGE, known_sources(), _forget)
     if source is None:
-        remember(View(), PAGE)
+        remember(View(TYPED), PAGE)
         return
     try:
-        studies, tilings = _read(source, stamp(source), st.session_state.get(key(PAGE, "turn"), 0))
+        studies, tilings = _read(source, stamp(source))
         view = _choice(studies)
     except UserError as error:
         problem(error)
@@ -93,70 +88,6 @@ def page() -> None:
 
 
 # --- controls
-
-
-def _source() -> Source | None:
-    """The storage that is chosen; None where there is none yet."""
-    names = known_sources()
-    opened: Source | None = st.session_state.get(OPENED)
-    options = [*names, *([TYPED] if opened else [])]
-    chosen = st.session_state[key(PAGE, "source")]
-    if chosen == TYPED and opened is None:
-        problem("This link shows a study that somebody typed. A link holds no database: type it again, below.")
-    if chosen not in options and options:
-        st.session_state[key(PAGE, "source")] = options[0]
-    labels = {name: source.label for name, source in names.items()} | ({TYPED: opened.shown} if opened else {})
-    left, right = st.columns([4, 1], vertical_alignment="bottom")
-    with left:
-        name = st.selectbox(
-            "Study",
-            options,
-            format_func=lambda option: labels[option],
-            key=key(PAGE, "source"),
-            on_change=_forget,
-            placeholder="no study here yet",
-        )
-    with right:
-        if st.button("Read again", key=key(PAGE, "again"), help="A database is read once; a file whenever it changes."):
-            st.session_state[key(PAGE, "turn")] = st.session_state.get(key(PAGE, "turn"), 0) + 1
-    _another(expanded=not options)
-    if name is None:
-        st.info("No study here yet: `ridgepoint tune` makes one in `runs/tune`.")
-        return None
-    return opened if name == TYPED else names[name]
-
-
-def _another(*, expanded: bool) -> None:
-    """Fields for a place that is not in the list. Nothing is opened before the button is pressed."""
-    with st.expander("Another study", expanded=expanded):
-        st.text_input(
-            "Folder, SQLite file or database",
-            key=key(PAGE, "place"),
-            placeholder="runs/tune or postgresql://USER@HOST:5432/DATABASE",
-            autocomplete="off",
-        )
-        st.text_input("Password of the database", type="password", key=key(PAGE, "password"), autocomplete="off")
-        st.button("Open", key=key(PAGE, "open"), on_click=_open)
-        st.caption(
-            escape(f"A database that all readers of this dashboard may see: {ENVIRONMENT}, set before it starts.")
-        )
-        if refused := st.session_state.pop(key(PAGE, "refused"), None):
-            problem(refused)
-
-
-def _open() -> None:
-    """Take what was typed; its password stays in this session's source, and leaves the fields."""
-    place, password = st.session_state[key(PAGE, "place")], st.session_state[key(PAGE, "password")]
-    try:
-        source = source_of(place, password)
-    except UserError as error:
-        st.session_state[key(PAGE, "refused")] = str(error)
-        return
-    if source.name == TYPED:
-        st.session_state[OPENED] = source
-    st.session_state[key(PAGE, "source")] = source.name
-    st.session_state[key(PAGE, "place")], st.session_state[key(PAGE, "password")] = source.shown, ""
-    _forget()
 
 
 def _forget() -> None:

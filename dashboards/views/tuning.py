@@ -14,14 +14,9 @@ from autotune.results import StudyResult
 from dashboards import sweeps
 from dashboards.frame import escape, figure, key, problem, remember, restore, table
 from dashboards.report import decision_sentence
-from dashboards.sources import ENVIRONMENT, TYPED, Source, known_sources, source_of, without_password
-from dashboards.studies import (
-    StagesInfo,
-    history_info,
-    parallel_info,
-    pareto_info,
-    rank_info,
-)
+from dashboards.source_menu import choose_source
+from dashboards.sources import TYPED, Source, known_sources, source_of, without_password
+from dashboards.studies import StagesInfo, history_info, parallel_info, pareto_info, rank_info
 from dashboards.study_figures import (
     Progress,
     history_plot,
@@ -58,8 +53,7 @@ PROGRESS = {"settings": "settings tried", "seconds": "time measuring"}
 SECTIONS = {"result": "Result", "settings": "Settings", "predictions": "Predictions", "failures": "Failures"}
 TILINGS = "tilings"  # the section of a storage that holds searches of tilings
 _POLL_SECONDS = 3.0
-# In the session: a typed source, whose studies were drawn last, and what to show next.
-_OPENED, _OF, _NEXT = f"{PAGE}:opened", f"{PAGE}:of", f"{PAGE}:next"
+_NEXT = f"{PAGE}:next"  # in the session: the source of a search that was started
 _ENDED = {"finished": "is finished", "stopped": "was stopped; what it measured is kept", "failed": "failed"}
 
 
@@ -93,6 +87,7 @@ def page() -> None:
     restore(View, PAGE)
     if _NEXT in st.session_state:
         st.session_state[key(PAGE, "source")] = st.session_state.pop(_NEXT)
+        _forget()
     sweep = sweeps.current()
     with st.sidebar:
         _sweep_panel(sweep)
@@ -100,15 +95,16 @@ def page() -> None:
     ours = None if sweep is None else _source_of(sweep)
     if ours is not None:
         offered.setdefault(ours.name, ours)
-    source = _choose_source(offered)
+    source = choose_source(PAGE, offered, _forget)
     if source is None:
+        remember(View(TYPED), PAGE)
         return
     running = ours is not None and source.name == ours.name and sweep is not None and sweep.state == "running"
     try:
         watch = _watch(source.url)
         with without_password(source):
             contents = watch.contents()
-        view = _choose_study(contents, source)
+        view = _choose_study(contents)
         if view.section == TILINGS:
             _tilings(watch, source)
         else:
@@ -126,53 +122,18 @@ def page() -> None:
 # --- what is looked at
 
 
-def _choose_source(offered: dict[str, Source]) -> Source | None:
-    """A source that is known by name, or one that is typed and opened; None until there is one."""
-    widget = key(PAGE, "source")
-    names = [*offered, TYPED]
-    if not offered:
-        st.info("No study here yet: `ridgepoint tune` makes one, and so does Start at the side.")
-    if st.session_state[widget] not in names:
-        if st.session_state[widget]:
-            problem(known("study source", st.session_state[widget], names))
-        st.session_state[widget] = names[0]
-    name = st.selectbox(
-        "Study storage",
-        names,
-        key=widget,
-        format_func=lambda n: offered[n].label if n in offered else "another place ...",
-        help="studies that ship, those below runs/ and demo-out/ here, and $RIDGEPOINT_STORAGE",
-    )
-    if name != TYPED:
-        return offered[name]
-    with st.form(key(PAGE, "open"), border=False):
-        place, secret, button = st.columns([5, 2, 1], vertical_alignment="bottom")
-        text = place.text_input("Folder, SQLite file or postgresql://USER@HOST:PORT/DATABASE", key=key(PAGE, "place"))
-        password = secret.text_input("Password of the database", type="password", key=key(PAGE, "password"))
-        pressed = button.form_submit_button("Open")
-    if pressed:
-        try:
-            st.session_state[_OPENED] = source_of(text, password)
-        except UserError as error:
-            problem(error)
-            st.session_state.pop(_OPENED, None)
-    source: Source | None = st.session_state.get(_OPENED)
-    if source is None:
-        remember(View(TYPED), PAGE)
-        st.info(escape(f"A link never opens such a place: type it, or start the dashboard with it in {ENVIRONMENT}."))
-    else:
-        st.caption(escape(f"Opened: {source.shown}"))
-    return source
+def _forget() -> None:
+    """Another source has other studies."""
+    st.session_state[key(PAGE, "study")] = ""
 
 
-def _choose_study(contents: Contents, source: Source) -> View:
+def _choose_study(contents: Contents) -> View:
     """One study of several, a part of what is to be seen of it, and what the search's progress is counted in."""
-    widget, moved = key(PAGE, "study"), st.session_state.get(_OF) != source.url
+    widget = key(PAGE, "study")
     if st.session_state[widget] not in contents.studies:
-        if st.session_state[widget] and not (moved and _OF in st.session_state):
+        if st.session_state[widget]:
             problem(known("study of this storage", st.session_state[widget], contents.studies))
         st.session_state[widget] = contents.studies[0] if contents.studies else ""
-    st.session_state[_OF] = source.url
     names = {**SECTIONS, TILINGS: "Tilings"} if contents.tilings else SECTIONS
     names = names if contents.studies else {TILINGS: "Tilings"}
     if st.session_state[key(PAGE, "section")] not in names:
