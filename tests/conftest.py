@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Generator
 
 import hypothesis
@@ -14,6 +15,7 @@ gc.disable()  # until everything is imported: what torch, transformers and 5,000
 hypothesis.settings.register_profile("any time", hypothesis.settings(), deadline=None)  # machines are busy
 hypothesis.settings.load_profile("any time")
 
+MAIN = sys.modules["__main__"]
 NEEDS_GPU = "needs a GPU"
 Report = pytest.TestReport | pytest.CollectReport
 
@@ -48,3 +50,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
+
+
+def pytest_runtest_teardown() -> None:
+    """Streamlit's AppTest leaves its script as the main module, which a process spawned by a later test would run."""
+    sys.modules["__main__"] = MAIN
