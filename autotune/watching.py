@@ -34,6 +34,8 @@ from autotune.tiling_study import read_tiling_study
 from hardware.files import UserError, build
 
 _AT_ONCE = 500  # trials in one statement: databases limit how many values it names
+# A trial in a database, and when it was begun: another study in the place of one has the same numbers.
+_Row = tuple[int, datetime | None]
 _QUIET_SECONDS = 600.0  # after which a study without a decision is taken for abandoned
 
 cached_distribution = functools.lru_cache(maxsize=1024)(json_to_distribution)
@@ -52,7 +54,7 @@ class Watch:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._finished: dict[int, dict[int, TrialRecord]] = {}  # by study, then by trial in the database
+        self._finished: dict[int, dict[_Row, TrialRecord]] = {}  # by study
         self._lock = threading.Lock()
 
     def contents(self) -> Contents:
@@ -103,20 +105,20 @@ class Watch:
                 storage.engine.dispose()
 
     def _trials(self, connection: Connection, place: int, subject: Subject, name: str) -> tuple[TrialRecord, ...]:
-        rows = connection.execute(select(TrialModel.trial_id, TrialModel.number).where(TrialModel.study_id == place))
-        numbers: dict[int, int] = {trial: number for trial, number in rows}
-        finished = self._finished.setdefault(place, {})
-        if not finished.keys() <= numbers.keys():  # another study has come into the place of this one
-            finished.clear()
-        found = dict(finished)
-        new = sorted(numbers.keys() - finished.keys())
+        started = TrialModel.__table__.c.datetime_start  # the column: its attribute has another name in each version
+        columns = select(TrialModel.trial_id, TrialModel.number, started)
+        rows = connection.execute(columns.where(TrialModel.study_id == place))
+        there: dict[_Row, int] = {(trial, begun): number for trial, number, begun in rows}
+        found = {row: record for row, record in self._finished.get(place, {}).items() if row in there}
+        new = sorted(there.keys() - found.keys(), key=lambda row: row[0])
         for some in (new[i : i + _AT_ONCE] for i in range(0, len(new), _AT_ONCE)):
             # Attributes first: the parameters of a trial whose result is there were stored before it.
-            attributes, params = _trial_attributes(connection, some), _params(connection, some)
-            for trial in some:
-                record = record_of(numbers[trial], attributes[trial], params[trial], name)
-                found[trial] = drawn_record(record, subject.space)
-        finished.update({trial: record for trial, record in found.items() if record.outcome is not None})
+            trials = [trial for trial, _ in some]
+            attributes, params = _trial_attributes(connection, trials), _params(connection, trials)
+            for row in some:
+                record = record_of(there[row], attributes[row[0]], params[row[0]], name)
+                found[row] = drawn_record(record, subject.space)
+        self._finished[place] = {row: record for row, record in found.items() if record.outcome is not None}
         return tuple(sorted(found.values(), key=lambda t: t.number))
 
 
@@ -127,7 +129,8 @@ def running(result: StudyResult, now: datetime | None = None) -> bool:
     """
     now = now or datetime.now(UTC)
     begun = max((t.begun for t in result.trials if t.begun), default="")
-    if not begun or now - datetime.fromisoformat(begun) > timedelta(seconds=_QUIET_SECONDS):
+    quiet = now - timedelta(seconds=_QUIET_SECONDS)
+    if begun < f"{quiet:%Y-%m-%dT%H:%M:%SZ}":  # as texts, in the form in which a trial has it
         return False
     decision = result.decision
     unfinished = any(t.outcome is None for t in result.trials)
@@ -164,6 +167,9 @@ def _params(connection: Connection, trials: Sequence[int]) -> dict[int, dict[str
         .where(table.trial_id.in_(trials))
         .order_by(table.param_id)
     ):
-        distribution: BaseDistribution = cached_distribution(kind)
-        found[trial][name] = distribution.to_external_repr(value)
+        try:
+            distribution: BaseDistribution = cached_distribution(kind)
+            found[trial][name] = distribution.to_external_repr(value)
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"parameter {name!r} of a trial is damaged: {value!r} of {kind!r}") from error
     return found

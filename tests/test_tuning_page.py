@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,8 +64,8 @@ def test_a_watched_study_is_what_is_read_anew_however_often_it_was_looked_at(tmp
             assert [watch.study(name)] == read_studies(tmp_path)
         run(tmp_path, MadeUp(batch=2), subject(batch=2, space=small_space(batch=2)), trials=2)
         assert watch.contents().studies == ("made-up batch=1", "made-up batch=2")
-        (tmp_path / "study.db").unlink()  # and another one in its place
-        run(tmp_path, MadeUp(), about, trials=2)
+        (tmp_path / "study.db").unlink()  # and another one in its place, with the same numbers
+        run(tmp_path, MadeUp(), about, trials=5)
     assert [watch.study(name)] == read_studies(tmp_path)
     with pytest.raises(UserError, match="study 'batch=2' is not there"):
         watch.study("batch=2")
@@ -106,6 +107,17 @@ def test_what_a_killed_worker_left_half_written_is_taken_back(tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", HALF_WRITTEN, tmp_path / "study.db"], check=True)
     assert (tmp_path / "study.db-journal").stat().st_size > 0
     assert read_studies(tmp_path) == whole
+
+
+@pytest.mark.parametrize("kind", ["soon", "{}", '{"name": "IntDistribution", "attributes": {}}'])
+def test_a_damaged_parameter_is_told_in_a_line(kind: str, tmp_path: Path) -> None:
+    with unsynced():
+        run(tmp_path, MadeUp(), subject(space=small_space()), trials=1)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("UPDATE trial_params SET distribution_json = ?", (kind,))
+    database.close()
+    with pytest.raises(UserError, match=r"parameter '.*' of a trial is damaged"):
+        Watch(storage_url(tmp_path)).study("made-up batch=1")
 
 
 def test_who_seems_to_run(shipped: StudyResult) -> None:
