@@ -11,6 +11,8 @@ import threading
 import time
 from contextlib import suppress
 
+_LATER_SECONDS = 5.0  # until what reads studies is imported: the first page, which needs none of it, is drawn then
+
 
 def main() -> None:
     """Serve until it is stopped."""
@@ -29,8 +31,13 @@ def _prepare() -> None:
     import dashboards.views
 
     views = [f"dashboards.views.{module.name}" for module in pkgutil.iter_modules(dashboards.views.__path__)]
-    # pandas: Streamlit itself imports it late, and slowly. autotune.storage: studies are read with it.
-    for name in ("pandas", *views, "autotune.storage"):
+    _import("pandas", *views)  # Streamlit itself imports pandas late, and slowly
+    time.sleep(_LATER_SECONDS)
+    _import("autotune.storage")
+
+
+def _import(*names: str) -> None:
+    for name in names:
         with suppress(Exception):  # whoever needs it is told
             importlib.import_module(name)
 
