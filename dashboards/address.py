@@ -18,6 +18,7 @@ from runtime.config import require
 
 V = TypeVar("V")
 NONE = ""  # how None, and a tuple without entries, stand in an address
+MOST = 2**53 - 1  # of a whole number: a browser's numbers, and fields for them, reach no further
 _TRUTHS = {"True": True, "False": False}
 
 
@@ -54,9 +55,11 @@ def _value(key: str, kind: Any, texts: Sequence[str]) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         kind = str  # the view refuses an unknown one and lists the known
     try:
-        return _TRUTHS[text] if kind is bool else kind(text)
+        value = _TRUTHS[text] if kind is bool else kind(text)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{key} must be a {kind.__name__}, but is {text!r}") from error
+        raise UserError(f"{key} must be a {kind.__name__}, but is {text!r:.80}") from error
+    require(kind is not int or abs(value) <= MOST, f"{key} must be from {-MOST} to {MOST}, but is {text:.80}")
+    return value
 
 
 def _texts(value: Any) -> list[str]:

@@ -15,6 +15,7 @@ from dashboards.address import from_query, to_query
 from hardware.files import UserError
 
 V = TypeVar("V")
+MOST_LETTERS = 1000  # of a problem: an address can hold far more, and would fill the page with them
 
 
 def escape(text: object) -> str:
@@ -23,8 +24,11 @@ def escape(text: object) -> str:
 
 
 def problem(error: UserError | str) -> None:
-    """A failure that the reader can mend, in one line."""
-    st.error(escape(" ".join(str(error).split())))
+    """A failure that the reader can mend, in one line; of a very long one the beginning and the end."""
+    line = " ".join(str(error).split())
+    if len(line) > MOST_LETTERS:
+        line = f"{line[: MOST_LETTERS // 2]} ... {line[-MOST_LETTERS // 2 :]}"
+    st.error(escape(line))
 
 
 # --- a page's state

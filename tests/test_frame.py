@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from dashboards.address import from_query, to_query
+from dashboards.address import MOST, from_query, to_query
 from dashboards.frame import columns_of, csv_text, escape
 from hardware.files import UserError
 from runtime.config import require
@@ -39,7 +39,7 @@ views = st.builds(
     share=st.floats(allow_nan=False),
     shown=st.booleans(),
     label=st.text(),
-    trial=st.none() | st.integers(),
+    trial=st.none() | st.integers(-MOST, MOST),
 )
 
 
@@ -59,6 +59,8 @@ def test_an_address_gives_its_view_back(view: View) -> None:
         ({"batch": ["0"]}, "batch >= 1 must hold"),
         ({"shown": ["yes"]}, "shown must be a bool"),
         ({"trial": ["first"]}, "trial must be a int"),
+        ({"trial": ["9" * 4300]}, "trial must be from -9007199254740991 to 9007199254740991, but is 9{80}$"),
+        ({"batch": ["x" * 4300]}, "batch must be a int, but is 'x{79}$"),
     ],
 )
 def test_what_an_address_cannot_say(query: dict[str, list[str]], message: str) -> None:
@@ -121,6 +123,10 @@ def test_a_page_keeps_what_was_set(page: AppTest, tmp_path: Path) -> None:
     page.query_params["batch"] = "5"  # a link that is followed in the same session
     page.run()
     assert page.number_input(key="one-batch").value == 5
+    page.query_params["n" * 5000] = "1"
+    page.run()
+    assert len(page.error[0].value) < 1200 and "known\\: batch" in page.error[0].value
+    page.query_params.clear()
     page.query_params["batch"] = "-1"
     page.run()
     assert "batch \\>= 1 must hold" in page.error[0].value
