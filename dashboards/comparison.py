@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import plotly.graph_objects as go
 
 from dashboards.pairs import FITS, KINDS, Fit, Kind, Pair
-from dashboards.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, base_figure, safe
+from dashboards.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, base_figure, headed, safe
 from dashboards.words import percent, quantity
 from hardware.files import known
 
@@ -143,7 +143,7 @@ def comparison_plot(info: ComparisonInfo, *, intervals: bool = True, point: str 
         )
     _marked(figure, [pair for pair in every if pair.id == point])
     figure.update_layout(height=560, hovermode="closest", clickmode="event+select")
-    figure.update_layout(title={"text": _title(info), "font": {"size": 15}, "x": 0.01}, margin={"t": 45})
+    headed(figure, _title(info))
     powers = range(math.floor(math.log10(line[0])), math.ceil(math.log10(line[1])) + 1)
     digits = (1,) if len(powers) > 5 else (1, 3)
     ticks = [digit * 10.0**n for n in powers for digit in digits]
@@ -298,7 +298,7 @@ def errors_plot(info: ErrorsInfo) -> go.Figure:
     figure.update_yaxes(categoryorder="array", categoryarray=labels, autorange="reversed", showgrid=False)
     if len(info.groups) > len(shown):
         text = f"{len(shown)} of {len(info.groups)} groups, those with the most rows first; the table has all"
-        figure.update_layout(title={"text": text, "font": {"size": 13}, "x": 0.01}, margin={"t": 40})
+        headed(figure, text)
     return figure
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dashboards.style import BLUE, GREEN, GREY, PALETTE, PURPLE, SYMBOLS, VERMILLION, base_figure, safe
+from dashboards.style import BLUE, GREEN, GREY, PALETTE, PURPLE, SYMBOLS, VERMILLION, base_figure, headed, safe
 from dashboards.words import percent, quantity
 from perfmodel.validation import Row, summarise
 from runtime.config import require
@@ -68,7 +68,7 @@ def scatter_plot(info: ScatterInfo) -> go.Figure:
     else:
         error = percent(info.held_out_median_absolute_error)
         title = f"median absolute error {error} over {info.held_out_count} held-out points"
-    figure.update_layout(title={"text": title, "font": {"size": 15}, "x": 0.01}, margin={"t": 45})
+    headed(figure, title)
     powers = range(math.floor(math.log10(line[0])), math.ceil(math.log10(line[1])) + 1)
     ticks = [digit * 10.0**n for n in powers for digit in (1, 2, 5)]
     labels = [quantity(tick, "s") for tick in ticks]

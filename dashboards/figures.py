@@ -130,7 +130,8 @@ def roofline_plot(info: RooflineInfo) -> go.Figure:
                 showlegend=main,
                 hovertemplate=safe(f"{r.hardware}, {name}: {quantity(bandwidth, 'B/s')}") + "<extra></extra>",
             )
-    for group, size, opacity in ((info.operators, 7, 0.45), (info.points, 16, 1.0)):
+    smaller = {name: 3 * i for i, name in enumerate(devices[:4])}  # where steps coincide, each still shows
+    for group, size, opacity in ((info.operators, 7, 0.45), (info.points, 18, 1.0)):
         for hardware, sampler in dict.fromkeys((p.hardware, p.sampler) for p in group):
             chosen = [p for p in group if (p.hardware, p.sampler) == (hardware, sampler)]
             figure.add_scatter(
@@ -140,7 +141,7 @@ def roofline_plot(info: RooflineInfo) -> go.Figure:
                 marker={
                     "color": colours.get(hardware, GREY),
                     "symbol": "circle" if sampler == "autoregressive" else "diamond",
-                    "size": size,
+                    "size": size - (smaller.get(hardware, 9) if size > 10 else 0),
                     "opacity": opacity,
                     "line": {"color": "white", "width": 1},
                 },
@@ -248,14 +249,16 @@ def speedup_plot(info: SpeedupInfo) -> go.Figure:
     figure.add_hline(
         y=1, line={"color": GREY, "width": 1.5}, annotation_text="break-even", annotation_position="bottom left"
     )
-    for length in sorted({line.acceptance_length for line in info.lines}):
-        figure.add_hline(
-            y=length,
-            line={"color": GREY, "width": 1, "dash": "dash"},
-            annotation_text=f"{length:.3g} tokens a step, if a step cost one autoregressive step",
-            annotation_position="top left",
-        )
     tried = sorted({n for line in info.lines for n in line.at})
+    for length in sorted({line.acceptance_length for line in info.lines}):  # named below: curves and grid leave no room
+        figure.add_scatter(
+            x=[tried[0], tried[-1]],
+            y=[length, length],
+            mode="lines",
+            name=f"{length:.3g} tokens a step, if a step cost one autoregressive step",
+            line={"color": GREY, "width": 1.5, "dash": "dash"},
+            hoverinfo="skip",
+        )
     powers = [n for n in tried if n & (n - 1) == 0] or tried
     figure.update_xaxes(type="log", tickvals=powers, ticktext=[f"{n:,}" for n in powers])
     figure.update_yaxes(rangemode="tozero")

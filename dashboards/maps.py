@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from dashboards.style import AXES, BLUE, GREY, VERMILLION, base_figure, safe
+from dashboards.style import AXES, BLUE, GREY, VERMILLION, base_figure, headed, safe
 from perfmodel.breakeven import HOLDS, Headline, Paying, SamplerMap
 
 Cells = tuple[tuple[float | None, ...], ...]  # [batch][context]; None where the setting does not fit the memory
@@ -206,12 +206,8 @@ def map_plot(info: MapInfo) -> go.Figure:
         update(tickvals=list(range(len(values))), ticktext=names, range=[-0.5, len(values) - 0.5], showgrid=False)
     drawn = ["black line: break-even"] * bool(info.contour) + ["square: the point chosen"]
     drawn += ["hatched: does not fit the memory"] * bool(missing) + outlined
-    figure.update_layout(
-        title={"text": "; ".join(drawn), "font": {"size": 12}, "x": 0, "xref": "paper"},
-        margin={"t": 45},
-        height=150 + 38 * len(info.context),
-        showlegend=False,
-    )
+    headed(figure, "; ".join(drawn))
+    figure.update_layout(height=165 + 38 * len(info.context), showlegend=False)
     return figure
 
 

@@ -48,6 +48,12 @@ def base_figure(x: str, y: str) -> go.Figure:
     return figure
 
 
+def headed(figure: go.Figure, text: str) -> None:
+    """Write a heading between a figure and the controls above it, which would cover a long one beside them."""
+    place = {"x": 0, "xref": "paper", "y": 1, "yref": "paper", "yanchor": "bottom", "pad": {"b": 8}}
+    figure.update_layout(title={"text": text, "font": {"size": 13}, **place}, margin={"t": 60})
+
+
 def safe(text: str) -> str:
     """Plotly reads a little HTML in labels: names that come from files must stay text."""
     return html.escape(text, quote=False)

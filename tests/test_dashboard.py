@@ -275,6 +275,14 @@ def test_losses_continue_from_stage_to_stage() -> None:
         loss_info([{"loss": 3.0}])
 
 
+def test_steps_that_coincide_are_both_seen() -> None:
+    """Two devices with the same figures: the second one's symbols are smaller than the first one's behind them."""
+    devices = [one_level("one"), one_level("two")]
+    figure = roofline_plot(roofline_info(devices, [step(device) for device in devices]))
+    sizes = [trace.marker.size for trace in figure.data if trace.mode == "markers" and trace.showlegend]
+    assert len(sizes) == 2 and sizes[0] > sizes[1] > 10
+
+
 FIGURES = ("roofline", "speedup", "speedup by context", "map", "changes", "sensitivities", "acceptance", "step time",
            "scatter", "front", "loss")  # fmt: skip
 NAMED_BARS = {"step time", "changes", "sensitivities"}  # whose vertical axis holds names
@@ -312,6 +320,9 @@ def test_figures_name_their_axes_and_fit_both_themes(name: str) -> None:
     assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
     assert figure.layout.font.color is None
     assert any(len(trace.x) for trace in figure.data)
+    if figure.layout.title.text:  # plotly's controls lie above the plot, at the right: a heading has a line of its own
+        assert (figure.layout.title.yref, figure.layout.title.yanchor) == ("paper", "bottom")
+        assert figure.layout.margin.t >= 60
     json.loads(figure.to_json())
 
 
