@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware.files import UserError
+from runtime.config import require
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 60.0  # a shared machine may be slow; nothing sleeps that long when all is well
@@ -85,6 +86,7 @@ def chromium(folder: Path, *, height: int = HEIGHT, theme: str = "light") -> Ite
     try:
         preference = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", preference)
+        driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _WATCH})
         yield driver
     finally:
         driver.quit()
@@ -99,18 +101,45 @@ def wait(browser: Any, condition: Callable[[], Any], what: str, seconds: float =
     return waiting.until(lambda _: condition(), message=what)
 
 
-_SETTLED = """
-const app = document.querySelector('[data-testid=stApp]');
-if (!app || app.dataset.testScriptState !== 'notRunning') return false;
-if (document.querySelector('[data-stale=true], [data-testid=stSkeleton]')) return false;
-const plots = [...document.querySelectorAll('[data-testid=stPlotlyChart]')];
-return plots.every(plot => plot.querySelector('.js-plotly-plot .main-svg'));
+# In the browser: when the last key or click was, when the page last changed, and whether the script has run since.
+_WATCH = """
+(() => {
+  const w = window.ridgepoint = {began: 0, last: 0, served: 0, ran: false};
+  const begin = () => { w.began = w.last = performance.now(); w.ran = false; };
+  document.addEventListener('keydown', e => { if (e.key === 'Enter') begin(); }, true);
+  document.addEventListener('click', begin, true);
+  new MutationObserver(records => {
+    const app = document.querySelector('.stApp');
+    if (!app) return;
+    const running = app.dataset.testScriptState !== 'notRunning';
+    if (app.dataset.testScriptState === 'running') w.ran = true, w.served = 0;
+    if (!running && w.ran && !w.served) w.served = performance.now();
+    const inside = n => n === app || (n.nodeType === 1 ? n : n.parentElement)?.closest('[data-testid=stMain]');
+    if (records.some(r => inside(r.target))) w.last = performance.now();
+  }).observe(document, {subtree: true, childList: true, attributes: true, characterData: true});
+  w.settled = quietMilliseconds => {
+    const app = document.querySelector('.stApp'), all = s => [...document.querySelectorAll(s)];
+    const quiet = performance.now() - w.last > quietMilliseconds && w.ran;
+    if (!quiet || app?.dataset.testScriptState !== 'notRunning') return null;
+    if (all('[data-stale=true], [data-testid=stSkeleton]').length) return null;
+    if (!all('.stPlotlyChart').every(c => c.querySelector('.main-svg'))) return null;
+    return [(w.last - w.began) / 1000, (w.served - w.began) / 1000, all('[data-testid=stException]').length];
+  };
+})();
 """
 
 
-def settled(browser: Any) -> bool:
-    """Whether the script of the page has ended, nothing on it is of a view before, and every figure is drawn."""
-    return bool(browser.execute_script(_SETTLED))
+def settled(browser: Any, quiet_seconds: float = 0.1) -> tuple[float, float] | None:
+    """When the page was done: seconds from navigation, key press or click to its last change, and to its script's end.
+
+    None while it is not: the script has to run and end, everything of the view before has to go, every figure has to be
+    drawn, and nothing to change for a while. UserError where an exception is shown.
+    """
+    found = browser.execute_script(f"return window.ridgepoint?.settled({1000 * quiet_seconds})")
+    if not found:
+        return None
+    require(not found[2], "the page shows an exception")
+    return float(found[0]), float(found[1])
 
 
 _WHOLE = """

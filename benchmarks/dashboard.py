@@ -13,58 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.browser import HEIGHT, WIDTH, chromium, served, settled, wait
 from benchmarks.common import command, fail_in_one_line
 from dashboards.comparison import FILTERS
 from hardware.files import UserError, write_atomic
 from hardware.fingerprint import fingerprint, git_commit
 from runtime.config import require
 
-ROOT = Path(__file__).parents[1]
 SECONDS = 30.0  # over it, something is wrong
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,900"
-)
-# In the browser: when the last key or click was, when the page last changed, and whether the script has run since.
-WATCH = """
-(() => {
-  const w = window.ridgepoint = {began: 0, last: 0, served: 0, ran: false};
-  const begin = () => { w.began = w.last = performance.now(); w.ran = false; };
-  document.addEventListener('keydown', e => { if (e.key === 'Enter') begin(); }, true);
-  document.addEventListener('click', begin, true);
-  new MutationObserver(records => {
-    const app = document.querySelector('.stApp');
-    if (!app) return;
-    const running = app.dataset.testScriptState !== 'notRunning';
-    if (app.dataset.testScriptState === 'running') w.ran = true, w.served = 0;
-    if (!running && w.ran && !w.served) w.served = performance.now();
-    const inside = n => n === app || (n.nodeType === 1 ? n : n.parentElement)?.closest('[data-testid=stMain]');
-    if (records.some(r => inside(r.target))) w.last = performance.now();
-  }).observe(document, {subtree: true, childList: true, attributes: true, characterData: true});
-  w.settled = () => {
-    const app = document.querySelector('.stApp'), all = s => [...document.querySelectorAll(s)];
-    const quiet = performance.now() - w.last > 400 && app && app.dataset.testScriptState === 'notRunning' && w.ran;
-    if (!quiet || all('[data-stale=true], [data-testid=stSkeleton]').length) return null;
-    if (!all('.stPlotlyChart').every(c => c.querySelector('.main-svg'))) return null;
-    return [(w.last - w.began) / 1000, (w.served - w.began) / 1000, all('[data-testid=stException]').length];
-  };
-})();
-"""
+QUIET_SECONDS = 0.4  # without a change: what comes later would not be counted
 
 
 @dataclass(frozen=True)
@@ -119,79 +86,20 @@ CONTROLS = (
 )
 
 
-# --- the server and the browser
+# --- the browser
 
 
-@contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, float]]:
-    """A fresh server: its address, and the seconds from the command to the server's first answer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, str(ROOT / "ridgepoint.py"), "dashboard", "--headless", "--port", str(port)]
-    environment = {**os.environ, "RIDGEPOINT_HOME": str(folder)}
-    with (folder / "server.log").open("w") as log:
-        began = time.perf_counter()
-        server = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        while not _healthy(port):
-            late = server.poll() is not None or time.perf_counter() - began > SECONDS
-            require(not late, f"the dashboard must start, but: {(folder / 'server.log').read_text()[-500:]}")
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{port}", time.perf_counter() - began
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=2) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
-
-
-@contextmanager
-def browsing(folder: Path) -> Iterator[Any]:
-    """A Chromium that watches itself. UserError where there is none."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        raise UserError("chromium and chromedriver must be installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in [*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"]:
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=Service(driver))
-    try:
-        browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WATCH})
-        yield browser
-    finally:
-        browser.quit()
-
-
-def settled(browser: Any) -> tuple[float, float]:
-    """Wait until the page is done; seconds since the navigation, the key press or the click: all, and to the script's
-    end."""
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        found = browser.execute_script("return window.ridgepoint?.settled()")
-        if found:
-            require(not found[2], "the page shows an exception")
-            return float(found[0]), float(found[1])
-        time.sleep(0.1)
-    raise UserError("the page was not done in time")
+def done(browser: Any) -> tuple[float, float]:
+    """Wait until the page is done; seconds to its last change, and to the script's end."""
+    found: tuple[float, float] = wait(browser, lambda: settled(browser, QUIET_SECONDS), "the page, done", SECONDS)
+    return found
 
 
 def opened(browser: Any, address: str) -> tuple[float, float]:
     """Go to an address; the seconds until it is drawn, and to the script's end."""
     browser.get("about:blank")
     browser.get(address)
-    return settled(browser)
+    return done(browser)
 
 
 # --- what is done to a control
@@ -253,12 +161,11 @@ def starts(count: int) -> list[dict[str, float]]:
     """Fresh servers: seconds to the first answer, and of the first page in a browser that is open already."""
     found = []
     for number in range(count):
-        with (
-            tempfile.TemporaryDirectory() as name,
-            browsing(Path(name)) as browser,
-            serving(Path(name)) as (url, seconds),
-        ):
-            found.append({"server_seconds": seconds, "first_page_seconds": opened(browser, url)[0]})
+        with tempfile.TemporaryDirectory() as name, chromium(Path(name)) as browser:
+            began = time.perf_counter()
+            with served(Path(name)) as url:
+                seconds = time.perf_counter() - began
+                found.append({"server_seconds": seconds, "first_page_seconds": opened(browser, url)[0]})
         _say(f"start {number + 1}: {found[-1]}")
     return found
 
@@ -287,7 +194,7 @@ def _go(browser: Any, title: str) -> tuple[float, float]:
     for link in browser.find_elements("css selector", "[data-testid=stSidebarNavLink]"):
         if link.text.strip() == title:
             browser.execute_script("arguments[0].click()", link)
-            return settled(browser)
+            return done(browser)
     raise UserError(f"the menu must have the page {title!r}")
 
 
@@ -310,7 +217,7 @@ def control_times(browser: Any, url: str, rounds: int, part: str) -> list[dict[s
             for number in range(rounds):
                 place = f".st-key-{control.page}-{control.key}"
                 ACTIONS[control.kind](browser, place, control.values[number % len(control.values)])
-                times.append(settled(browser))
+                times.append(done(browser))
             return times
 
         found.append({"control": name, **_guarded(name, run)})
@@ -346,14 +253,14 @@ def main(arguments: list[str] | None = None) -> int:
     require(chosen.rounds >= 1 and chosen.starts >= 0, "rounds >= 1 and starts >= 0 must hold")
     load = os.getloadavg()[0]
     found = starts(chosen.starts)
-    with tempfile.TemporaryDirectory() as name, browsing(Path(name)) as browser, serving(Path(name)) as (url, _):
+    with tempfile.TemporaryDirectory() as name, chromium(Path(name)) as browser, served(Path(name)) as url:
         opened(browser, url)
         document = {
             "command": command("benchmarks.dashboard", arguments),
             "commit": git_commit(Path(__file__)),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
             "device": fingerprint(),
-            "browser": f"Chromium {browser.capabilities['browserVersion']}, headless, 1280 x 900",
+            "browser": f"Chromium {browser.capabilities['browserVersion']}, headless, {WIDTH} x {HEIGHT}",
             "load_average": load,  # of the last minute: other work slows these figures down
             "starts": found,
             "pages": page_times(browser, url, chosen.rounds, chosen.page),
