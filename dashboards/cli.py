@@ -98,7 +98,8 @@ def demo(
 
     from dashboards.demo import run, summary
     from dashboards.plan import QUICK, Plan
-    from dashboards.report import decision_sentence, speedup_sentence
+    from dashboards.report import speedup_sentence
+    from dashboards.trials import decision_sentence
     from hardware.profile import load_profile
     from runtime.config import require
 

@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dashboards.choice import Answer, Choice, answer
+from dashboards.changes import change_info
+from dashboards.choice import Answer, Choice, answer, explanation, pays_map
+from dashboards.maps import map_of
 from dashboards.plan import ARTEFACTS, Plan, commands
 from dashboards.report import Results, Speedup, TunedRun, write_report
 from hardware.files import UserError, plain, write_atomic
@@ -127,6 +129,8 @@ def run(
         engine=engine,
         elsewhere=elsewhere,
         elsewhere_acceptance=FULL_SIZE_SOURCE,
+        maps=tuple(map_of(choice, p.name, pays_map(choice.on(p.name), p)) for p, _ in elsewhere),
+        changes=change_info({p.name: explanation(choice.on(p.name), p) for p, _ in elsewhere}),
         rows=tuple(rows),
         speedups=speedups,
         study=study,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from autotune.export import native
 from autotune.export.policy import Policy, simulated
 from autotune.export.targets import TARGETS, write
-from dashboards.report import setting_text
 from dashboards.sources import ENVIRONMENT, Source, file_of
+from dashboards.trials import setting_text
 from hardware.files import UserError, read_yaml
 
 if TYPE_CHECKING:

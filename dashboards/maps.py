@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
+from dashboards.choice import Choice
 from dashboards.style import AXES, BLUE, GREY, VERMILLION, base_figure, headed, safe
 from perfmodel.breakeven import HOLDS, Headline, Paying, SamplerMap
+from perfmodel.steps import title
 
 Cells = tuple[tuple[float | None, ...], ...]  # [batch][context]; None where the setting does not fit the memory
 Point = tuple[float, float]  # batch and context
@@ -107,6 +109,12 @@ def map_info(found: SamplerMap, device: str, setting: str, chosen: tuple[int, in
         pays=f"At context {chosen[1]:,} it pays at {f'batch {at_batch}' if at_batch else 'no batch'}; at batch "
         f"{chosen[0]:,} at {f'context {at_context}' if at_context else 'no context'}.",
     )
+
+
+def map_of(choice: Choice, device: str, found: SamplerMap) -> MapInfo:
+    """The map of a choice on one of its devices (`choice.pays_map`), with its setting by name."""
+    setting = f"{title(choice.decoding)} with K = {choice.draft_tokens}"
+    return map_info(found, device, setting, (choice.batch, choice.context))
 
 
 def contour(x: Sequence[float], y: Sequence[float], level: npt.ArrayLike) -> Iterator[tuple[Point, Point]]:

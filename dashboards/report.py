@@ -9,10 +9,12 @@ from pathlib import Path
 
 import yaml
 
-from autotune.results import StudyResult, TrialRecord
+from autotune.report import study_report
+from autotune.results import StudyResult
+from dashboards.changes import EffectsInfo, change_plot
 from dashboards.choice import Answer
 from dashboards.document import Block, Code, Fold, Note, Plot, Section, Table, Text, write_document
-from dashboards.evidence import FrontPoint, front_info, front_plot, scatter_info, scatter_plot
+from dashboards.evidence import front_info, front_plot, scatter_info, scatter_plot
 from dashboards.figures import (
     roofline_info,
     roofline_plot,
@@ -21,6 +23,10 @@ from dashboards.figures import (
     step_time_info,
     step_time_plot,
 )
+from dashboards.maps import MapInfo, map_plot
+from dashboards.studies import history_info
+from dashboards.study_figures import history_plot, importance_plot
+from dashboards.trials import decision_sentence, front_points, setting_text
 from dashboards.words import break_even_length, forwards, percent, quantity, rate, verdict
 from hardware.files import plain
 from hardware.profile import HardwareProfile
@@ -73,6 +79,8 @@ class Results:
     engine: EngineProfile
     elsewhere: DeviceAnswers  # the full-size model on datasheet devices
     elsewhere_acceptance: str  # where the acceptance length of those came from
+    maps: tuple[MapInfo, ...]  # where the same setting pays on those devices
+    changes: EffectsInfo  # and what would change it
     rows: tuple[Row, ...]
     speedups: tuple[Speedup, ...]
     study: StudyResult
@@ -120,55 +128,6 @@ def speedup_sentence(found: Speedup) -> str:
     )
 
 
-def front_points(study: StudyResult) -> list[FrontPoint]:
-    """The measured settings of a study as points of its front."""
-    decision = study.decision
-    return [
-        FrontPoint(
-            setting_text(trial) + (f" ({trial.outcome})" if trial.outcome != "correct" else ""),
-            trial.tokens_per_second,
-            trial.divergence,
-            feasible=trial.outcome == "correct",
-            default=decision is not None and trial.number == decision.default_trial,
-            chosen=decision is not None and trial.number == decision.trial,
-        )
-        for trial in study.measured
-    ]
-
-
-def setting_text(trial: TrialRecord) -> str:
-    """A trial's parameters in one line."""
-    shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in trial.params.items()}  # no rounding of steps
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
-
-
-def decision_sentence(study: StudyResult) -> str:
-    """What tuning chose and the evidence, or why the default stays."""
-    decision = study.decision
-    if decision is None:
-        return "Tuning was stopped before it could decide."
-    evidence = ""
-    if decision.comparison is not None:
-        found = decision.comparison
-        evidence = (
-            f" In {found.rounds} alternating rounds the fastest allowed setting ran at {found.ratio:.2f}x the default "
-            f"[{found.low:.2f}, {found.high:.2f}]: {rate(found.tokens_per_second)} against "
-            f"{rate(found.default_tokens_per_second)}."
-        )
-    single = study.best_autoregressive()
-    if single is not None and single.number != decision.default_trial and single.tokens_per_second is not None:
-        evidence += f" The fastest autoregressive setting gave {rate(single.tokens_per_second)}."
-    if decision.kept_default:
-        return f"The default stays: {decision.reason}.{evidence}"
-    chosen = study.trial(decision.trial)
-    why = "It mixes the draft's logits into the target" if chosen.params.get("verify", True) else "It verifies nothing"
-    lossless = "It is lossless." if chosen.lossless else (
-        f"{why}, so it is not lossless by construction: in these prompts "
-        f"{percent(chosen.divergence or 0.0)} of the tokens are not the model's own greedy choice after the same text."
-    )  # fmt: skip
-    return f"Chosen: {setting_text(chosen)}; {decision.reason}.{evidence} {lossless}"
-
-
 def _short(r: Results) -> Section:
     """The findings before the details."""
     forwards = summaries(r.rows).get("forward, held out")
@@ -183,15 +142,12 @@ def _short(r: Results) -> Section:
 
 
 def _asked(r: Results) -> Section:
-    blocks: list[Block] = [
-        Text(
-            "A block-diffusion model drafts several tokens in one forward and verifies them in another. Whether that "
-            "is faster than one token per forward depends on the device, the batch and the context. This report "
-            "predicts the answer, measures it on this machine, tunes the settings and exports them."
-        ),
-        Code(r.command),
-    ]
-    return Section("What was asked", tuple(blocks))
+    text = (
+        "A block-diffusion model drafts several tokens in one forward and verifies them in another. Whether that is "
+        "faster than one token per forward depends on the device, the batch and the context. This report predicts the "
+        "answer, measures it on this machine, tunes the settings and exports them."
+    )
+    return Section("What was asked", (Text(text), Code(r.command)))
 
 
 def _simulated(r: Results) -> Note:
@@ -228,6 +184,8 @@ def _elsewhere(r: Results) -> Section:
                 f"Predictions from datasheet and published figures; nothing here was measured. {r.elsewhere_acceptance}"
             ),
             *_answers(r.elsewhere),
+            *(Plot(map_plot(info), " ".join((info.words, *(h.words for h in info.headlines)))) for info in r.maps),
+            Plot(change_plot(r.changes), " ".join(("What whole changes do to tokens per second.", *r.changes.refused))),
         ),
     )
 
@@ -365,7 +323,10 @@ def _tuning(r: Results) -> Section:
     columns = ("trial", "tokens/s", "predicted", "not greedy", "tokens a step", "setting", "outcome")
     rank = study.rank_correlation()
     ranked = "" if rank is None else f" Predicted and measured speeds have a rank correlation of {rank:.2f}."
-    work = study.subject.workload
+    work, told = study.subject.workload, study_report(study)
+    history = Plot(history_plot(history_info(study, told), "settings"), "The search: every setting in its turn.")
+    said = "Which parameters tell the fastest settings from the others."
+    mattered = [Plot(importance_plot(told.importances), said)] if told.importances else []
     return Section(
         "Tuning",
         (
@@ -378,6 +339,8 @@ def _tuning(r: Results) -> Section:
                 front_plot(front_info(front_points(study))),
                 "Up is faster, left is closer to autoregressive decoding; nothing measured beats the line in both.",
             ),
+            history,
+            *mattered,
             Table(columns, rows),
         ),
     )

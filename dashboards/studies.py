@@ -12,7 +12,7 @@ from autotune.report import Improvement, Score, StageCount, StudyReport
 from autotune.results import StudyResult, TrialRecord, spearman
 from autotune.space import Parameter, Value
 from dashboards.evidence import FrontInfo, front_info
-from dashboards.report import front_points, setting_text
+from dashboards.trials import front_points, setting_text
 
 NOT_SET = "not set"
 COUNTED_ON = ("default", "pilot")  # the trials that acceptance was counted on for the model's predictions of all others

@@ -9,8 +9,8 @@ from autotune.objective import DECODING_STAGES
 from autotune.report import StudyReport
 from autotune.results import StudyResult
 from dashboards.evidence import FrontInfo
-from dashboards.report import setting_text
 from dashboards.studies import HistoryInfo, ParallelInfo, RankInfo, StagesInfo, word
+from dashboards.trials import setting_text
 
 if TYPE_CHECKING:
     from autotune.tiling_results import TilingResult

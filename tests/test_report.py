@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ import pytest
 from autotune.objective import Comparison
 from autotune.results import Decision, StudyResult, Subject, TrialRecord
 from autotune.space import decoding_space
-from dashboards.choice import Answer, Choice, answer
+from dashboards.changes import change_info
+from dashboards.choice import Answer, Choice, answer, explanation, pays_map
 from dashboards.document import Code, Fold, Note, Section, Table, Text, write_document
 from dashboards.evidence import front_info
+from dashboards.maps import map_of
 from dashboards.report import (
     Results,
     Speedup,
     TunedRun,
-    decision_sentence,
-    front_points,
     speedup_sentence,
     write_report,
 )
+from dashboards.trials import decision_sentence, front_points
 from hardware.files import UserError
 from hardware.profile import (
     BandwidthPoint,
@@ -144,6 +146,17 @@ def study(trial: int = 1, low: float = 1.5, comparison: bool = True, decided: bo
     return StudyResult("tiny batch=1", subject, trials(), decision if decided else None)
 
 
+@cache
+def beyond() -> dict[str, Any]:
+    """The maps of the full-size model, and what would change it."""
+    choice = Choice()
+    devices = {name: load_profile(name) for name in choice.devices}
+    return {
+        "maps": tuple(map_of(choice, name, pays_map(choice.on(name), device)) for name, device in devices.items()),
+        "changes": change_info({name: explanation(choice.on(name), device) for name, device in devices.items()}),
+    }
+
+
 def results(**changes: Any) -> Results:
     profiles = [load_profile(name) for name in ("h100-sxm", "mi300x")]
     rows = [Row(f"point {n}", "forward", 0.001 * n, 0.0011 * n, 0.0001 * n, fitted=n % 2 == 0) for n in range(1, 9)]
@@ -158,6 +171,7 @@ def results(**changes: Any) -> Results:
         engine=engine_for(machine(), None),
         elsewhere=tuple((profile, answer(Choice(), profile)) for profile in profiles),
         elsewhere_acceptance="Acceptance as published.",
+        **beyond(),
         rows=tuple(rows),
         speedups=(speedup(),),
         study=study(),

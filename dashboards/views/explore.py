@@ -39,7 +39,7 @@ from dashboards.figures import (
     step_time_plot,
 )
 from dashboards.frame import columns_of, escape, figure, key, problem, remember, restore
-from dashboards.maps import map_info, map_plot
+from dashboards.maps import map_of, map_plot
 from dashboards.words import loss_words, quantity, step_words, verdict
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, list_profiles, load_profile
@@ -47,8 +47,7 @@ from perfmodel.acceptance import judged
 from perfmodel.known_acceptance import load_acceptance
 from perfmodel.model_spec import known_models
 from perfmodel.prediction import Prediction
-from perfmodel.steps import title
-from runtime.config import SAMPLER_NAMES, DecodingConfig
+from runtime.config import SAMPLER_NAMES
 
 TITLE = "Explore"
 ORDER = 1
@@ -270,11 +269,8 @@ def _map(view: View, found: Found) -> None:
         st.info("Autoregressive decoding is what a map compares with: choose a sampler that drafts.")
         return
     choice, (profile, _) = view.choice, found[view.map_device]
-    setting = _setting_name(view.decoding)
-    info = map_info(
-        _cached_map(choice.on(profile.name), profile), profile.name, setting, (choice.batch, choice.context)
-    )
-    st.subheader(escape(f"Where {setting} pays on {profile.name}"))
+    info = map_of(choice, profile.name, _cached_map(choice.on(profile.name), profile))
+    st.subheader(escape(f"Where {info.setting} pays on {profile.name}"))
     figure(map_plot(info), "break-even", info.columns())
     st.markdown(escape(info.words))
     for headline in info.headlines:
@@ -319,7 +315,3 @@ def _changes(view: View, found: Found) -> None:
         "Each is changed alone and everything else kept; a bar to the left is a loss. 1% for 1% means that tokens per "
         "second follow it fully."
     )
-
-
-def _setting_name(decoding: DecodingConfig) -> str:
-    return f"{title(decoding)} with K = {decoding.draft_tokens}"

@@ -13,7 +13,6 @@ from autotune.report import StudyReport, study_report
 from autotune.results import StudyResult
 from dashboards import sweeps
 from dashboards.frame import escape, figure, key, problem, remember, restore, table
-from dashboards.report import decision_sentence
 from dashboards.source_menu import choose_source
 from dashboards.sources import TYPED, Source, known_sources, source_of, without_password
 from dashboards.studies import StagesInfo, history_info, parallel_info, pareto_info, rank_info
@@ -40,6 +39,7 @@ from dashboards.study_tables import (
     tiling_columns,
     trial_columns,
 )
+from dashboards.trials import decision_sentence
 from dashboards.words import percent, quantity
 from hardware.files import UserError, known
 
