@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.browser import browsers, chromium, picture, served, settled, wait
+from autotune.storage import read_studies
+from benchmarks.browser import ROOT, browsers, chromium, picture, served, settled, wait
 from dashboards.report import write_report
 from hardware.profile import load_profile, save_profile
 from perfmodel.decoding import predict
@@ -21,6 +22,7 @@ from runtime.deployment import load_deployment
 from tests.test_report import results
 
 pytestmark = pytest.mark.skipif(browsers() is None, reason="chromium and chromedriver are not installed")
+STUDY = "measurements/amd-epyc-2-cores/study.db"  # ships, so that there is one to open
 PAGES = ("explore", "predicted-versus-measured", "tuning", "hardware", "export")
 
 
@@ -147,10 +149,14 @@ def test_a_profile_is_uploaded_and_offered_everywhere(address: str, browser: Any
 
 
 def test_a_study_is_opened_and_its_policy_downloaded(address: str, browser: Any, folder: Path) -> None:
+    (study,) = (s for s in read_studies(ROOT / STUDY) if s.name == "zaya-nano batch=8 context=768")
+    assert study.decision and study.decision.comparison
     open_page(browser, f"{address}/tuning")
-    keep_picture(browser, "tuning", folder)
+    enter(browser, "tuning-study", study.name)
+    wait_for_text(browser, "[data-testid=stMain]", f"against default {study.decision.comparison.ratio:.2f}x")
+    assert drawn(browser, "tuning-history")
+
     open_page(browser, f"{address}/export")
-    keep_picture(browser, "export", folder)
     find(browser, ".st-key-export-download button").click()
     path = folder / "downloads" / "deployment.yaml"
     wait(browser, path.exists, "the downloaded deployment")
