@@ -34,7 +34,8 @@ td.number, td.short { white-space: nowrap; } td.long { white-space: pre-wrap; ov
 details { margin: 1rem 0; } summary { cursor: pointer; }
 .note { border-left: 4px solid var(--warn); padding: .4rem .9rem; background: var(--shade); }
 figure { margin: 1.2rem 0; }
-.cartesianlayer text:not(.bartext), .infolayer text, .legendtext { fill: var(--text) !important; }
+.cartesianlayer text:not(.bartext-inside, .heatmap-label text), .infolayer text, .legendtext {
+  fill: var(--text) !important; }
 """
 
 

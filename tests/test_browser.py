@@ -202,10 +202,13 @@ def test_the_report_is_drawn_without_a_network(theme: str, tmp_path: Path) -> No
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
         colours = browser.execute_script(
             "const fill = document.querySelector('.xtick text'); return [getComputedStyle(fill).fill,"
-            " getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+            " getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor,"
+            " getComputedStyle(document.querySelector('.bartext-outside')).fill]"
         )
-        tick, text, page = ([int(part) for part in re.findall(r"\d+", colour)[:3]] for colour in colours)
-        assert tick == text
+        tick, text, page, beside_bar = ([int(part) for part in re.findall(r"\d+", colour)[:3]] for colour in colours)
+        assert tick == text == beside_bar
+        cells = "return [...document.querySelectorAll('.heatmap-label text')].map(cell => getComputedStyle(cell).fill)"
+        assert len(set(browser.execute_script(cells))) == 2  # light on dark cells, dark on light ones, in both themes
         assert abs(sum(text) - sum(page)) > 450
         assert (sum(page) > sum(text)) == (theme == "light")
         keep_picture(browser, f"report-{theme}", tmp_path, lambda b, path: b.save_screenshot(str(path)))
