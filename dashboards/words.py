@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from perfmodel.known_acceptance import KnownAcceptance
 from perfmodel.prediction import Prediction
-from runtime.config import DecodingConfig
+from runtime.config import DecodingConfig, Sampler
 
 _PREFIXES = (
     (1e15, "P"),
@@ -87,4 +88,21 @@ def loss_words(decoding: DecodingConfig) -> str:
     return (
         f"Not lossless: at w = {decoding.mixing_weight:g} drafts are judged by mixed logits. The weight changes how "
         "many are accepted, not the time of a step: the numbers hold for the acceptance given here, whatever w is."
+    )
+
+
+def acceptance_words(known: KnownAcceptance, sampler: Sampler, draft_tokens: int) -> str:
+    """What of a known acceptance was counted for these drafts, and what is made of it: shares of steps are never."""
+    if known.rates:
+        return "The shares of steps follow from the rate of each position, which was counted."
+    counted = sorted(known.lengths[sampler])
+    if draft_tokens in counted:
+        length = f"The length was counted at K = {draft_tokens}"
+    else:
+        below, above = max(k for k in counted if k < draft_tokens), min(k for k in counted if k > draft_tokens)
+        length = (
+            f"The length was not counted at K = {draft_tokens}: it lies between those at {below} and {above}"
+        )
+    return (
+        f"{length}; the shares of steps are those of a distribution of that mean (discrete Weibull), not counted."
     )

@@ -44,12 +44,23 @@ from dashboards.figures import (
     step_time_plot,
 )
 from dashboards.maps import map_info, map_plot
-from dashboards.words import break_even_length, forwards, loss_words, percent, quantity, rate, step_words, verdict
+from dashboards.words import (
+    acceptance_words,
+    break_even_length,
+    forwards,
+    loss_words,
+    percent,
+    quantity,
+    rate,
+    step_words,
+    verdict,
+)
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, MemoryLevel, load_profile
 from perfmodel.acceptance import judged
 from perfmodel.breakeven import Axis
 from perfmodel.decoding import predict
+from perfmodel.known_acceptance import load_acceptance
 from perfmodel.memory import MEMORY_SHARE
 from perfmodel.model_spec import load_spec
 from perfmodel.prediction import Prediction
@@ -346,6 +357,18 @@ def test_names_in_figures_stay_text(name: str) -> None:
 )
 def test_the_forwards_of_a_step_in_words(choice: Choice, words: str) -> None:
     assert forwards(answer(choice, load_profile("h100-sxm")).chosen) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "draft_tokens", "words"),
+    [
+        ("aime25-off", 16, "The length was counted at K = 16; the shares of steps are those of a distribution"),
+        ("aime25-off", 10, "not counted at K = 10: it lies between those at 8 and 12; the shares"),
+        ("zaya-nano-t1", 4, "The shares of steps follow from the rate of each position, which was counted."),
+    ],
+)
+def test_what_is_derived_from_an_acceptance_is_not_said_to_be_counted(name: str, draft_tokens: int, words: str) -> None:
+    assert words in acceptance_words(load_acceptance(name), "two_forward", draft_tokens)
 
 
 def test_pages_are_found_and_ordered() -> None:

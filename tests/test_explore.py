@@ -164,7 +164,7 @@ def test_each_section_shows_its_figures(page: AppTest) -> None:
     page.selectbox(key="explore-acceptance").set_value("aime25-on").run()
     assert len(page.get("plotly_chart")) == 2
     captions = [c.value.replace("\\", "") for c in page.caption]
-    assert any("Published: ZAYA1" in text and "Source: " in text for text in captions)
+    assert any("Published: ZAYA1" in text and "Source: " in text and "not counted" in text for text in captions)
     page.multiselect(key="explore-devices").set_value(["h100-sxm"]).run()  # the map's device is gone
     assert shown(page) == []
     assert page.query_params["map_device"] == "h100-sxm"

@@ -40,7 +40,7 @@ from dashboards.figures import (
 )
 from dashboards.frame import columns_of, escape, figure, key, problem, remember, restore
 from dashboards.maps import map_of, map_plot
-from dashboards.words import loss_words, quantity, step_words, verdict
+from dashboards.words import acceptance_words, loss_words, quantity, step_words, verdict
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, list_profiles, load_profile
 from perfmodel.acceptance import judged
@@ -179,8 +179,8 @@ def _accepted(choice: Choice) -> None:
     st.caption(
         escape(
             f"{info.tokens_per_step:.2f} tokens a step. {counted.kind.capitalize()}: {counted.what}. "
-            f"Source: {counted.source}."
-            + (" It was counted without mixing (w = 1)." if choice.mixing_weight != 1 else "")
+            f"Source: {counted.source}. {acceptance_words(counted, decoding.sampler, choice.draft_tokens)}"
+            + (" All of it is without mixing (w = 1)." if choice.mixing_weight != 1 else "")
         )
     )
     figure(accepted_plot(info), "acceptance", info.columns())
