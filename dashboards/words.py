@@ -100,9 +100,5 @@ def acceptance_words(known: KnownAcceptance, sampler: Sampler, draft_tokens: int
         length = f"The length was counted at K = {draft_tokens}"
     else:
         below, above = max(k for k in counted if k < draft_tokens), min(k for k in counted if k > draft_tokens)
-        length = (
-            f"The length was not counted at K = {draft_tokens}: it lies between those at {below} and {above}"
-        )
-    return (
-        f"{length}; the shares of steps are those of a distribution of that mean (discrete Weibull), not counted."
-    )
+        length = f"The length was not counted at K = {draft_tokens}: it lies between those at {below} and {above}"
+    return f"{length}; the shares of steps are those of a distribution of that mean (discrete Weibull), not counted."
