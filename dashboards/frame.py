@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +10,7 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from dashboards.address import from_query, to_query
+from dashboards.columns import csv_text
 from hardware.files import UserError
 
 V = TypeVar("V")
@@ -68,6 +67,16 @@ def remember(view: Any, page: str) -> None:
     st.query_params.from_dict(query)
 
 
+def not_drawn(cls: type[Any], page: str, *, but: Sequence[str] = ()) -> None:
+    """Take back what `restore` gave to widgets that this run does not draw: the next run gives it again.
+
+    Streamlit tells the browser a value only in the run that sets it: drawn later, a widget would show another one.
+    """
+    for name in (f.name for f in dataclasses.fields(cls)):
+        if name not in but:
+            st.session_state.pop(key(page, name), None)
+
+
 def _written(page: str) -> str:
     return f"address:{page}"
 
@@ -111,17 +120,3 @@ def _download(name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         on_click="ignore",  # the page has nothing new to show
         type="tertiary",
     )
-
-
-def columns_of(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
-    """Rows as the named columns of a table, also where there is no row."""
-    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
-
-
-def csv_text(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Columns of one length as CSV with a header."""
-    stream = io.StringIO()
-    writer = csv.writer(stream)  # ends lines with \r\n, and so quotes both in a text
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return stream.getvalue()

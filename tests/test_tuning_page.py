@@ -378,6 +378,8 @@ def test_a_search_is_started_followed_and_stopped(folder: Path, monkeypatch: pyt
         run(folder / "runs" / "dashboard" / "now", MadeUp(), subject(space=small_space()), trials=2)
     at.run()
     assert at.metric and address_of(at)["study"] == "made-up batch=1"
+    # What an earlier run has set, which did not draw it, is told to the browser: else it would show nothing chosen.
+    assert at.button_group("tuning-section").proto.set_value
     at.button("tuning-stop").click().run()
     assert "was stopped; what it measured is kept" in texts(at) and at.metric
 

@@ -10,8 +10,9 @@ import streamlit as st
 
 from autotune.export.policy import BY_HAND, Policy
 from autotune.export.targets import TARGETS
+from dashboards.columns import columns_of, csv_text
 from dashboards.exports import ExportInfo, command, download, export_info, pickable, policy_of
-from dashboards.frame import columns_of, csv_text, escape, key, problem, remember, restore
+from dashboards.frame import escape, key, not_drawn, problem, remember, restore
 from dashboards.source_menu import choose_source
 from dashboards.sources import TYPED, Source, known_sources, read_source, stamp
 from hardware.files import UserError, known
@@ -64,6 +65,7 @@ def page() -> None:
     source = choose_source(PAGE, known_sources(), _forget)
     if source is None:
         remember(View(TYPED), PAGE)
+        not_drawn(View, PAGE, but=["source"])
         return
     try:
         studies, tilings = _read(source, stamp(source))
@@ -71,6 +73,7 @@ def page() -> None:
     except UserError as error:
         problem(error)
         remember(View(source.name), PAGE)  # the reader's choice of a source holds, though it cannot be shown
+        not_drawn(View, PAGE, but=["source"])
         return
     remember(view, PAGE)
     try:

@@ -12,7 +12,7 @@ import streamlit as st
 from autotune.report import StudyReport, study_report
 from autotune.results import StudyResult
 from dashboards import sweeps
-from dashboards.frame import escape, figure, key, problem, remember, restore, table
+from dashboards.frame import escape, figure, key, not_drawn, problem, remember, restore, table
 from dashboards.source_menu import choose_source
 from dashboards.sources import TYPED, Source, known_sources, source_of, without_password
 from dashboards.studies import StagesInfo, history_info, parallel_info, pareto_info, rank_info
@@ -98,25 +98,30 @@ def page() -> None:
     source = choose_source(PAGE, offered, _forget)
     if source is None:
         remember(View(TYPED), PAGE)
+        not_drawn(View, PAGE, but=["source"])
         return
-    running = ours is not None and source.name == ours.name and sweep is not None and sweep.state == "running"
     try:
         watch = _watch(source.url)
         with without_password(source):
             contents = watch.contents()
-        view = _choose_study(contents)
+    except UserError as error:
+        remember(View(source.name), PAGE)
+        not_drawn(View, PAGE, but=["source"])
+        if ours is None or sweep is None or source.name != ours.name:
+            problem(error)
+        elif sweep.state == "running":
+            _wait_for(source)
+        else:
+            st.info("The last search stored nothing.")
+        return
+    view = _choose_study(contents)
+    try:
         if view.section == TILINGS:
             _tilings(watch, source)
         else:
             _follow(watch, source, view, contents)
     except UserError as error:
-        remember(View(source.name), PAGE)
-        if running:
-            _wait_for(source)
-        elif ours is not None and source.name == ours.name:
-            st.info("The last search stored nothing.")
-        else:
-            problem(error)
+        problem(error)
 
 
 # --- what is looked at
