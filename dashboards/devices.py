@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import plotly.graph_objects as go
 
+from dashboards.columns import columns_of
 from dashboards.style import GREY, PALETTE, SYMBOLS, base_figure, safe
 from dashboards.words import quantity
 from hardware.comparison import compared, own_figure
@@ -125,7 +126,7 @@ class ComparisonInfo:
             if row.values[place] is not None
         ]
         names = ("device", "figure", "stated_as", "value", "source", "link")
-        return {name: [cell[place] for cell in cells] for place, name in enumerate(names)}
+        return columns_of(names, cells)
 
     def sourced(self) -> dict[str, list[Any]]:
         """The table of sources: one row a source of a device, with the figures that come from it."""

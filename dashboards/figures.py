@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import plotly.graph_objects as go
 
+from dashboards.columns import columns_of
 from dashboards.style import AXES, BOUND_COLOURS, GREY, PALETTE, PATTERN, SYMBOLS, base_figure, safe
 from dashboards.words import quantity, rate
 from hardware.files import known
@@ -58,6 +59,11 @@ class RooflineInfo:
     roofs: tuple[Roof, ...]
     points: tuple[RooflinePoint, ...]
     operators: tuple[RooflinePoint, ...]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """One row a point, steps before operators."""
+        names = [f.name for f in fields(RooflinePoint)]
+        return columns_of(names, [astuple(point) for point in (*self.points, *self.operators)])
 
 
 def roof(hardware: HardwareProfile, dtype: str) -> Roof:
@@ -195,7 +201,7 @@ class SpeedupInfo:
             for line in self.lines
             for values in zip(line.at, line.speedup, line.tokens_per_second, strict=True)
         ]
-        return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+        return columns_of(names, rows)
 
     def where_it_pays(self, label: str) -> str:
         """The batches (or contexts) of a line with a speedup above 1, in words; nothing for one that was left out."""
@@ -289,6 +295,11 @@ class StepTimeInfo:
     """Bars in the order in which they are drawn, from the top."""
 
     bars: tuple[StepBar, ...]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """One row an operator of a step."""
+        rows = [(bar.label, s.operator, s.seconds, s.bound) for bar in self.bars for s in bar.segments]
+        return columns_of(("step", "operator", "seconds", "bound"), rows)
 
 
 def step_time_info(predictions: Sequence[Prediction]) -> StepTimeInfo:

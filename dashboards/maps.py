@@ -12,6 +12,7 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from dashboards.choice import Choice
+from dashboards.columns import columns_of
 from dashboards.style import AXES, BLUE, GREY, VERMILLION, base_figure, headed, safe
 from perfmodel.breakeven import HOLDS, Headline, Paying, SamplerMap
 from perfmodel.steps import title
@@ -70,7 +71,7 @@ class MapInfo:
         ]
         names = ("hardware", "setting", "batch", "context", "speedup_over_autoregressive", "break_even_tokens_per_step",
                  "fits")  # fmt: skip
-        return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+        return columns_of(names, rows)
 
     @property
     def words(self) -> str:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from dashboards.address import MOST, from_query, to_query
-from dashboards.frame import columns_of, csv_text, escape
+from dashboards.columns import columns_of, csv_text
+from dashboards.frame import escape
 from hardware.files import UserError
 from runtime.config import require
 

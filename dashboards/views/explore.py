@@ -30,7 +30,6 @@ from dashboards.choice import (
     predict_command,
 )
 from dashboards.figures import (
-    RooflinePoint,
     roofline_info,
     roofline_plot,
     speedup_info,
@@ -38,7 +37,7 @@ from dashboards.figures import (
     step_time_info,
     step_time_plot,
 )
-from dashboards.frame import columns_of, escape, figure, key, problem, remember, restore
+from dashboards.frame import escape, figure, key, problem, remember, restore
 from dashboards.maps import map_of, map_plot
 from dashboards.words import acceptance_words, loss_words, quantity, step_words, verdict
 from hardware.files import UserError
@@ -285,13 +284,10 @@ def _steps(view: View, found: Found) -> None:
     predictions = [p for _, answered in found.values() for p in answered.predictions]
     st.subheader("Where a step's time goes")
     bars = step_time_info(predictions)
-    segments = [(bar.label, s.operator, s.seconds, s.bound) for bar in bars.bars for s in bar.segments]
-    figure(step_time_plot(bars), "step-time", columns_of(("step", "operator", "seconds", "bound"), segments))
+    figure(step_time_plot(bars), "step-time", bars.columns())
     st.subheader("Roofline")
     points = roofline_info([profile for profile, _ in found.values()], predictions)
-    names = [f.name for f in dataclasses.fields(RooflinePoint)]
-    rows = [[getattr(p, name) for name in names] for p in (*points.points, *points.operators)]
-    figure(roofline_plot(points), "roofline", columns_of(names, rows))
+    figure(roofline_plot(points), "roofline", points.columns())
     st.caption(
         "Large symbols are whole decoding steps, small ones their operators, at the estimated time; the lines are "
         "datasheet peaks, solid for main memory and dotted for caches. Every figure of a device has its source: "

@@ -9,6 +9,7 @@ from typing import Any
 
 import streamlit as st
 
+from dashboards.columns import columns_of
 from dashboards.comparison import (
     BYS,
     FILTERS,
@@ -25,7 +26,7 @@ from dashboards.comparison import (
     options,
     points_columns,
 )
-from dashboards.frame import columns_of, escape, figure, key, problem, remember, restore, table
+from dashboards.frame import escape, figure, key, problem, remember, restore, table
 from dashboards.pairs import NO_CHECKOUT, ROOT, ROWS, Pair, Pairs, joined, published, rows_of_file
 from dashboards.published_models import models_columns, models_info
 from dashboards.record_files import File, file_of, local_files, our_files
