@@ -32,7 +32,8 @@ from runtime.config import require
 
 State = Literal["running", "finished", "stopped", "failed"]
 FOLDER = Path("runs") / "dashboard"  # below the folder that the server was started in
-MOST_MINUTES, MOST_BATCH = 240.0, 1024
+MOST_BATCH = 1024
+MOST_MINUTES = {name: found.seconds / 60 for name, found in EFFORTS.items() if found.seconds}  # it then ends by itself
 _ROOT = Path(__file__).resolve().parents[1]
 _GRACE_SECONDS = 5.0  # from one signal of `stop` to the next, harder one
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
@@ -74,8 +75,10 @@ class SweepRequest:
             raise known("model", self.model, models())
         wanted = effort(self.effort)
         require(1 <= self.batch <= MOST_BATCH, f"1 <= batch <= {MOST_BATCH} must hold, but got {self.batch}")
+        most = MOST_MINUTES[self.effort]
         require(
-            0 < self.minutes <= MOST_MINUTES, f"0 < minutes <= {MOST_MINUTES:g} must hold, but got {self.minutes:g}"
+            0 < self.minutes <= most,
+            f"0 < minutes <= {most:g} must hold for effort {self.effort}, but got {self.minutes:g}",
         )
         require(0 <= self.max_divergence <= 1, f"0 <= max_divergence <= 1 must hold, but got {self.max_divergence:g}")
         if self.context is not None:

@@ -369,9 +369,10 @@ def test_a_search_is_started_followed_and_stopped(folder: Path, monkeypatch: pyt
     at.button[0].click().run()
     assert "context > " in at.error[0].value.replace("\\", "") and not wanted  # refused in a line
     at.number_input("tuning-context").set_value(None)
-    at.number_input("tuning-minutes").set_value(0.5)
+    at.number_input("tuning-minutes").set_value(60.0)
+    at.selectbox("tuning-effort").set_value("thorough")
     at.button[0].click().run()
-    assert [(r.model, r.batch, r.minutes, r.context) for r in wanted] == [("zaya-nano", 1, 0.5, None)]
+    assert [(r.batch, r.minutes, r.context, r.effort) for r in wanted] == [(1, 60.0, None, "thorough")]
     assert address_of(at)["source"] == "runs/dashboard/now"
     assert "The search is starting" in texts(at) and "[x](y): 3 of 100" in texts(at)
     with unsynced():

@@ -53,6 +53,7 @@ PROGRESS = {"settings": "settings tried", "seconds": "time measuring"}
 SECTIONS = {"result": "Result", "settings": "Settings", "predictions": "Predictions", "failures": "Failures"}
 TILINGS = "tilings"  # the section of a storage that holds searches of tilings
 _POLL_SECONDS = 3.0
+_MINUTES = "With the probe of this machine, which takes half a minute or more of the first search here."
 _NEXT = f"{PAGE}:next"  # in the session: the source of a search that was started
 _ENDED = {"finished": "is finished", "stopped": "was stopped; what it measured is kept", "failed": "failed"}
 
@@ -347,6 +348,8 @@ def _sweep_panel(sweep: sweeps.Sweep | None) -> None:
     if sweep is not None:
         said = f"The last search {_ENDED[sweep.state]}" + (f": {sweep.message}" if sweep.state == "failed" else ".")
         (st.error if sweep.state == "failed" else st.info)(escape(said))
+    most = {name: f"{name}: up to {minutes:g} min" for name, minutes in sweeps.MOST_MINUTES.items()}
+    longest = max(sweeps.MOST_MINUTES.values())
     with st.form(key(PAGE, "sweep"), border=False):
         request: dict[str, Any] = {
             "model": st.selectbox("Model", sweeps.models(), key=key(PAGE, "model")),
@@ -354,7 +357,8 @@ def _sweep_panel(sweep: sweeps.Sweep | None) -> None:
             "context": st.number_input(
                 "Context (most cached tokens)", 1, value=None, placeholder="any", key=key(PAGE, "context")
             ),
-            "minutes": st.number_input("Minutes", 0.1, sweeps.MOST_MINUTES, 1.0, 0.5, key=key(PAGE, "minutes")),
+            "effort": st.selectbox("Effort", list(most), 1, key=key(PAGE, "effort"), format_func=most.__getitem__),
+            "minutes": st.number_input("Minutes", 0.1, longest, 1.0, 0.5, key=key(PAGE, "minutes"), help=_MINUTES),
             "lossless": st.checkbox("Lossless settings only", True, key=key(PAGE, "lossless")),
             "replay": st.checkbox(
                 "From the recording that ships", key=key(PAGE, "replay"), help="measures nothing: its model, its batch"
