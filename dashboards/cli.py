@@ -73,7 +73,8 @@ def server_options(host: str, port: int, *, headless: bool) -> list[str]:
         "client.toolbarMode": "minimal",
         "runner.magicEnabled": False,
         **{f"theme.{name}.backgroundColor": colour for name, colour in THEMES.items()},
-        **{f"theme.{name}.primaryColor": "#0072B2" for name in THEMES},  # the figures' blue; red would say: wrong
+        "theme.light.primaryColor": "#0072B2",  # the figures' blue; red would say: wrong
+        "theme.dark.primaryColor": "#1483CC",  # lighter: read on black, and white on it
     }
     found = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     # A page of another site whose name is made to lead here (DNS rebinding) must not drive this one. From elsewhere a
