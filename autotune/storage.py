@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import logging
 import os
@@ -74,6 +73,12 @@ def single_worker(url: str) -> bool:
         return _parsed(url).get_backend_name() == "sqlite"
 
 
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite storage; None for a database, and in memory."""
+    name = _parsed(url).database if single_worker(url) else None
+    return None if not name or name == ":memory:" else Path(name)
+
+
 def _parsed(url: str) -> URL:
     """The parts of a URL. An @ that is not %40 would put half the password into the host's name."""
     try:
@@ -115,45 +120,6 @@ def database_errors(url: str) -> Iterator[None]:
 
 
 # --- connections
-
-
-@contextmanager
-def sole_worker(url: str) -> Iterator[None]:
-    """Refuse a second process that tunes into the same SQLite file: it would also spoil the times of the first."""
-    database = _parsed(url).database if single_worker(url) else None
-    if not database or database == ":memory:":
-        yield
-        return
-    lock = Path(f"{database}.lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        stream = lock.open("a")
-    except OSError as error:
-        raise UserError(f"cannot write {lock}: {error.strerror or error}") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is tuning into {shown(url)}: SQLite serves one worker") from error
-        yield
-
-
-def has_sole_worker(url: str) -> bool | None:
-    """Whether a process tunes into a SQLite file now; None for a database, which does not tell.
-
-    It looks by sharing the file's lock for a moment: a worker that begins in just that moment is refused.
-    """
-    database = _parsed(url).database if single_worker(url) else None
-    if database is None:
-        return None
-    try:
-        with Path(f"{database}.lock").open() as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:  # no file: nobody has tuned here
-        return False
 
 
 def connect(url: str) -> Engine:

@@ -31,8 +31,9 @@ from autotune.objective import (
 )
 from autotune.results import NEAR, Decision, StudyResult, Subject, TrialRecord, comparison_of, decision_words
 from autotune.seeding import Predict
+from autotune.sole_worker import sole_worker
 from autotune.space import Candidate
-from autotune.storage import database_errors, open_storage, read_study, read_trial, shown, single_worker, sole_worker
+from autotune.storage import database_errors, open_storage, read_study, read_trial, shown, single_worker
 from autotune.strategies import Sampler, strategy
 from hardware.files import UserError, plain
 from runtime.config import require

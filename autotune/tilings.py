@@ -23,7 +23,8 @@ from autotune.claims import Claims
 from autotune.isolation import Child
 from autotune.lost import fail_stale, retry_lost, unless_given_up
 from autotune.objective import Stage, StageFailure, Unavailable, run_stages
-from autotune.storage import database_errors, open_storage, shown, single_worker, sole_worker
+from autotune.sole_worker import sole_worker
+from autotune.storage import database_errors, open_storage, shown, single_worker
 from autotune.tiling_results import TilingDecision, TilingResult, TilingSubject, TilingTrial, decision_of
 from autotune.tiling_runner import (
     REGISTRY,

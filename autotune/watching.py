@@ -27,7 +27,8 @@ from optuna.storages._rdb.models import (
 from sqlalchemy import Connection, select
 
 from autotune.results import Decision, StudyResult, Subject, TrialRecord
-from autotune.storage import database_errors, drawn_record, has_sole_worker, open_storage, record_of, shown
+from autotune.sole_worker import has_sole_worker
+from autotune.storage import database_errors, drawn_record, open_storage, record_of, shown
 from autotune.tiling_results import TilingResult
 from autotune.tiling_study import SUBJECT as TILING_SUBJECT
 from autotune.tiling_study import read_tiling_study

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from autotune.objective import Outputs
 from autotune.results import spearman, summary
 from autotune.seeding import Prediction
+from autotune.sole_worker import has_sole_worker, sole_worker
 from autotune.space import Candidate, decoding_space, default_candidate
-from autotune.storage import read_studies, sole_worker, storage_url
+from autotune.storage import read_studies, storage_url
 from autotune.study import tune
 from hardware.files import UserError
 from runtime.config import Workload
@@ -252,6 +254,17 @@ def test_a_second_worker_on_sqlite_is_refused(tmp_path: Path) -> None:
     ):
         pass
     run(tmp_path, MadeUp(), trials=1)
+
+
+def test_who_only_looks_whether_a_worker_is_there_keeps_none_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "study.db.lock").open("w") as looked:
+        fcntl.flock(looked, fcntl.LOCK_SH)
+        monkeypatch.setattr("autotune.sole_worker.time.sleep", lambda _: looked.close())
+        with sole_worker(storage_url(tmp_path)):
+            assert looked.closed and has_sole_worker(storage_url(tmp_path))
+    assert has_sole_worker(storage_url(tmp_path)) is False
 
 
 @pytest.mark.parametrize("change", [{"trials": 0}, {"rounds": 1}, {"max_divergence": -0.1}])
