@@ -26,8 +26,7 @@ def choose_source(page: str, offered: Mapping[str, Source], changed: Callable[[]
         st.info("No study here yet: `ridgepoint tune` makes one, and so does Start on the page about tuning.")
     if asked not in names:
         if asked:  # not repeated: somebody may have written a database's URL into an address, with its password
-            here = ", ".join(offered) or "none"
-            problem(f"a link names a study storage of this machine, but this one names another; here are: {here}")
+            problem("a link names a study storage of this machine, but this one names another: the menu has those here")
         last = st.session_state.get(_LAST)
         st.session_state[widget] = last if last in names else names[0]
     name = st.selectbox(
