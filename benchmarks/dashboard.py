@@ -39,7 +39,7 @@ class Control:
     """A widget to change.
 
     page: a word of its title, with which its key begins; key: the rest of that; values: one a round, in turn.
-    kind: which of ACTIONS. query: of the address at which it is there to be changed.
+    kind: which of ACTIONS. query: of the address at which it is there to be changed. rounds: at most, of a list.
     """
 
     page: str
@@ -47,6 +47,7 @@ class Control:
     kind: str
     values: tuple[str, ...]
     query: str = ""
+    rounds: int = 100
 
 
 # A line each. A value is typed, chosen from a list by its text, or clicked at by its text; "next" goes on so many
@@ -68,11 +69,11 @@ CONTROLS = (
     Control("explore", "section", "click", ("map", "time", "change")),
     Control("explore", "batch", "type", ("3", "48", "200", "7", "96"), "section=map"),
     Control("explore", "batch", "type", ("5", "40", "150", "9", "90"), "section=changes"),
-    *(Control("measured", name, "next", ("1",)) for name in FILTERS),
+    *(Control("measured", name, "next", ("1",), rounds=2) for name in FILTERS),
     Control("measured", "intervals", "check", ("",)),
     Control("measured", "point", "next", ("1",)),
     Control("measured", "by", "click", ("family", "device", "engine", "source")),
-    Control("tuning", "study", "next", ("1",)),
+    Control("tuning", "study", "next", ("1",), rounds=3),
     Control("tuning", "section", "click", ("settings", "predictions", "failures", "result")),
     Control("tuning", "progress", "choose", ("time", "settings")),
     Control("hardware", "tab", "click", ("file", "form", "your", "compare")),
@@ -214,7 +215,7 @@ def control_times(browser: Any, url: str, rounds: int, part: str) -> list[dict[s
         def run(control: Control = control, address: str = places[title]) -> list[tuple[float, float]]:
             opened(browser, f"{address}?{control.query}")
             times = []
-            for number in range(rounds):
+            for number in range(min(rounds, control.rounds)):
                 place = f".st-key-{control.page}-{control.key}"
                 ACTIONS[control.kind](browser, place, control.values[number % len(control.values)])
                 times.append(done(browser))

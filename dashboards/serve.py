@@ -11,7 +11,7 @@ import threading
 import time
 from contextlib import suppress
 
-_LATER_SECONDS = 5.0  # until what reads studies is imported: the first page, which needs none of it, is drawn then
+_LATER_SECONDS = 5.0  # until what other pages need is imported: the first one is drawn then
 
 
 def main() -> None:
@@ -30,10 +30,10 @@ def _prepare() -> None:
         time.sleep(0.02)
     import dashboards.views
 
-    views = [f"dashboards.views.{module.name}" for module in pkgutil.iter_modules(dashboards.views.__path__)]
-    _import("pandas", *views)  # Streamlit itself imports pandas late, and slowly
+    _import("dashboards.views.explore")  # the first page
+    _import(*(f"dashboards.views.{module.name}" for module in pkgutil.iter_modules(dashboards.views.__path__)))
     time.sleep(_LATER_SECONDS)
-    _import("autotune.storage")
+    _import("autotune.storage", "optuna.importance", "pandas")  # pandas: of tables, which Streamlit imports late
 
 
 def _import(*names: str) -> None:

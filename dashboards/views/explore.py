@@ -226,7 +226,9 @@ def _numbers(choice: Choice, found: Found) -> None:
     loss = loss_words(choice.decoding)
     if loss:
         st.info(escape(loss))
-    st.code("\n".join(predict_command(choice, name) for name in found), language="bash", wrap_lines=True)
+    # Drawn when it is opened: what colours code takes a browser half a second to load.
+    with st.popover("The same from the shell"):
+        st.code("\n".join(predict_command(choice, name) for name in found), language="bash", wrap_lines=True)
 
 
 def _metrics(chosen: Prediction, single: Prediction) -> tuple[dict[str, str], dict[str, str]]:
