@@ -16,6 +16,9 @@ _LATER_SECONDS = 5.0  # until what other pages need is imported: the first one i
 
 def main() -> None:
     """Serve until it is stopped."""
+    # Plotly uses pandas as soon as any thread has begun to import it, and fails on the half that is there (7.0). Tables
+    # import it, whenever somebody first opens one: so it is there before anybody can.
+    import pandas  # noqa: F401
     from streamlit.web.cli import main as streamlit
 
     threading.Thread(target=_prepare, daemon=True).start()
@@ -33,7 +36,7 @@ def _prepare() -> None:
     _import("dashboards.views.explore")  # the first page
     _import(*(f"dashboards.views.{module.name}" for module in pkgutil.iter_modules(dashboards.views.__path__)))
     time.sleep(_LATER_SECONDS)
-    _import("autotune.storage", "optuna.importance", "pandas")  # pandas: of tables, which Streamlit imports late
+    _import("autotune.storage", "optuna.importance")
 
 
 def _import(*names: str) -> None:

@@ -189,3 +189,14 @@ def test_listening_elsewhere_is_warned_of(monkeypatch: pytest.MonkeyPatch, capsy
     cli.dashboard(port=8501, host="127.0.0.1", headless=True)
     assert "password" not in capsys.readouterr().err
     assert "--server.allowedHosts=127.0.0.1" in started[1]
+
+
+def test_pandas_is_whole_before_the_first_page() -> None:
+    """Plotly takes a half-imported one for the whole: a figure that one thread drew failed while another imported it."""
+    program = (
+        "import sys, streamlit.web.cli as cli; before = 'pandas' in sys.modules\n"
+        "cli.main = lambda **_: print(before, hasattr(sys.modules['pandas'], 'Series'))\n"
+        "import dashboards.serve as serve; serve.main()"
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    assert found.stdout.split() == ["False", "True"], found.stderr
