@@ -192,7 +192,7 @@ def test_listening_elsewhere_is_warned_of(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_pandas_is_whole_before_the_first_page() -> None:
-    """Plotly takes a half-imported one for the whole: a figure that one thread drew failed while another imported it."""
+    """Plotly takes a half-imported one for the whole: a figure of one thread failed while another imported it."""
     program = (
         "import sys, streamlit.web.cli as cli; before = 'pandas' in sys.modules\n"
         "cli.main = lambda **_: print(before, hasattr(sys.modules['pandas'], 'Series'))\n"
