@@ -12,11 +12,11 @@ from pathlib import Path
 from benchmarks.browser import chromium, picture, served, settled, wait
 from benchmarks.common import fail_in_one_line
 
-HEIGHT = 1000
+HEIGHT = 1400
 # What a name of a picture shows: the page, and the view in its address.
 VIEWS = {
-    "explore": "?devices=h100-sxm&devices=mi300x&acceptance=aime25-off&batch=16",
-    "explore-map": "?devices=mi300x&acceptance=aime25-off&batch=16&section=map",
+    "explore": "?devices=h100-sxm&devices=mi300x&engine=zyphra-vllm&acceptance=aime25-on&batch=16",
+    "explore-map": "?devices=mi300x&engine=zyphra-vllm&acceptance=aime25-on&batch=16&section=map",
     "predicted-versus-measured": "predicted-versus-measured",
     "tuning": "tuning",
     "hardware": "hardware",

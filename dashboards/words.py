@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from perfmodel.engine import EngineProfile
 from perfmodel.known_acceptance import KnownAcceptance
 from perfmodel.prediction import Prediction
 from runtime.config import DecodingConfig, Sampler
@@ -77,6 +78,16 @@ def step_words(prediction: Prediction) -> str:
         return f"{step}; how far measured steps lie from that is not known for the engine {prediction.engine}."
     low, high = (quantity(seconds, "s") for seconds in between)
     return f"{step}; 80% of measured steps are meant to lie between {low} and {high} (engine {prediction.engine})."
+
+
+def engine_words(engine: EngineProfile) -> str:
+    """That nobody has held an engine's own costs against measured steps; nothing for one that was fitted to some."""
+    if engine.fit is not None or engine.spread is not None:
+        return ""
+    return (
+        f"The engine {engine.name} was fitted to no measured step: the times of kernels were fitted, what it costs beside "
+        "them is counted or assumed."
+    )
 
 
 def loss_words(decoding: DecodingConfig) -> str:

@@ -233,6 +233,10 @@ def test_engines_and_acceptances_are_those_that_fit(page: AppTest) -> None:
     engines = page.selectbox(key="explore-engine").options
     assert {"default", "ridgepoint-eager", "vllm", "zyphra-vllm"} <= set(engines)
     assert "ridgepoint-cpu" not in engines
+    assert any("ridgepoint\\-graphs was fitted to no measured step" in caption.value for caption in page.caption)
+    page.query_params["engine"] = "zyphra-vllm"
+    page.run()
+    assert not any("fitted to no measured step" in caption.value for caption in page.caption)
     assert "hmmt-on" in acceptances_of("single_forward") and "hmmt-on" not in acceptances_of("two_forward")
     assert "hmmt-on" in acceptances_of("two_forward", "hmmt-on")  # chosen already: the page says why it does not fit
     assert acceptances_of("denoising") == [GIVEN, "zaya-nano-t08", "zaya-nano-t1"]

@@ -39,10 +39,11 @@ from dashboards.figures import (
 )
 from dashboards.frame import escape, figure, key, problem, remember, restore
 from dashboards.maps import map_of, map_plot
-from dashboards.words import acceptance_words, loss_words, quantity, step_words, verdict
+from dashboards.words import acceptance_words, engine_words, loss_words, quantity, step_words, verdict
 from hardware.files import UserError
 from hardware.profile import HardwareProfile, list_profiles, load_profile
 from perfmodel.acceptance import judged
+from perfmodel.engine import load_engine
 from perfmodel.known_acceptance import load_acceptance
 from perfmodel.model_spec import known_models
 from perfmodel.prediction import Prediction
@@ -223,6 +224,9 @@ def _numbers(choice: Choice, found: Found) -> None:
                 for column, (label, value) in zip(st.columns(len(row)), row.items(), strict=True):
                     column.metric(label, value)
         st.markdown(escape(f"{verdict(answered.chosen)} {step_words(answered.chosen)}"))
+    for engine in dict.fromkeys(answered.chosen.engine for _, answered in found.values()):
+        if said := engine_words(load_engine(engine)):
+            st.caption(escape(said))
     loss = loss_words(choice.decoding)
     if loss:
         st.info(escape(loss))
