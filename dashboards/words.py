@@ -85,8 +85,8 @@ def engine_words(engine: EngineProfile) -> str:
     if engine.fit is not None or engine.spread is not None:
         return ""
     return (
-        f"The engine {engine.name} was fitted to no measured step: the times of kernels were fitted, what it costs beside "
-        "them is counted or assumed."
+        f"The engine {engine.name} was fitted to no measured step: the times of kernels were fitted, what it costs "
+        "beside them is counted or assumed."
     )
 
 
