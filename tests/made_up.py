@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -135,7 +136,8 @@ def unsynced() -> Iterator[None]:
     from sqlalchemy.engine import Engine
 
     def hurry(connection: Any, _: object) -> None:
-        connection.execute("PRAGMA synchronous = OFF")
+        if isinstance(connection, sqlite3.Connection):  # a PostgreSQL's knows no pragma
+            connection.execute("PRAGMA synchronous = OFF")
 
     event.listen(Engine, "connect", hurry)
     try:

@@ -49,12 +49,15 @@ ROOT = Path(__file__).parents[1]
 def each_connection(statement: str) -> Iterator[None]:
     """Run a pragma on every SQLite connection that is opened."""
 
-    def say(connection: sqlite3.Connection, _: object) -> None:
-        connection.execute(statement)
+    def say(connection: object, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute(statement)
 
     event.listen(Engine, "connect", say)
-    yield
-    event.remove(Engine, "connect", say)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", say)
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event
 
 from autotune.objective import StageFailure
 from autotune.storage import open_storage, read_studies
@@ -33,6 +31,7 @@ from runtime.config import DecodingConfig
 from runtime.kernels.compiler import USABLE, Compiled, Compilers, Job, Program
 from runtime.kernels.problem import ODD, Problem
 from tests import faulty_kernels as made_up
+from tests.made_up import unsynced
 
 ROUNDS = 6
 WORK = TilingWork(
@@ -50,13 +49,9 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def url(empty: Path, tmp_path: Path) -> Iterator[str]:
-    def unsafe(connection: sqlite3.Connection, _: object) -> None:
-        connection.execute("PRAGMA synchronous = OFF")  # no waiting for the disk
-
     shutil.copy(empty, tmp_path)
-    event.listen(Engine, "connect", unsafe)
-    yield f"sqlite:///{tmp_path / 'study.db'}"
-    event.remove(Engine, "connect", unsafe)
+    with unsynced():
+        yield f"sqlite:///{tmp_path / 'study.db'}"
 
 
 def test_every_fault_ends_one_trial_with_its_name(url: str) -> None:
