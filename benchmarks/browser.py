@@ -84,12 +84,17 @@ def chromium(folder: Path, *, height: int = HEIGHT, theme: str = "light") -> Ite
     options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     driver = webdriver.Chrome(options=options, service=Service(found[1]))
     try:
-        preference = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", preference)
+        use_theme(driver, theme)
         driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _WATCH})
         yield driver
     finally:
         driver.quit()
+
+
+def use_theme(browser: Any, theme: str) -> None:
+    """Prefer light or dark pages, as a system's setting does."""
+    preference = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", preference)
 
 
 def wait(browser: Any, condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:

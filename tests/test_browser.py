@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from autotune.storage import read_studies
-from benchmarks.browser import ROOT, browsers, chromium, picture, served, settled, wait
+from benchmarks.browser import ROOT, browsers, chromium, picture, served, settled, use_theme, wait
 from dashboards.report import write_report
 from hardware.profile import load_profile, save_profile
 from perfmodel.decoding import predict
@@ -23,7 +23,6 @@ from tests.test_report import results
 
 pytestmark = pytest.mark.skipif(browsers() is None, reason="chromium and chromedriver are not installed")
 STUDY = "measurements/amd-epyc-2-cores/study.db"  # ships, so that there is one to open
-PAGES = ("explore", "predicted-versus-measured", "tuning", "hardware", "export")
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +45,12 @@ def browser(folder: Path, address: str) -> Iterator[Any]:
 
 
 def open_page(browser: Any, url: str) -> None:
-    browser.get("about:blank")  # a view of its own, whatever was shown before
+    """Open a view of its own, whatever was shown before: it shows no failure, and nothing scrolls sideways."""
+    browser.get("about:blank")
     browser.get(url)
     wait(browser, lambda: settled(browser), f"{url}, drawn")
+    wide = "const main = document.querySelector('[data-testid=stMain]'); return main.scrollWidth - main.clientWidth;"
+    assert browser.execute_script(wide) <= 0
 
 
 def find(browser: Any, css: str) -> Any:
@@ -123,6 +125,11 @@ def test_device_model_and_batch_change_the_speedup(address: str, browser: Any, f
     keep_picture(browser, "explore", folder)
 
     shared = browser.current_url
+    # Usage statistics are off and nothing is loaded from elsewhere: it works on a machine without internet.
+    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert loaded
+    assert [url for url in loaded if not url.startswith((address, "data:", "blob:"))] == []
+
     open_page(browser, shared)  # what somebody sees who is sent the link
     wanted = prediction("mi300x", 64).speedup_over_autoregressive
     assert f"speedup {wanted:.2f}x" in shown(browser, ".st-key-numbers-mi300x")
@@ -156,23 +163,20 @@ def test_a_study_is_opened_and_its_policy_downloaded(address: str, browser: Any,
     wait_for_text(browser, "[data-testid=stMain]", f"against default {study.decision.comparison.ratio:.2f}x")
     assert drawn(browser, "tuning-history")
 
+    keep_picture(browser, "tuning", folder)
+
     open_page(browser, f"{address}/export")
+    keep_picture(browser, "export", folder)
     find(browser, ".st-key-export-download button").click()
     path = folder / "downloads" / "deployment.yaml"
     wait(browser, path.exists, "the downloaded deployment")
     assert len(load_deployment(path).rules) == 4  # what the 15-minute search of the README decided, bucket by bucket
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_page_suits_a_narrow_window(page: str, address: str, browser: Any, folder: Path) -> None:
-    """At 1280 pixels nothing scrolls sideways."""
-    open_page(browser, f"{address}/{page if page != 'explore' else ''}")
-    over = browser.execute_script(
-        "const main = document.querySelector('[data-testid=stMain]'); return main.scrollWidth - main.clientWidth;"
-    )
-    assert over <= 0
-    assert not browser.find_elements("css selector", "[data-testid=stException], [data-testid=stAlertContentError]")
-    keep_picture(browser, page, folder)
+def test_measurements_are_shown(address: str, browser: Any, folder: Path) -> None:
+    open_page(browser, f"{address}/predicted-versus-measured")
+    assert drawn(browser, "errors")
+    keep_picture(browser, "predicted-versus-measured", folder)
 
 
 def test_an_impossible_address_is_named(address: str, browser: Any) -> None:
@@ -182,22 +186,16 @@ def test_an_impossible_address_is_named(address: str, browser: Any) -> None:
     assert f"speedup {wanted:.2f}x" in shown(browser, ".st-key-numbers-h100-sxm")
 
 
-def test_only_this_machine_is_asked(address: str, browser: Any) -> None:
-    """Usage statistics are off and nothing is loaded from elsewhere: the page works on a machine without internet."""
-    open_page(browser, address)
-    loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
-    assert loaded
-    assert [url for url in loaded if not url.startswith((address, "data:", "blob:"))] == []
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_report_is_drawn_without_a_network(theme: str, tmp_path: Path) -> None:
+def test_the_report_is_drawn_without_a_network(browser: Any, tmp_path: Path) -> None:
     """From a file, with every load refused by the page itself; in both themes text and page differ enough to read."""
     report = write_report(tmp_path / "report.html", results())
-    with chromium(tmp_path, height=2300, theme=theme) as browser:
+    for theme in ("light", "dark"):
+        use_theme(browser, theme)
+        browser.get_log("browser")  # of the page before
         browser.get(report.as_uri())
-        plots = ".js-plotly-plot .cartesianlayer .xtick"
-        wait(browser, lambda: browser.find_elements("css selector", plots), "figures")
+        wait(
+            browser, lambda: browser.find_elements("css selector", ".js-plotly-plot .cartesianlayer .xtick"), "figures"
+        )
         assert len(browser.find_elements("css selector", ".js-plotly-plot .cartesianlayer")) == 11
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
         colours = browser.execute_script(
@@ -212,3 +210,4 @@ def test_the_report_is_drawn_without_a_network(theme: str, tmp_path: Path) -> No
         assert abs(sum(text) - sum(page)) > 450
         assert (sum(page) > sum(text)) == (theme == "light")
         keep_picture(browser, f"report-{theme}", tmp_path, lambda b, path: b.save_screenshot(str(path)))
+    use_theme(browser, "light")
