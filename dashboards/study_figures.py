@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import plotly.graph_objects as go
 
 from autotune.report import Importance
 from dashboards.evidence import FrontInfo, front_plot
-from dashboards.studies import HistoryInfo, ParallelInfo, RankInfo, StagesInfo
+from dashboards.studies import NOT_SET, Axis, HistoryInfo, ParallelInfo, RankInfo, StagesInfo, word
 from dashboards.style import (
     BLUE,
     GREEN,
@@ -39,7 +39,7 @@ OUTCOMES = {
     "runtime": (GREEN, "star", "\\"),
     "compile": (SKY, "square-x-open", "+"),
 }
-_SPEEDS = [[0.0, SKY], [0.5, GREY], [1.0, VERMILLION]]  # blue to red over grey: seen on white, on black, by everyone
+_SPEEDS = (SKY, GREY, VERMILLION)  # of the slow, the middle and the fast third: seen on white, on black, by everyone
 
 
 def pareto_plot(info: FrontInfo) -> go.Figure:
@@ -134,42 +134,63 @@ def importance_plot(importances: Sequence[Importance]) -> go.Figure:
     return figure
 
 
-def parallel_plot(info: ParallelInfo, text: str | None = None) -> go.Figure:
-    """A line for each setting that ran right, in the colour of its speed; drag along an axis to keep some of them.
+def parallel_plot(info: ParallelInfo) -> go.Figure:
+    """A line for each setting that ran right, in the colour of its speed; the legend shows and hides groups of them.
 
-    text: colour of the words on the axes, which lie on the lines: black or white, as the page is light or dark.
+    Lines of their own, not plotly's parallel coordinates: those need WebGL, which takes seconds without a GPU.
     """
     figure = base_figure("", "")
-    figure.add_parcoords(
-        dimensions=[
-            {
-                "label": safe(axis.name.replace("_", " ")),
-                "values": list(axis.positions),
-                "tickvals": list(axis.ticks),
-                "ticktext": [safe(word) for word in axis.words],
-            }
-            for axis in info.axes
-        ],
-        line={
-            "color": list(info.tokens_per_second),
-            "colorscale": _SPEEDS,
-            "showscale": True,
-            "colorbar": {"title": {"text": "tokens/s"}, "thickness": 14, "outlinewidth": 0},
-        },
-        tickfont={"color": text, "weight": "bold"},
-        labelfont={"color": text},
-        labelangle=-20,
-        labelside="bottom",
-        unselected={"line": {"color": GREY, "opacity": 0.08}},
-    )
     last = max(1, len(info.axes) - 1)
-    for place in range(len(info.axes)):  # plotly's own lines are black on any page
-        figure.add_shape(
-            type="line", xref="paper", yref="paper", x0=place / last, x1=place / last, y0=0, y1=1,
-            line={"color": GREY, "width": 1},
-        )  # fmt: skip
-    figure.update_layout(height=480, margin={"l": 95, "r": 30, "t": 40, "b": 70})
+    scaled = [_scaled(axis) for axis in info.axes]
+    groups, count = min(len(_SPEEDS), len(info.trials)), len(info.trials)
+    for group, colour in enumerate(_SPEEDS[-groups:] if groups else ()):  # the fastest is drawn last
+        members = range(count * group // groups, count * (group + 1) // groups)
+        speeds = [info.tokens_per_second[i] for i in members]
+        x: list[float | None] = []
+        y: list[float | None] = []
+        words: list[str] = []
+        for i in members:
+            for place, axis in enumerate(info.axes):
+                value = axis.values[i]
+                x.append(place)
+                y.append(scaled[place](axis.positions[i]))
+                words.append(safe(f"trial {info.trials[i]}, {axis.name}: {NOT_SET if value is None else word(value)}"))
+            x.append(None)  # a gap before the next
+            y.append(None)
+            words.append("")
+        figure.add_scatter(
+            x=x,
+            y=y,
+            mode="lines",
+            line={"color": colour, "width": 1},
+            opacity=0.5,  # so that the words on the axes are read through them
+            name=f"{speeds[0]:,.0f} to {speeds[-1]:,.0f} tokens/s",
+            text=words,
+            hovertemplate="%{text}<extra></extra>",
+        )
+    for place, axis in enumerate(info.axes):
+        figure.add_vline(x=place, line={"color": GREY, "width": 1})
+        for tick, said in zip(axis.ticks, axis.words, strict=True):
+            figure.add_annotation(
+                x=place, y=scaled[place](tick), text=f"<b>{safe(said)}</b>", showarrow=False, xanchor="right", xshift=-3
+            )
+    names = [safe(axis.name.replace("_", " ")) for axis in info.axes]
+    figure.update_xaxes(
+        tickvals=list(range(len(names))),
+        ticktext=names,
+        tickangle=-20,
+        showgrid=False,
+        range=[-0.06 * last, last + 0.1],
+    )
+    figure.update_yaxes(visible=False, range=[-0.05, 1.05])
+    figure.update_layout(height=480, hovermode="closest")
     return figure
+
+
+def _scaled(axis: Axis) -> Callable[[float], float]:
+    """From a place on an axis to the share of its height."""
+    low, high = min(axis.positions), max(axis.positions)
+    return lambda position: (position - low) / ((high - low) or 1.0)
 
 
 def rank_plot(info: RankInfo) -> go.Figure:

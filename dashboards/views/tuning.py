@@ -258,9 +258,8 @@ def _settings(result: StudyResult, report: StudyReport, view: View) -> None:
     st.subheader("Parameters, divergence and speed of what ran")
     parallel = parallel_info(result)
     if parallel.trials:
-        text = {"light": "black", "dark": "white"}.get(st.context.theme.type or "")
-        _figure(view, parallel_plot(parallel, text), "tuning-parallel", parallel_columns(parallel))
-        st.caption("A line is a setting, in the colour of its speed. Drag along an axis to keep some; click to undo.")
+        _figure(view, parallel_plot(parallel), "tuning-parallel", parallel_columns(parallel))
+        st.caption("A line is a setting, in the colour of its speed. A click on a group in the legend hides it.")
     st.subheader("What the fastest settings have in common")
     if report.importances:
         _figure(view, importance_plot(report.importances), "tuning-importances", importance_columns(report))
