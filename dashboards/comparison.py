@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import plotly.graph_objects as go
 
+from dashboards.evidence import equality_figure
 from dashboards.pairs import FITS, KINDS, Fit, Kind, Pair
 from dashboards.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, base_figure, headed, safe
 from dashboards.words import percent, quantity
@@ -122,13 +122,8 @@ def comparison_info(pairs: Sequence[Pair]) -> ComparisonInfo:
 
 def comparison_plot(info: ComparisonInfo, *, intervals: bool = True, point: str = "") -> go.Figure:
     """Predicted over measured seconds with the identity line; hollow: fitted to. A point's first datum is its id."""
-    figure = base_figure("measured time", "predicted time")
     every = [pair for members in info.groups.values() for pair in members]
-    ends = [v for pair in every for v in (pair.measured_seconds, pair.predicted_seconds)] or [1e-3, 1.0]
-    line = [min(ends) / 1.5, max(ends) * 1.5]
-    figure.add_scatter(
-        x=line, y=line, mode="lines", name="equal", line={"color": GREY, "dash": "dash"}, hoverinfo="skip"
-    )
+    figure = equality_figure([v for pair in every for v in (pair.measured_seconds, pair.predicted_seconds)])
     for (kind, fit), members in info.groups.items():
         colour, symbol = _KIND_LOOKS[kind]
         figure.add_scatter(
@@ -144,13 +139,6 @@ def comparison_plot(info: ComparisonInfo, *, intervals: bool = True, point: str 
     _marked(figure, [pair for pair in every if pair.id == point])
     figure.update_layout(height=560, hovermode="closest", clickmode="event+select")
     headed(figure, _title(info))
-    powers = range(math.floor(math.log10(line[0])), math.ceil(math.log10(line[1])) + 1)
-    digits = (1,) if len(powers) > 5 else (1, 3)
-    ticks = [digit * 10.0**n for n in powers for digit in digits]
-    labels = [quantity(tick, "s") for tick in ticks]
-    reach = [math.log10(end) for end in line]
-    figure.update_xaxes(type="log", tickvals=ticks, ticktext=labels, range=reach)
-    figure.update_yaxes(type="log", tickvals=ticks, ticktext=labels, range=reach)
     return figure
 
 

@@ -38,15 +38,32 @@ def scatter_info(rows: Sequence[Row]) -> ScatterInfo:
     return ScatterInfo({name: tuple(group) for name, group in groups.items()}, error, len(held_out))
 
 
-def scatter_plot(info: ScatterInfo) -> go.Figure:
-    """Predicted over measured seconds with the identity line; rows that were fitted to are hollow."""
+def equality_figure(seconds: Sequence[float]) -> go.Figure:
+    """Logarithmic axes of measured and predicted times that hold all of `seconds`, with the line of equal ones."""
     figure = base_figure("measured time", "predicted time")
-    rows = [row for group in info.groups.values() for row in group]
-    ends = [v for row in rows for v in (row.measured_seconds, row.predicted_seconds)] or [1e-3, 1.0]
+    ends = list(seconds) or [1e-3, 1.0]
     line = [min(ends) / 1.5, max(ends) * 1.5]
     figure.add_scatter(
         x=line, y=line, mode="lines", name="equal", line={"color": GREY, "dash": "dash"}, hoverinfo="skip"
     )
+    powers = range(math.floor(math.log10(line[0])), math.ceil(math.log10(line[1])) + 1)
+    digits = (1,) if len(powers) > 5 else (1, 3) if len(powers) > 3 else (1, 2, 5)
+    ticks = [digit * 10.0**n for n in powers for digit in digits]
+    axis = {
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": [quantity(tick, "s") for tick in ticks],
+        "range": [math.log10(end) for end in line],
+    }
+    figure.update_xaxes(axis)
+    figure.update_yaxes(axis)
+    return figure
+
+
+def scatter_plot(info: ScatterInfo) -> go.Figure:
+    """Predicted over measured seconds with the identity line; rows that were fitted to are hollow."""
+    rows = [row for group in info.groups.values() for row in group]
+    figure = equality_figure([v for row in rows for v in (row.measured_seconds, row.predicted_seconds)])
     for i, (name, group) in enumerate(info.groups.items()):
         symbol = SYMBOLS[i % len(SYMBOLS)]
         figure.add_scatter(
@@ -69,11 +86,6 @@ def scatter_plot(info: ScatterInfo) -> go.Figure:
         error = percent(info.held_out_median_absolute_error)
         title = f"median absolute error {error} over {info.held_out_count} held-out points"
     headed(figure, title)
-    powers = range(math.floor(math.log10(line[0])), math.ceil(math.log10(line[1])) + 1)
-    ticks = [digit * 10.0**n for n in powers for digit in (1, 2, 5)]
-    labels = [quantity(tick, "s") for tick in ticks]
-    figure.update_xaxes(type="log", tickvals=ticks, ticktext=labels)
-    figure.update_yaxes(type="log", tickvals=ticks, ticktext=labels)
     return figure
 
 
