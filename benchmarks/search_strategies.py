@@ -228,11 +228,7 @@ def _lines(about: dict[str, Any], results: dict[str, dict[str, dict[str, Any]]])
 
 @lru_cache(maxsize=1)
 def _loaded(path: Path, hardware: str, engine: str | None) -> tuple[Recording, Predict]:
-    """Once in a process. Made-up trials would wait for the disk at every commit, so that SQLite is told not to."""
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
-
-    event.listen(Engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF"))
+    """Once in a process."""
     recording = read_recording(path)
     about = recording.subject
     predict = Predictor(load_spec(about.model), load_profile(hardware), about.workload, engine)
@@ -248,6 +244,7 @@ def _loaded(path: Path, hardware: str, engine: str | None) -> tuple[Recording, P
 
 
 def _memory() -> str | None:
+    """A folder in memory where there is one: made-up trials would wait for the disk at every commit."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
