@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 
 import streamlit as st
 
+from dashboards.asking import UnansweredError, ask_again
 from dashboards.frame import escape, key, problem
 from dashboards.sources import ENVIRONMENT, TYPED, Source, source_of
 from hardware.files import UserError
 
 # In the session, for both pages: what was opened, which no address can bring back; and what was chosen last.
 _OPENED, _LAST = "opened-source", "last-source"
+_LOOK_SECONDS = 0.5  # from one look whether a database has answered to the next
 
 
 def choose_source(page: str, offered: Mapping[str, Source], changed: Callable[[], None]) -> Source | None:
@@ -64,7 +66,34 @@ def _open(page: str, changed: Callable[[], None]) -> None:
     except UserError as error:
         st.session_state[key(page, "refused")] = str(error)
         return
+    ask_again(source)
     if source.name == TYPED:
         st.session_state[_OPENED] = source
     st.session_state[key(page, "source")], st.session_state[key(page, "place")] = source.name, source.shown
     changed()
+
+
+def unanswered(page: str, source: Source, error: UnansweredError) -> None:
+    """Say that a database is waited for, or away and when it is asked again; the page is drawn anew by itself then."""
+    if error.again is None:
+        st.info(escape(error), icon=":material/hourglass_empty:")
+    else:
+        problem(error)
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.button("Try again", key=key(page, "again"), on_click=ask_again, args=(source,))
+            st.caption(f"It is asked again at {error.again:%H:%M:%S}, and then the page shows what it says.")
+
+    def look(first: bool) -> None:
+        if not first and error.due():
+            st.rerun()
+
+    again_every(_LOOK_SECONDS, look)
+
+
+def again_every(seconds: float, draw: Callable[[bool], None]) -> None:
+    """Draw now and then again, told whether it is the first time: only later ones may run the whole page anew.
+
+    Else the browser would never get what this run of the page has put into its widgets.
+    """
+    first = [True]
+    st.fragment(lambda: draw(bool(first and first.pop())), run_every=seconds)()

@@ -167,6 +167,7 @@ def page(tmp_path: Path, tuned: bytes, monkeypatch: pytest.MonkeyPatch) -> AppTe
     """The page in a folder with that study."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RIDGEPOINT_STORAGE", raising=False)
+    monkeypatch.setattr("dashboards.asking.WAIT_SECONDS", 60)  # a busy machine's database is slow
     monkeypatch.setattr("dashboards.sources.folders", lambda: {"runs": tmp_path / "runs"})
     (tmp_path / "runs" / "tune").mkdir(parents=True)
     (tmp_path / "runs" / "tune" / "study.db").write_bytes(tuned)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import socket
+import threading
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from streamlit.testing.v1 import AppTest
 
-from dashboards import sources
+from dashboards import asking, sources
+from dashboards.asking import UnansweredError, ask, ask_again
 from dashboards.sources import ENVIRONMENT, known_sources, read_source, source_of, stamp
 from hardware.files import UserError
 from tests.made_up import MadeUp, run, subject
@@ -178,3 +182,92 @@ def test_an_answer_that_repeats_the_password_is_not_shown(monkeypatch: pytest.Mo
     monkeypatch.setattr("autotune.watching.open_storage", refuse)
     with pytest.raises(UserError, match="cannot use the study storage postgresql://tuner@host/db: its answer is not"):
         read_source(source_of("postgresql://tuner:a%2Fpass%40word@host/db"))
+
+
+# --- a database that is away
+
+
+DATABASE = "postgresql://tuner@127.0.0.1:1/db"
+
+
+def test_a_slow_database_is_waited_for_once_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "WAIT_SECONDS", 0.0)
+    source, answers, asked = source_of(DATABASE), threading.Event(), []
+
+    def slow() -> str:
+        asked.append("slow")
+        assert answers.wait(60)
+        return "there"
+
+    waiting = []
+    for _ in range(3):
+        with pytest.raises(UnansweredError, match="1:1/db has not answered yet") as error:
+            ask(source, "slow", slow)
+        waiting.append(error.value)
+    assert not any(e.due() or e.again for e in waiting) and asked == ["slow"]
+    answers.set()
+    monkeypatch.setattr(asking, "WAIT_SECONDS", 60)
+    assert ask(source, "slow", slow) == "there" and all(e.due() for e in waiting)
+    assert ask(source, "slow", slow) == "there" and asked == ["slow", "slow"]  # what was told once may be old
+
+
+def test_a_database_that_failed_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "WAIT_SECONDS", 60)
+    source, asked = source_of(DATABASE, "Zq"), []
+
+    def away() -> str:
+        asked.append("away")
+        raise UserError(f"nobody is at {source.url}")
+
+    for repeated in (False, False, True):
+        if repeated:
+            ask_again(source)
+        for _ in range(3):
+            with pytest.raises(UnansweredError, match="cannot use the study storage") as error:
+                ask(source, "away", away)
+            assert error.value.again and not error.value.due() and "Zq" not in str(error.value)
+        assert len(asked) == 1 + repeated
+    assert ask(source, "another question", lambda: 1) == 1
+    monkeypatch.setattr(asking, "AGAIN_SECONDS", 0.0)
+    ask_again(source)
+    for count in (3, 4):
+        with pytest.raises(UnansweredError):
+            ask(source, "away", away)
+        assert len(asked) == count
+
+
+@pytest.mark.parametrize("page", ["tuning", "export"])
+def test_no_control_waits_for_a_database_that_never_answers(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection and says nothing; then it hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv(ENVIRONMENT[1:], f"postgresql://tuner:Zq@127.0.0.1:{silent.getsockname()[1]}/db")
+        opened = count_openings(monkeypatch)
+        monkeypatch.setattr(asking, "WAIT_SECONDS", 0.0)
+        at = AppTest.from_string(f"from dashboards.views import {page}\n{page}.page()", default_timeout=60)
+        address = {"source": ENVIRONMENT, "study": "one", **({"section": "failures"} if page == "tuning" else {})}
+        at.query_params.update(address)
+        for _ in range(3):
+            at.run()
+            assert not at.error and not at.exception
+            assert "has not answered yet" in " ".join(i.value for i in at.info)
+        assert address.items() <= dict(at.query_params).items()
+        silent.accept()[0].recv(1)
+        assert len(opened) == 1
+    monkeypatch.setattr(asking, "WAIT_SECONDS", 60)
+    for count in (1, 1, 2):
+        if count == 2:
+            at.button(f"{page}-again").click()
+        at.run()
+        (error,) = at.error
+        assert "cannot reach the study storage" in error.value and "Zq" not in error.value and not at.exception
+        assert any("It is asked again at" in c.value for c in at.caption) and len(opened) == count
+
+
+def count_openings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How often a storage is opened from now on."""
+    from autotune import watching
+
+    opened: list[str] = []
+    real = watching.open_storage
+    monkeypatch.setattr(watching, "open_storage", lambda url, **more: opened.append(url) or real(url, **more))
+    return opened

@@ -10,10 +10,11 @@ import streamlit as st
 
 from autotune.export.policy import BY_HAND, Policy
 from autotune.export.targets import TARGETS
+from dashboards.asking import UnansweredError, ask
 from dashboards.columns import columns_of, csv_text
 from dashboards.exports import ExportInfo, command, download, export_info, pickable, policy_of
 from dashboards.frame import escape, key, not_drawn, problem, remember, restore
-from dashboards.source_menu import choose_source
+from dashboards.source_menu import choose_source, unanswered
 from dashboards.sources import TYPED, Source, known_sources, read_source, stamp
 from hardware.files import UserError, known
 from runtime.config import require
@@ -29,6 +30,7 @@ ORDER = 5
 PAGE = "export"
 _FRESH_SECONDS = 10.0  # for so long a database is not asked again
 _MOST_LINES = 300  # of a file that are shown; the download has all
+_OF_SOURCE = ("batch", "context", "study", "trial", "target")
 _LANGUAGES = {".yaml": "yaml", ".json": "json"}
 
 
@@ -55,7 +57,7 @@ class View:
 @st.cache_data(show_spinner="Reading the study", max_entries=8, ttl=_FRESH_SECONDS)
 def _read(source: Source, written: str) -> tuple[list[StudyResult], list[TilingResult]]:
     """By value: a file that was written to is another key."""
-    return read_source(source)
+    return ask(source, "all", lambda: read_source(source))
 
 
 def page() -> None:
@@ -71,9 +73,13 @@ def page() -> None:
         studies, tilings = _read(source, stamp(source))
         view = _choice(studies)
     except UserError as error:
-        problem(error)
-        remember(View(source.name), PAGE)  # the reader's choice of a source holds, though it cannot be shown
+        # The reader's choice holds, though it cannot be shown: it may be there again soon.
+        remember(View(source.name, *(st.session_state[key(PAGE, f)] for f in _OF_SOURCE)), PAGE)
         not_drawn(View, PAGE, but=["source"])
+        if isinstance(error, UnansweredError):
+            unanswered(PAGE, source, error)
+        else:
+            problem(error)
         return
     remember(view, PAGE)
     try:

@@ -12,9 +12,10 @@ import streamlit as st
 from autotune.report import StudyReport, study_report
 from autotune.results import StudyResult
 from dashboards import sweeps
+from dashboards.asking import UnansweredError, ask
 from dashboards.frame import escape, figure, key, not_drawn, problem, remember, restore, table
-from dashboards.source_menu import choose_source
-from dashboards.sources import TYPED, Source, known_sources, source_of, without_password
+from dashboards.source_menu import again_every, choose_source, unanswered
+from dashboards.sources import TYPED, Source, known_sources, source_of
 from dashboards.studies import StagesInfo, history_info, parallel_info, pareto_info, rank_info
 from dashboards.study_figures import (
     Progress,
@@ -103,12 +104,13 @@ def page() -> None:
         return
     try:
         watch = _watch(source.url)
-        with without_password(source):
-            contents = watch.contents()
+        contents = ask(source, "contents", watch.contents)
     except UserError as error:
-        remember(View(source.name), PAGE)
+        remember(_wanted(source), PAGE)
         not_drawn(View, PAGE, but=["source"])
-        if ours is None or sweep is None or source.name != ours.name:
+        if isinstance(error, UnansweredError):
+            unanswered(PAGE, source, error)
+        elif ours is None or sweep is None or source.name != ours.name:
             problem(error)
         elif sweep.state == "running":
             _wait_for(source)
@@ -121,11 +123,19 @@ def page() -> None:
             _tilings(watch, source)
         else:
             _follow(watch, source, view, contents)
+    except UnansweredError as error:
+        unanswered(PAGE, source, error)
     except UserError as error:
         problem(error)
 
 
 # --- what is looked at
+
+
+def _wanted(source: Source) -> View:
+    """What is asked of a source that cannot be read now: it may be there again soon."""
+    study, section, progress = (st.session_state[key(PAGE, name)] for name in ("study", "section", "progress"))
+    return View(source.name, study or "", section or "result", progress)
 
 
 def _forget() -> None:
@@ -163,32 +173,31 @@ def _choose_study(contents: Contents) -> View:
 
 def _follow(watch: Watch, source: Source, view: View, contents: Contents) -> None:
     """Draw a study; again and again while somebody tunes it."""
-    with without_password(source):
-        result = watch.study(view.study)
-    if not watch.running(result):
-        _study(result, view, live=False)
+
+    def read() -> StudyResult:
+        return watch.study(view.study)
+
+    last = ask(source, ("study", view.study), read)
+    if not watch.running(last):
+        _study(last, view, live=False)
         return
 
     def draw(first: bool) -> None:
+        nonlocal last
+        found = contents
         try:
-            with without_password(source):
-                now, found = watch.study(view.study), watch.contents()
-        except UserError as error:  # the database is away for a while, or the file was deleted
+            if not first:
+                last, found = ask(source, ("study", view.study), read), ask(source, "contents", watch.contents)
+        except UnansweredError as error:  # the database is away for a while: what is known stays
+            if error.again is not None:
+                problem(error)
+        except UserError as error:  # the file was deleted
             return problem(error)
-        if not first and (found != contents or not watch.running(now)):
+        if not first and (found != contents or not watch.running(last)):
             st.rerun()  # the whole page: there is one study more, or it has ended
-        _study(now, view, live=True)
+        _study(last, view, live=True)
 
-    _again_every(_POLL_SECONDS, draw)
-
-
-def _again_every(seconds: float, draw: Callable[[bool], None]) -> None:
-    """Draw now and then again, told whether it is the first time: only later ones may run the whole page anew.
-
-    Else the browser would never get what this run of the page has put into its widgets.
-    """
-    first = [True]
-    st.fragment(lambda: draw(bool(first and first.pop())), run_every=seconds)()
+    again_every(_POLL_SECONDS, draw)
 
 
 def _study(result: StudyResult, view: View, *, live: bool) -> None:
@@ -306,8 +315,7 @@ def _failures(result: StudyResult, report: StudyReport, view: View) -> None:
 
 
 def _tilings(watch: Watch, source: Source) -> None:
-    with without_password(source):
-        found = watch.tilings()
+    found = ask(source, "tilings", watch.tilings)
     st.subheader("Tilings of kernels: what to run, beside the default")
     for what in sorted({r.subject.simulated for r in found if r.subject.simulated}):
         st.warning(escape(f"Simulated: {what}."))
@@ -336,13 +344,13 @@ def _wait_for(source: Source) -> None:
         if not first and (sweep is None or sweep.state != "running" or source.name in known_sources()):
             st.rerun()
 
-    _again_every(1.0, look)
+    again_every(1.0, look)
 
 
 def _sweep_panel(sweep: sweeps.Sweep | None) -> None:
     st.subheader("Tune on this machine")
     if sweep is not None and sweep.state == "running":
-        _again_every(1.0, _progress)
+        again_every(1.0, _progress)
         return
     if sweep is not None:
         said = f"The last search {_ENDED[sweep.state]}" + (f": {sweep.message}" if sweep.state == "failed" else ".")
