@@ -111,11 +111,19 @@ def known(kind: str, name: str, names: Iterable[str]) -> UserError:
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Parse a YAML mapping (safe loader: no tags, no code). Raises UserError with the path and the line."""
+    return parse_yaml(_text_of(path), str(path))
+
+
+def build_file(cls: type[T], path: str | os.PathLike[str]) -> T:
+    """`build` of a YAML file, as `build_yaml` does it."""
+    return build_yaml(cls, _text_of(path), str(path))
+
+
+def _text_of(path: str | os.PathLike[str]) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no path at all
         raise UserError(f"cannot read {path}: {error}") from error
-    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -145,6 +153,38 @@ def _load(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def build_yaml(cls: type[T], text: str, where: str) -> T:
+    """`build` of a text that holds a YAML mapping. A fault at a place of the document says its line too."""
+    data = parse_yaml(text, where)
+    try:
+        return build(cls, data, where)
+    except UserError as error:
+        loader = _StrictLoader(text)
+        try:
+            root = loader.get_single_node()
+        finally:
+            loader.dispose()
+        refuse(_with_line(fault, root) for fault in error.each())
+        raise
+
+
+def _with_line(fault: UserError, root: Any) -> UserError:
+    """The fault, with the line of its value or, where that is missing, of what should hold it."""
+    line, node = 0, root
+    for part in fault.place:
+        parts: dict[str | int, tuple[Any, Any]] = {}  # where each begins, and what it is
+        if isinstance(node, yaml.MappingNode):
+            parts = {key.value: (key, value) for key, value in node.value}
+        elif isinstance(node, yaml.SequenceNode):
+            parts = {index: (value, value) for index, value in enumerate(node.value)}
+        if part not in parts:
+            break
+        begin, node = parts[part]
+        line = begin.start_mark.line + 1
+    said = f"{fault} (line {line})" if line else str(fault)
+    return UserError(said, rule=fault.rule, place=fault.place)
 
 
 def _expanded(node: Any, seen: dict[int, int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hardware.files import UserError, build, known, parse_yaml
+from hardware.files import UserError, build_yaml, known
 from hardware.profile import HardwareProfile, list_profiles, save_profile, user_folder
 
 MOST_BYTES = 128 * 1024  # of a file that is handed over; one with a probe's curves takes 45 kB
@@ -24,7 +24,7 @@ def parse_profile(data: bytes, where: str) -> HardwareProfile:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} must be UTF-8 text, but is not: {error}") from error
-    profile = build(HardwareProfile, parse_yaml(text, where), where)
+    profile = build_yaml(HardwareProfile, text, where)
     user_path(profile.name)
     return profile
 

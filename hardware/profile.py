@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from hardware.files import UserError, build, known, plain, read_yaml, refuse, write_atomic
+from hardware.files import UserError, build_file, known, plain, refuse, write_atomic
 from hardware.rules import figure_faults, name_faults, positive_faults, word_faults
 
 DType = Literal["float32", "bfloat16", "float16", "fp8", "fp4", "int8"]
@@ -340,8 +340,8 @@ def list_profiles() -> dict[str, Path]:
 def load_profile(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
     """Read a profile by name, or from a path that ends in .yaml or .yml.
 
-    UserError: an unknown name (lists the known), a file that breaks a rule (names the file, the key and the rule), or
-    one that is known by another name than it gives itself: what is known of a device goes by that name.
+    UserError: an unknown name (lists the known), a file that breaks a rule (names the file, the key, the rule and the
+    line), or one that is known by another name than it gives itself: what is known of a device goes by that name.
     """
     text = os.fspath(name_or_path)
     if text.endswith((".yaml", ".yml")):
@@ -351,7 +351,7 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> HardwareProfile:
         if text not in profiles:
             raise known("hardware", text, profiles)
         path = profiles[text]
-    profile = build(HardwareProfile, read_yaml(path), str(path))
+    profile = build_file(HardwareProfile, path)
     if path.stem != profile.name and not text.endswith((".yaml", ".yml")):
         raise UserError(f"{path}: name must be the file's, {path.stem!r}, but is {profile.name!r}")
     return profile

@@ -76,6 +76,31 @@ def test_a_file_handed_over_is_refused_in_a_line(case: str, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_fault_says_the_line_of_its_value_or_of_what_should_hold_it(tmp_path: Path) -> None:
+    lines = list_profiles()["h100-sxm"].read_text().splitlines()
+    places = {line.split(":")[0]: n for n, line in reversed(list(enumerate(lines)))}
+    for key, value, rule, said in (
+        ("launch_seconds", "launch_seconds: -1", "launch_seconds > 0 must hold", "launch_seconds"),
+        ("compute_units", "compute_units: many", "compute_units: must be a int", "compute_units"),
+        ("    capacity_bytes", "    capacity_bytes: []", "memory[0]: capacity_bytes: must", "    capacity_bytes"),
+        ("    capacity_bytes", "    capacity: 1", "memory[0]: missing key 'capacity_bytes'", "  - name"),
+        ("vendor", "wendor: x", "unknown key 'wendor'", "vendor"),
+        ("  compute_units", "  computers: x", "sources must name the source of every figure", "sources"),
+    ):
+        path = tmp_path / "wrong.yaml"
+        path.write_text("\n".join([*lines[: places[key]], value, *lines[places[key] + 1 :]]))
+        with pytest.raises(UserError) as upload:
+            parse_profile(path.read_bytes(), str(path))
+        with pytest.raises(UserError) as file:
+            load_profile(path)
+        for error in (upload.value, file.value):
+            fault = next(str(each) for each in error.each() if rule in str(each))
+            assert fault.startswith(f"{path}: ") and fault.endswith(f"(line {places[said] + 1})")
+    path.write_text("name: mine\n")  # the whole document should hold what is missing
+    with pytest.raises(UserError, match=r"missing key 'vendor', .*, 'sources'$"):
+        load_profile(path)
+
+
 NAMES = st.one_of(
     st.sampled_from(["", ".", "..", "../up", "/etc/passwd", "a/b", "a\\b", "C:\\a", "CON", "nul.x", "com1", "a.yaml"]),
     st.sampled_from(
