@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from autotune.tiling_results import TilingResult, TilingTrial
 
 
-PROGRESS_VARIABLE = "RIDGEPOINT_PROGRESS"  # a file that says in JSON what the bar says, for a program that watches
+# The file that says in JSON what the bar says. It is between the dashboard and the command that it starts, and may
+# change: whoever else watches a study reads it by `ridgepoint study show --json`.
+PROGRESS_VARIABLE = "RIDGEPOINT_PROGRESS"
 
 
 class Shown:

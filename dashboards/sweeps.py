@@ -25,6 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from autotune.console import PROGRESS_VARIABLE
 from autotune.effort import EFFORTS, effort
 from hardware.files import UserError, known
 from perfmodel.model_spec import load_spec, require_context
@@ -254,7 +255,7 @@ class _Running:
         command += [sys.executable, str(_ROOT / "ridgepoint.py"), *words, "--json", "--quiet"]
         # The study lies in its folder, also where the environment names a database for others.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RIDGEPOINT_STORAGE")}
-        environment["RIDGEPOINT_PROGRESS"] = str(self.folder / _PROGRESS)
+        environment[PROGRESS_VARIABLE] = str(self.folder / _PROGRESS)
         try:
             with (self.folder / _RESULT).open("wb") as result, (self.folder / _LOG).open("wb") as log:
                 process = subprocess.Popen(

@@ -60,10 +60,11 @@ def test_a_sweep_is_watched_refuses_a_second_and_keeps_what_it_measured_when_sto
 
 def test_a_sweep_ends_by_itself_and_another_may_follow(folder: Path) -> None:
     """Also one that fails: its last words are the message."""
-    start(SweepRequest(replay=True, minutes=1 / 60, effort="quick"))
+    start(SweepRequest(replay=True, minutes=1 / 60, effort="quick", lossless=False, max_divergence=0.01))
     ended = wait(lambda s: s.state != "running")
     assert ended is not None and ended.state == "finished" and ended.done >= 1
-    assert read_studies(ended.folder)[0].decision is not None
+    decision = read_studies(ended.folder)[0].decision
+    assert decision is not None and decision.max_divergence == 0.01
     (folder / "zaya-nano").mkdir()  # a folder of the model's name is taken for a checkpoint, and is none
     failed = start(SweepRequest())
     assert failed.folder != ended.folder

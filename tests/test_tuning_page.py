@@ -376,8 +376,11 @@ def test_a_search_is_started_followed_and_stopped(folder: Path, monkeypatch: pyt
     at.number_input("tuning-context").set_value(None)
     at.number_input("tuning-minutes").set_value(60.0)
     at.selectbox("tuning-effort").set_value("thorough")
+    at.checkbox("tuning-lossless").uncheck().run()  # which would still choose a lossless one if nothing may differ
+    assert at.number_input("tuning-divergence").value == 1.0
+    at.number_input("tuning-divergence").set_value(2.5)
     at.button[0].click().run()
-    assert [(r.batch, r.minutes, r.context, r.effort) for r in wanted] == [(1, 60.0, None, "thorough")]
+    assert wanted == [sweeps.SweepRequest(minutes=60.0, effort="thorough", lossless=False, max_divergence=0.025)]
     assert address_of(at)["source"] == "runs/dashboard/now"
     assert "The search is starting" in texts(at) and "[x](y): 3 of 100" in texts(at)
     with unsynced():

@@ -55,6 +55,7 @@ SECTIONS = {"result": "Result", "settings": "Settings", "predictions": "Predicti
 TILINGS = "tilings"  # the section of a storage that holds searches of tilings
 _POLL_SECONDS = 3.0
 _MINUTES = "With the probe of this machine, which takes half a minute or more of the first search here."
+_DIVERGENCE = "The most tokens in which the chosen setting may differ from autoregressive decoding (--max-divergence)."
 _NEXT = f"{PAGE}:next"  # in the session: the source of a search that was started
 _ENDED = {"finished": "is finished", "stopped": "was stopped; what it measured is kept", "failed": "failed"}
 
@@ -355,32 +356,40 @@ def _sweep_panel(sweep: sweeps.Sweep | None) -> None:
     if sweep is not None:
         said = f"The last search {_ENDED[sweep.state]}" + (f": {sweep.message}" if sweep.state == "failed" else ".")
         (st.error if sweep.state == "failed" else st.info)(escape(said))
+    st.fragment(_sweep_form)()  # what is chosen here changes nothing else on the page
+
+
+def _sweep_form() -> None:
     most = {name: f"{name}: up to {minutes:g} min" for name, minutes in sweeps.MOST_MINUTES.items()}
     longest = max(sweeps.MOST_MINUTES.values())
-    with st.form(key(PAGE, "sweep"), border=False):
-        request: dict[str, Any] = {
-            "model": st.selectbox("Model", sweeps.models(), key=key(PAGE, "model")),
-            "batch": st.number_input("Batch (sequences)", 1, sweeps.MOST_BATCH, key=key(PAGE, "batch")),
-            "context": st.number_input(
-                "Context (most cached tokens)", 1, value=None, placeholder="any", key=key(PAGE, "context")
-            ),
-            "effort": st.selectbox("Effort", list(most), 1, key=key(PAGE, "effort"), format_func=most.__getitem__),
-            "minutes": st.number_input("Minutes", 0.1, longest, 1.0, 0.5, key=key(PAGE, "minutes"), help=_MINUTES),
-            "lossless": st.checkbox("Lossless settings only", True, key=key(PAGE, "lossless")),
-            "replay": st.checkbox(
-                "From the recording that ships", key=key(PAGE, "replay"), help="measures nothing: its model, its batch"
-            ),
-        }
-        if st.form_submit_button("Start", type="primary"):
-            try:
-                started = sweeps.start(sweeps.SweepRequest(**request))
-            except UserError as error:
-                problem(error)
-                return
-            ours = _source_of(started)
-            if ours is not None:
-                st.session_state[_NEXT] = ours.name
-            st.rerun()
+    request: dict[str, Any] = {
+        "model": st.selectbox("Model", sweeps.models(), key=key(PAGE, "model")),
+        "batch": st.number_input("Batch (sequences)", 1, sweeps.MOST_BATCH, key=key(PAGE, "batch")),
+        "context": st.number_input(
+            "Context (most cached tokens)", 1, value=None, placeholder="any", key=key(PAGE, "context")
+        ),
+        "effort": st.selectbox("Effort", list(most), 1, key=key(PAGE, "effort"), format_func=most.__getitem__),
+        "minutes": st.number_input("Minutes", 0.1, longest, 1.0, 0.5, key=key(PAGE, "minutes"), help=_MINUTES),
+        "lossless": st.checkbox("Lossless settings only", True, key=key(PAGE, "lossless")),
+    }
+    if not request["lossless"]:
+        differing = st.number_input(
+            "Tokens that may differ (%)", 0.0, 100.0, 1.0, 0.5, key=key(PAGE, "divergence"), help=_DIVERGENCE
+        )
+        request["max_divergence"] = differing / 100
+    request["replay"] = st.checkbox(
+        "From the recording that ships", key=key(PAGE, "replay"), help="measures nothing: its model, its batch"
+    )
+    if st.button("Start", type="primary", key=key(PAGE, "start")):
+        try:
+            started = sweeps.start(sweeps.SweepRequest(**request))
+        except UserError as error:
+            problem(error)
+            return
+        ours = _source_of(started)
+        if ours is not None:
+            st.session_state[_NEXT] = ours.name
+        st.rerun()
 
 
 def _progress(first: bool) -> None:
