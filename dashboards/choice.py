@@ -23,6 +23,8 @@ from perfmodel.engine import list_engines, load_engine
 from perfmodel.explain import Explanation, explain
 from perfmodel.known_acceptance import list_acceptances, load_acceptance
 from perfmodel.model_spec import known_models, load_spec, require_context
+from perfmodel.parallel import Parallel
+from perfmodel.precision import STORED_BYTES
 from perfmodel.prediction import Prediction
 from perfmodel.steps import step_of
 from perfmodel.sweep import Sweep, sweep
@@ -32,6 +34,8 @@ BATCHES = tuple(2**n for n in range(10))
 LINE_CONTEXTS, MAP_CONTEXTS = 12, 8  # powers of two of the context, up to the model's longest
 DEFAULT = "default"
 DTYPES = (DEFAULT, *DTYPE_BYTES)
+STORED = (DEFAULT, *STORED_BYTES)
+NARROWED = ("weights", "expert_weights", "activations", "cache_dtype")  # what may be stored, or multiplied, in another
 DENSE = "dense"
 DEFAULT_ENGINE = "default"
 GIVEN = "length"  # the acceptance is a length that is given
@@ -43,6 +47,8 @@ class Choice:
 
     dtype "default": as `ridgepoint predict` has it, bfloat16 on a GPU (what is published quantised stays so) and
     float32 on a CPU; engine "default": ours there.
+    weights, expert_weights, activations, cache_dtype: what is not in the dtype, "default" as `ridgepoint predict` has
+    it. tensor_parallel, expert_parallel: devices of one node. Those of experts count for models that have some.
     levels: "dense", or single_forward's proposal levels with commas. acceptance: "length" (`acceptance_length`
     counts), or a known acceptance. mixing_weight: w; it changes no time. What a sampler does not use is kept for when
     another is chosen. Only known names are taken, never paths: an address that somebody sends must not make the server
@@ -63,6 +69,12 @@ class Choice:
     engine: str = DEFAULT_ENGINE
     acceptance: str = GIVEN
     mixing_weight: float = 1.0
+    weights: str = DEFAULT
+    expert_weights: str = DEFAULT
+    activations: str = DEFAULT
+    cache_dtype: str = DEFAULT
+    tensor_parallel: int = 1
+    expert_parallel: int = 1
 
     def __post_init__(self) -> None:
         require(len(self.devices) >= 1, "at least one device must be chosen")
@@ -72,6 +84,7 @@ class Choice:
             ("dtype", (self.dtype,), DTYPES),
             ("engine", (self.engine,), (DEFAULT_ENGINE, *list_engines())),
             ("acceptance", (self.acceptance,), (GIVEN, *list_acceptances())),
+            ("dtype", (getattr(self, name) for name in NARROWED), STORED),
         ):
             for name in names:
                 if name not in options:
@@ -80,6 +93,7 @@ class Choice:
         Workload(batch=self.batch)
         require_context(load_spec(self.model), self.context + int(np.max(step_of(self.decoding).reach)))
         require(self.denoising_steps >= 1, f"denoising_steps >= 1 must hold, but got {self.denoising_steps}")
+        Parallel(self.tensor_parallel, self.expert_parallel)
         require(0 <= self.mixing_weight <= 1, f"0 <= mixing_weight <= 1 must hold, but got {self.mixing_weight}")
         self.accepted.checked(self.decoding)
         require(1 <= self.acceptance_length < math.inf, "the acceptance length must be a number >= 1")
@@ -103,6 +117,22 @@ class Choice:
         if self.acceptance == GIVEN:
             return Acceptance(length=self.acceptance_length)
         return Acceptance(known=load_acceptance(self.acceptance))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model has experts, whose settings are else kept for another one."""
+        return load_spec(self.model).num_experts > 0
+
+    @property
+    def narrowed(self) -> dict[str, str]:
+        """What is chosen of NARROWED for this model."""
+        chosen = {name: getattr(self, name) for name in NARROWED if name != "expert_weights" or self.has_experts}
+        return {name: dtype for name, dtype in chosen.items() if dtype != DEFAULT}
+
+    @property
+    def parallel(self) -> Parallel:
+        """How the model is divided over devices."""
+        return Parallel(self.tensor_parallel, self.expert_parallel if self.has_experts else 1)
 
     def on(self, device: str) -> Choice:
         """The same on one device: what is computed for it stays known when another device is chosen too."""
@@ -184,6 +214,7 @@ def answer(choice: Choice, hardware: HardwareProfile) -> Answer:
     spec, decoding, at = load_spec(choice.model), choice.decoding, _setting(choice, hardware)
     known_form = choice.accepted.of(decoding)
     same: dict[str, Any] = {"context": choice.context, "engine": at.engine, "precision": at.precision}
+    same["parallel"] = at.parallel
     element: Any = dtype_of(_dtype(choice), hardware)
     workload = Workload(batch=choice.batch, prompt_tokens=choice.context, dtype=element)
     single = predict(spec, hardware, workload, decoding.autoregressive, **same)
@@ -251,6 +282,10 @@ def predict_command(choice: Choice, device: str) -> str:
         options["mixing-weight"] = choice.mixing_weight
     if choice.dtype != DEFAULT:
         options["dtype"] = choice.dtype
+    options |= {name.replace("_", "-"): dtype for name, dtype in choice.narrowed.items()}
+    for name, devices in (("tensor", choice.parallel.tensor), ("expert", choice.parallel.expert)):
+        if devices > 1:
+            options[f"{name}-parallel"] = devices
     if choice.engine != DEFAULT_ENGINE:
         options["engine"] = choice.engine
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -263,5 +298,7 @@ def _dtype(choice: Choice) -> str | None:
 
 def _setting(choice: Choice, hardware: HardwareProfile) -> Setting:
     engine = None if choice.engine == DEFAULT_ENGINE else choice.engine
-    precision = precision_of(choice.model, _dtype(choice), hardware)
-    return setting(load_spec(choice.model), hardware, precision, engine=engine)
+    narrowed = choice.narrowed
+    stored = [narrowed.get(name) for name in NARROWED]
+    precision = precision_of(choice.model, _dtype(choice), hardware, *stored)
+    return setting(load_spec(choice.model), hardware, precision, engine=engine, parallel=choice.parallel)

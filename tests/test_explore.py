@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 import ridgepoint
 from dashboards.address import from_query, to_query
-from dashboards.choice import GIVEN, SECTIONS, Choice, View, acceptances_of, answer, predict_command
+from dashboards.choice import GIVEN, SECTIONS, STORED, Choice, View, acceptances_of, answer, predict_command
 from dashboards.words import quantity
-from hardware.files import UserError
+from hardware.files import UserError, plain
 from hardware.profile import load_profile, save_profile
 from runtime.config import SAMPLER_NAMES, DecodingConfig
 from tests.test_dashboard import APP, ROOT, one_level, step
@@ -42,6 +42,8 @@ views = st.builds(
     dtype=st.sampled_from(["default", "bfloat16", "float32"]),
     acceptance=st.sampled_from([GIVEN, "zaya-nano-t1"]),
     mixing_weight=st.floats(0, 1),
+    weights=st.sampled_from(STORED),
+    tensor_parallel=st.integers(1, 8),
     section=st.sampled_from(SECTIONS),
     map_device=st.sampled_from(["", "h100-sxm", "mi300x"]),
 )
@@ -74,6 +76,9 @@ def test_an_address_shows_the_view_again(view: View) -> None:
         ({"denoising_steps": ["0"]}, "denoising_steps >= 1"),
         ({"verify": ["yes"]}, "verify must be a bool, but is 'yes'"),
         ({"dtype": ["int3"]}, "unknown dtype 'int3'; known: "),
+        ({"cache_dtype": ["int3"]}, "unknown dtype 'int3'; known: "),
+        ({"tensor_parallel": ["0"]}, "tensor, expert >= 1"),
+        ({"tensor_parallel": ["3"], "expert_parallel": ["2"]}, "must divide the other"),
         ({"model": ["gpt"]}, "unknown model 'gpt'; known: "),
         ({"devices": ["abacus"]}, "unknown hardware 'abacus'; known: "),
         ({"devices": ["../profile.yaml"]}, "unknown hardware"),
@@ -184,6 +189,9 @@ CONTROLS: list[tuple[str, str, Any]] = [
     ("number_input", "draft_tokens", 8),
     ("number_input", "acceptance_length", 2.5),
     ("number_input", "mixing_weight", 0.5),
+    ("selectbox", "weights", "fp8"),
+    ("number_input", "tensor_parallel", 2),
+    ("selectbox", "weights", "default"),
     ("selectbox", "dtype", "float16"),
     ("selectbox", "acceptance", "aime25-on"),
     ("selectbox", "engine", "zyphra-vllm"),
@@ -256,6 +264,7 @@ def test_the_model_can_be_changed(page: AppTest) -> None:
     )  # a checkpoint that ships
     page.selectbox(key="explore-model").set_value(other).run()
     assert shown(page) == []
+    assert page.selectbox(key="explore-expert_weights").disabled != Choice(model=other, context=512).has_experts
     found = answer(Choice(model=other, context=512), load_profile("h100-sxm")).chosen
     assert metrics(page)["two_forward tokens/s"] == f"{found.tokens_per_second:,.0f}"
     assert page.query_params["model"] == other
@@ -337,9 +346,12 @@ def test_infinite_is_not_a_number_of_tokens() -> None:
         Choice(devices=("h100-sxm",), sampler="autoregressive", mixing_weight=0.5),
         Choice(devices=("h100-sxm",), model="gpt-oss-20b"),  # published in mxfp4, and predicted so
         Choice(devices=("l40s",), model="zaya-nano", context=64, draft_tokens=8),
+        Choice(devices=("b200",), expert_weights="mxfp4", cache_dtype="fp8", tensor_parallel=2, expert_parallel=4),
+        Choice(devices=("h200",), model="llama-3.1-70b", weights="fp8", activations="bfloat16", tensor_parallel=2,
+               sampler="autoregressive", expert_weights="mxfp4", expert_parallel=8),  # it has no experts
     ],
     ids=lambda choice: f"{choice.sampler} {choice.model} {choice.devices[0]}",
-)
+)  # fmt: skip
 def test_the_command_gives_the_numbers_of_the_page(choice: Choice) -> None:
     (device,) = choice.devices
     words = shlex.split(predict_command(choice, device))
@@ -349,4 +361,4 @@ def test_the_command_gives_the_numbers_of_the_page(choice: Choice) -> None:
     printed, found = json.loads(run.stdout), answer(choice, load_profile(device)).chosen
     assert printed["speedup_over_autoregressive"] == found.speedup_over_autoregressive
     assert printed["tokens_per_second"] == found.tokens_per_second
-    assert printed["precision"] == found.precision
+    assert printed["precision"] == found.precision and printed["parallel"] == plain(found.parallel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import streamlit as st
 
@@ -19,6 +20,7 @@ from dashboards.choice import (
     DTYPES,
     GIVEN,
     SECTIONS,
+    STORED,
     Answer,
     Choice,
     View,
@@ -45,7 +47,7 @@ from hardware.profile import HardwareProfile, list_profiles, load_profile
 from perfmodel.acceptance import judged
 from perfmodel.engine import load_engine
 from perfmodel.known_acceptance import load_acceptance
-from perfmodel.model_spec import known_models
+from perfmodel.model_spec import known_models, load_spec
 from perfmodel.prediction import Prediction
 from runtime.config import SAMPLER_NAMES
 
@@ -98,6 +100,7 @@ def _controls() -> Choice:
             key=key(PAGE, "dtype"),
             help="default: as published on a GPU, bfloat16 where that is not quantised; float32 on a CPU",
         )
+        precision = _precision(model)
         batch = st.number_input("Batch (sequences)", min_value=1, step=1, key=key(PAGE, "batch"))
         context = st.number_input(
             "Context (cached tokens per sequence)", min_value=1, step=256, key=key(PAGE, "context")
@@ -158,9 +161,32 @@ def _controls() -> Choice:
             engine=engine,
             acceptance=acceptance,
             mixing_weight=weight,
+            **precision,
         )
         _accepted(choice)
     return choice
+
+
+def _precision(model: str) -> dict[str, Any]:
+    """What is stored narrower than the weights' type, and over how many devices of a node the model is divided."""
+    experts = load_spec(model).num_experts > 0
+    fields = (
+        ("weights", "Linear layers and experts stored in", True, "beside bfloat16; default: as Weights says"),
+        ("expert_weights", "Experts stored in", experts, "default: as the linear layers"),
+        ("activations", "Activations in matmuls", True, "default: fp8 for fp8 weights, else as Weights says"),
+        ("cache_dtype", "Keys and values stored in", True, "default: as Weights says"),
+    )
+    with st.expander("Precision and parallelism"):
+        chosen: dict[str, Any] = {
+            name: st.selectbox(label, STORED, key=key(PAGE, name), disabled=not able, help=words)
+            for name, label, able, words in fields
+        }
+        for name, label, able in (
+            ("tensor_parallel", "Devices that share every layer", True),
+            ("expert_parallel", "Devices that the experts are dealt out to", experts),
+        ):
+            chosen[name] = st.number_input(label, min_value=1, step=1, key=key(PAGE, name), disabled=not able)
+    return chosen
 
 
 def _acceptance_name(name: str) -> str:
