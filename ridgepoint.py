@@ -10,6 +10,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,13 +70,18 @@ for package in (
     package.register(app)
 
 
+@cache
+def command() -> Any:
+    """The command line with all its commands, made once: reading their signatures takes a twentieth of a second."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return the exit code. Prints; raises only for bugs."""
-    command = typer.main.get_command(app)
     if sys.stdout is None:  # closed from the start: nobody reads it
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
     try:
-        code = command.main(arguments, prog_name="ridgepoint", standalone_mode=False)
+        code = command().main(arguments, prog_name="ridgepoint", standalone_mode=False)
         sys.stdout.flush()  # here, so that what cannot be written is noticed before the interpreter shuts down
     except UserError as error:
         return _fail(str(error))

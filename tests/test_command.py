@@ -109,7 +109,7 @@ def raising(monkeypatch: pytest.MonkeyPatch) -> None:
             raise error
 
         app.command(name)(lambda command=command: command())
-    monkeypatch.setattr(ridgepoint, "app", app)
+    monkeypatch.setattr(ridgepoint, "command", lambda: typer.main.get_command(app))
 
 
 @pytest.mark.usefixtures("raising")

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 
 import ridgepoint
 from autotune.storage import read_studies
@@ -186,7 +185,7 @@ def test_the_summary_is_plain(demo: Demo) -> None:
 
 def options_of(path: list[str]) -> set[str]:
     """The options that a command of ours has."""
-    command: Any = typer.main.get_command(ridgepoint.app)
+    command: Any = ridgepoint.command()
     for name in path:
         command = command.commands[name]
     return {option for parameter in command.params for option in parameter.opts}

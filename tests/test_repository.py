@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 from packaging.requirements import Requirement
 
@@ -239,7 +238,7 @@ def test_no_file_names_a_machine() -> None:
 
 def commands(command: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every command and group of the command line with its path."""
-    command = command or typer.main.get_command(ridgepoint.app)
+    command = command or ridgepoint.command()
     yield path, command
     for name, child in getattr(command, "commands", {}).items():
         yield from commands(child, (*path, name))
