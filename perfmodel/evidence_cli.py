@@ -121,15 +121,15 @@ def _calibrate_published(what: str, out: Path | None, draws: int, as_json: bool)
     from perfmodel.kernels.library import CLASSES
     from perfmodel.published import evidence, fits
 
+    require(draws > 0, "--draws > 0 must hold for a published fit, whose file has intervals")
+    one_file = out is not None and out.suffix in (".yaml", ".yml")
+    folder = out is None or out.is_dir() or not out.suffix
+    require(one_file or folder, f"--out must be a .yaml or .yml file, or a folder, but is {out}")
     points = evidence.fitted_points()
     families = fits.by_family(points)
     wanted = [f for f in families if f in CLASSES] if what == "kernels" else [what]
     if any(family not in families for family in wanted):
         raise known("family of published rows", what, ["kernels", *families])
-    require(draws > 0, "--draws > 0 must hold for a published fit, whose file has intervals")
-    one_file = out is not None and out.suffix in (".yaml", ".yml")
-    folder = out is None or out.is_dir() or not out.suffix
-    require(one_file or folder, f"--out must be a .yaml or .yml file, or a folder, but is {out}")
     require(len(wanted) == 1 or not one_file, f"--out must be a folder for {len(wanted)} families, but is {out}")
     found = []
     for family in wanted:

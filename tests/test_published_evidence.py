@@ -120,6 +120,18 @@ def test_a_model_that_does_not_fit_is_a_status() -> None:
     assert "must fit" in predicted_rows([row])[0].status
 
 
+def test_rows_together_are_predicted_as_each_alone() -> None:
+    """Served rows that differ in sizes alone are timed in one call; one that does not fit costs the others nothing."""
+    sizes = [{"batch": str(batch)} for batch in (1, 2, 64)]
+    cells = [*(SERVED | size for size in sizes), *KERNELS, TIDAR]
+    fitting = [row_of(row | {"id": str(i)}) for i, row in enumerate(cells)]
+    large = row_of(SERVED | {"id": "large", "context_or_shape": "ISL/OSL 1000000/512"})
+    alone = [predicted_rows([row])[0] for row in (*fitting, large)]
+    assert [result.status for result in alone[:-1]] == ["predicted"] * len(fitting) and alone[-1].status != "predicted"
+    assert predicted_rows([*fitting, large]) == alone
+    assert [numbers(r) for r in predicted_rows(fitting)] == [pytest.approx(numbers(r)) for r in alone[:-1]]
+
+
 def test_every_type_of_point_has_a_predictor_and_a_fit() -> None:
     def leaves(kind: type[Point]) -> Sequence[type[Point]]:
         below = kind.__subclasses__()
@@ -214,7 +226,8 @@ def test_tidar_runs_have_one_source_and_served_rows_hold_out_the_engine() -> Non
         for row in read_rows(FOLDER / "gpu_measured.csv")
         if isinstance(point := interpret(row, catalog), ServedPoint) and point.engine == "vllm"
     ]
-    told = {r.fit for r in held_out_rows(served, "source") if r.status == "predicted"}
+    few = [row for source in {row.source for row in served} for row in [r for r in served if r.source == source][:4]]
+    told = {r.fit for r in held_out_rows(few, "source") if r.status == "predicted"}
     assert "engine held out by source" in told and "held out by source" not in told
 
 

@@ -111,9 +111,11 @@ class GemmKernels:
         if width < _OUTPUT_BYTES and hardware.vendor == "NVIDIA":
             most = (_8_BIT_M if width >= 1 else _4_BIT_M).reshape(tile.shape)
             total = np.where(m <= most, total, np.inf)
-        best = np.argmin(total, 0)[None]
-        of_all = (np.broadcast_to(seconds, total.shape) for seconds in (moving, multiplying, added))
-        moving, multiplying, added = (np.take_along_axis(seconds, best, 0)[0] for seconds in of_all)
+        best = np.argmin(total, 0)
+        of_all = np.empty((len(tile), 3, *best.shape))
+        of_all[:, 0], of_all[:, 1], of_all[:, 2] = moving, multiplying, added
+        chosen = of_all.reshape(len(tile), 3, -1)[best.ravel(), :, np.arange(best.size)]
+        moving, multiplying, added = chosen.T.reshape(3, *best.shape)
         return *overlapped(moving, multiplying, self.sharpness), added
 
     def _bandwidth(self, hardware: HardwareProfile) -> float:

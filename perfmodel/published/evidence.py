@@ -19,7 +19,7 @@ from perfmodel.published import fits
 from perfmodel.published.interpret import interpret
 from perfmodel.published.names import Catalog
 from perfmodel.published.points import KernelPoint, Point, ServedPoint, TidarThroughputPoint
-from perfmodel.published.predict import Estimate, estimate
+from perfmodel.published.predict import Estimate, estimates
 from perfmodel.published.rows import Row, read_rows
 from runtime.config import require
 
@@ -132,7 +132,12 @@ def _fit_of(row: Row, folder: Path) -> str:
         return "unknown"
     if (row.id, row.value, row.series) in known:
         return "fitted"
-    return "not fitted (its series fitted)" if row.series in {series for _, _, series in known} else "not fitted"
+    return "not fitted (its series fitted)" if row.series in _fitted_series(folder) else "not fitted"
+
+
+@cache
+def _fitted_series(folder: Path) -> frozenset[str]:
+    return frozenset(series for _, _, series in fitted_rows(folder) or ())
 
 
 def fitted_points(folder: Path = FOLDER) -> list[Point]:
@@ -152,12 +157,17 @@ def fitted_points(folder: Path = FOLDER) -> list[Point]:
 def predicted_rows(rows: Sequence[Row], folder: Path = FOLDER, *, paths: bool = True) -> list[Result]:
     """Every row by the shipped numbers, nothing fitted. paths: rows may name files of profiles and models."""
     catalog, odd = Catalog(paths), Oddities(folder)
-    found = []
-    for row in rows:
-        point = interpret(row, catalog)
-        told = point if isinstance(point, str) else estimate(point)
-        found.append(_result(row, point, told, _fit_of(row, folder), odd.of(row)))
-    return found
+    points = [interpret(row, catalog) for row in rows]
+    return [
+        _result(row, point, told, _fit_of(row, folder), odd.of(row))
+        for row, point, told in zip(rows, points, _estimated(points), strict=True)
+    ]
+
+
+def _estimated(points: Sequence[Point | str]) -> list[Estimate | str]:
+    """By the shipped numbers; what is no point keeps its reason."""
+    told = iter(estimates([point for point in points if not isinstance(point, str)]))
+    return [point if isinstance(point, str) else next(told) for point in points]
 
 
 def held_out_rows(rows: Sequence[Row], split: fits.Split, folder: Path = FOLDER) -> list[Result]:
@@ -167,7 +177,7 @@ def held_out_rows(rows: Sequence[Row], split: fits.Split, folder: Path = FOLDER)
     """
     catalog, odd = Catalog(), Oddities(folder)
     points = [interpret(row, catalog) for row in rows]
-    shipped = [point if isinstance(point, str) else estimate(point) for point in points]
+    shipped = _estimated(points)
     used = [
         i
         for i, (row, found) in enumerate(zip(rows, shipped, strict=True))

@@ -19,7 +19,7 @@ from perfmodel.kernels.call import Array
 from perfmodel.kernels.fitting import Family, family_problem
 from perfmodel.kernels.library import CLASSES, KernelFit, fit_file, load_library
 from perfmodel.published.points import KernelPoint, Point, ServedPoint, TidarForwardPoint, TidarThroughputPoint
-from perfmodel.published.predict import Estimate, estimate
+from perfmodel.published.predict import Estimate, estimates
 from perfmodel.published.served import served_problem, with_numbers
 from runtime.config import require
 
@@ -140,7 +140,8 @@ class FamilyFit:
 def fit_family(points: Sequence[Point], draws: int) -> FamilyFit:
     """The numbers of the one family that the points belong to. UserError for points of fewer than two series."""
     family = family_of(points[0])
-    points = [p for p in points if isinstance(estimate(p), Estimate)]  # not what its device cannot do
+    told = zip(points, estimates(points), strict=True)
+    points = [point for point, found in told if isinstance(found, Estimate)]  # not what its device cannot do
     names = [p.series for p in points]
     series = len(set(names))
     require(

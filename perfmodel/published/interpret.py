@@ -36,6 +36,7 @@ _NOT_A_TIME = {
     "throughput_tokens_per_s_as_printed": "which tokens the throughput counts is not stated",
     "achieved_bandwidth": "which bytes the bandwidth counts is not stated",
 }
+_TOO_LONG = re.compile(r"\d{13}")  # more digits than any size has
 _PROSE = ("id", "value", "source_url", "notes", "source", "note")
 # What an operator may say beside its family without changing what is predicted; with a word more it is another kernel.
 _OPERATORS: dict[KernelFamily, re.Pattern[str]] = {
@@ -66,9 +67,9 @@ def interpret(row: Row, catalog: Catalog | None = None) -> Point | str:
         return row.problem
     names = Catalog() if catalog is None else catalog
     for column, text in row.cells.items():
-        if column not in _PROSE and re.search(r"\d{13}", text):
+        if column not in _PROSE and len(text) > 12 and _TOO_LONG.search(text):
             return f"{column} must hold sizes of at most 12 digits, but is {text!r}"
-        if column not in _PROSE and any(letter.isdecimal() and not letter.isascii() for letter in text):
+        if column not in _PROSE and not text.isascii() and any(c.isdecimal() and not c.isascii() for c in text):
             return f"{column} must hold digits from 0 to 9, but is {text!r}"
     try:
         return tidar.point(row, names) if row.table == "tidar" else _gpu(row, names)

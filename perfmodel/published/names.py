@@ -96,6 +96,7 @@ class Catalog:
     _profiles: dict[str, HardwareProfile] = field(default_factory=dict)
     _specs: dict[str, ModelSpec] = field(default_factory=dict)
     _names: dict[str, str] = field(default_factory=lambda: {plain_name(n): n for n in list_profiles()})
+    _models: frozenset[str] = field(default_factory=lambda: frozenset(known_models()))
 
     def device(self, text: str) -> tuple[HardwareProfile, int]:
         """A device and how many of it: "2xH200 SXM", a profile's own name, or the path of one's YAML file."""
@@ -133,7 +134,7 @@ class Catalog:
     def model(self, text: str) -> ModelSpec:
         """A built-in model, another name of one, or the path of a config.json or of a folder with one."""
         name = model_for(text) or text
-        if name not in known_models() and not (self.paths and name.endswith((".json", "/"))):
+        if name not in self._models and not (self.paths and name.endswith((".json", "/"))):
             raise Unclear(f"model {text!r} is not known")
         if name not in self._specs:
             try:

@@ -91,14 +91,19 @@ def setting_of(point: ServedPoint, engine: EngineProfile) -> Setting:
     return setting(point.model, point.hardware, precision_of(point), engine=engine, parallel=parallel)
 
 
-def served_seconds(points: Sequence[ServedPoint], engines: Mapping[str, EngineProfile]) -> tuple[Array, Array]:
-    """[points] seconds and their bound, in each point's metric; points that differ in sizes alone are joined."""
+def alike(points: Sequence[ServedPoint]) -> list[list[int]]:
+    """Positions of points that differ in sizes alone, together: one call times them all."""
     joined: dict[object, list[int]] = {}
     for i, p in enumerate(points):
         same = (p.model, p.hardware.name, precision_of(p), p.engine, p.tensor, p.expert, p.workload, p.metric)
         joined.setdefault(same, []).append(i)
+    return list(joined.values())
+
+
+def served_seconds(points: Sequence[ServedPoint], engines: Mapping[str, EngineProfile]) -> tuple[Array, Array]:
+    """[points] seconds and their bound, in each point's metric; points that differ in sizes alone are joined."""
     seconds, bound = np.zeros(len(points)), np.zeros(len(points))
-    for members in joined.values():
+    for members in alike(points):
         own = [points[i] for i in members]
         found = serve(setting_of(own[0], engines[own[0].engine]), load_of(own))
         together = found.active if own[0].metric == "total" else 1.0
