@@ -27,10 +27,14 @@ def choose_source(page: str, offered: Mapping[str, Source], changed: Callable[[]
     if not offered:
         st.info("No study here yet: `ridgepoint tune` makes one, and so does Start on the page about tuning.")
     if asked not in names:
-        if asked:  # not repeated: somebody may have written a database's URL into an address, with its password
-            problem("a link names a study storage of this machine, but this one names another: the menu has those here")
         last = st.session_state.get(_LAST)
+        if asked and asked == last:
+            problem(f"{asked} is not there any more: another study storage is shown")
+        elif asked:  # not repeated: somebody may have written a database's URL into an address, with its password
+            problem("a link names a study storage of this machine, but this one names another: the menu has those here")
         st.session_state[widget] = last if last in names else names[0]
+        if asked:
+            changed()
     name = st.selectbox(
         "Study storage",
         names,

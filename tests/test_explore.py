@@ -317,6 +317,12 @@ def test_a_users_profile_is_offered_and_a_broken_one_is_one_line(page: AppTest, 
     save_profile(faster, tmp_path / "hardware" / "mine.yaml")  # the cache goes by value, not by name
     page.run()
     assert metrics(page)["two_forward tokens/s"] == f"{step(faster).tokens_per_second:,.0f}"
+    for gone, left in (("broken", ["mine"]), ("mine", list(Choice.devices))):  # deleted while it is shown
+        (tmp_path / "hardware" / f"{gone}.yaml").unlink()
+        page.run()
+        (error,) = shown(page)
+        assert f"unknown hardware '{gone}'" in error and page.multiselect(key="explore-devices").value == left
+        assert page.run().metric and shown(page) == []
 
 
 def test_the_page_needs_no_torch() -> None:

@@ -354,6 +354,11 @@ def test_a_study_is_followed_while_its_worker_runs(folder: Path, monkeypatch: py
     at.run()
     (error,) = at.error
     assert "cannot use the study storage" in error.value.replace("\\", "")
+    (place / "study.db").unlink()
+    at.run()
+    (error,) = at.error
+    assert "runs/mine is not there any more" in error.value.replace("\\", "") and at.metric
+    assert address_of(at)["source"] == SHIPPED.parent.relative_to(SHIPPED.parents[2]).as_posix()
 
 
 def test_a_search_is_started_followed_and_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

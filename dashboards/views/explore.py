@@ -51,8 +51,6 @@ from perfmodel.model_spec import known_models, load_spec
 from perfmodel.prediction import Prediction
 from runtime.config import SAMPLER_NAMES
 
-TITLE = "Explore"
-ORDER = 1
 PAGE = "explore"
 MOST_EXPLAINED = 4  # devices at once: each takes a tenth of a second
 SECTION_NAMES = dict(
@@ -65,6 +63,16 @@ _cached_map = st.cache_data(pays_map, show_spinner=False, max_entries=128)
 _cached_explanation = st.cache_data(explanation, show_spinner=False, max_entries=256)
 
 Found = dict[str, tuple[HardwareProfile, Answer]]
+
+
+def prepare() -> None:
+    """Work out the default view, and read every file that any view needs."""
+    view = View()
+    engines_of(view.devices)
+    acceptances_of(view.sampler)
+    profiles = {name: load_profile(name) for name in view.devices}
+    sweeps = {name: _cached_answer(view.choice.on(name), profile).speedups for name, profile in profiles.items()}
+    speedup_plot(speedup_info({name: found for name, found in sweeps.items() if found}, "batch"))
 
 
 def page() -> None:
@@ -87,8 +95,12 @@ def page() -> None:
 
 def _controls() -> Choice:
     """The sidebar's widgets."""
+    chosen, profiles = key(PAGE, "devices"), list_profiles()
+    there = [name for name in st.session_state[chosen] if name in profiles]
+    if len(there) < len(st.session_state[chosen]):  # a profile was deleted while it was shown, as `restore` has said
+        st.session_state[chosen] = there or list(Choice.devices)
     with st.sidebar:
-        devices = st.multiselect("Devices", sorted(list_profiles()), key=key(PAGE, "devices"))
+        devices = st.multiselect("Devices", sorted(profiles), key=chosen)
         model = st.selectbox("Model", known_models(), key=key(PAGE, "model"))
         engines = engines_of(devices, st.session_state[key(PAGE, "engine")])
         engine = st.selectbox(
