@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 from runtime.config import ENGINES, EXPERT_MODES, SAMPLER_NAMES, DecodingConfig, Engine, KernelConfig, require
@@ -179,7 +180,7 @@ class Space:
             return None
         if not self.histogram:
             return tuple(i * (draft_tokens + 1) // int(count) for i in range(int(count)))
-        return optimal(shortened(self.histogram, draft_tokens), int(count))
+        return _best_levels(tuple(self.histogram), draft_tokens, int(count))
 
     def encode(self, candidate: Candidate) -> dict[str, Value]:
         """The parameter values of a setting, for enqueueing. UserError when the space does not hold it."""
@@ -252,6 +253,11 @@ def shortened(histogram: Sequence[float], draft_tokens: int) -> list[float]:
     counts = [float(c) for c in histogram]
     kept = counts[:draft_tokens]
     return [*kept, *[0.0] * (draft_tokens - len(kept)), sum(counts[draft_tokens:])]
+
+
+@lru_cache(maxsize=4096)  # asked for again by every setting that a search looks at
+def _best_levels(histogram: tuple[float, ...], draft_tokens: int, count: int) -> tuple[int, ...]:
+    return optimal(shortened(histogram, draft_tokens), count)
 
 
 def _word(value: Value) -> str:
