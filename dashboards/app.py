@@ -1,39 +1,31 @@
-"""The Streamlit app: one entry per module of `dashboards.views`, which has TITLE, ORDER and page()."""
+"""The Streamlit app: one entry of its menu per page in `dashboards.views`."""
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
-from types import ModuleType
+from collections.abc import Callable
+from functools import partial
 
-import plotly.graph_objects as go
 import streamlit as st
 
-import dashboards.views
-
-READY = "drawing"  # in the session: its browser has what draws figures
+from dashboards.views import TITLES
 
 
-def pages() -> list[ModuleType]:
-    """The pages' modules in their order."""
-    names = [module.name for module in pkgutil.iter_modules(dashboards.views.__path__)]
-    return sorted((importlib.import_module(f"dashboards.views.{name}") for name in names), key=lambda m: m.ORDER)
+def pages() -> dict[str, Callable[[], None]]:
+    """What draws each page, by its title, in the menu's order. A page's module is imported when it is first drawn."""
+    return {title: partial(_draw, name) for name, title in TITLES.items()}
+
+
+def _draw(name: str) -> None:
+    importlib.import_module(f"dashboards.views.{name}").page()
 
 
 def main() -> None:
     """Draw the page that the address names."""
     st.set_page_config(page_title="Ridgepoint", layout="wide")
-    entries = [st.Page(m.page, title=m.TITLE, url_path=m.TITLE.lower().replace(" ", "-")) for m in pages()]
+    entries = [st.Page(draw, title=name, url_path=name.lower().replace(" ", "-")) for name, draw in pages().items()]
     entry = st.navigation(entries, position="sidebar" if len(entries) > 1 else "hidden")
-    content, below = st.container(), st.empty()
-    if READY not in st.session_state:
-        # What draws figures takes the browser a second to load. It begins at the first one, which is this: while the
-        # page is still being computed.
-        below.plotly_chart(go.Figure(layout={"height": 10}), key="blank")
-    with content:
-        entry.run()
-    below.empty()
-    st.session_state[READY] = True
+    entry.run()
 
 
 main()

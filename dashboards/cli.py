@@ -46,7 +46,7 @@ def dashboard(
     print(f"dashboard: http://{host}:{port} (stop with Ctrl+C)", file=sys.stderr, flush=True)
     # This package is found wherever the command was started, and none of its name that lies there (-P).
     paths = [str(root.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-P", "-m", "dashboards.serve", "run", str(root / "app.py")]
+    command = [sys.executable, "-P", "-m", "dashboards.serve", "run", str(root / "asgi.py")]
     command += server_options(host, port, headless=headless)
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import plotly.graph_objects as go
@@ -11,6 +12,7 @@ import streamlit as st
 
 from dashboards.address import from_query, to_query
 from dashboards.columns import csv_text
+from dashboards.style import make_room
 from hardware.files import UserError
 
 V = TypeVar("V")
@@ -91,6 +93,7 @@ def figure(
     theme = st.context.theme.type
     if theme:  # a picture that is saved can then be read by itself
         plot.update_layout(paper_bgcolor=st.get_option(f"theme.{theme}.backgroundColor"))
+    make_room(plot)
     options = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": name}}
     event = st.plotly_chart(plot, key=name, config=options, on_select="rerun" if select else "ignore")
     _download(name, columns)
@@ -108,6 +111,14 @@ def table(
     config = {column: st.column_config.LinkColumn(display_text="open", width="small") for column in links}
     st.dataframe(dict(columns), key=name, hide_index=True, column_config=config)
     _download(name, columns if data is None else data)
+
+
+@contextmanager
+def unfolded(label: str, name: str) -> Iterator[bool]:
+    """A part that is folded away: whether it is open. What is in it is drawn only then, and nobody waits for it."""
+    part = st.expander(label, key=name, on_change="rerun")
+    with part:
+        yield bool(part.open)
 
 
 def _download(name: str, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Streamlit's server, which imports the pages while the first browser still loads: nobody waits for them then.
+"""Streamlit's server, which prepares the pages while the first browser still loads: nobody waits for that then.
 
 `ridgepoint dashboard` runs it as a program, with the arguments of `streamlit run`.
 """
@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import threading
 import time
 from contextlib import suppress
+from types import ModuleType
 
-_LATER_SECONDS = 5.0  # until what other pages need is imported: the first one is drawn then
+_LATER_SECONDS = 5.0  # until the other pages are prepared: the first one is drawn then
 
 
 def main() -> None:
@@ -26,23 +26,33 @@ def main() -> None:
 
 
 def _prepare() -> None:
-    """Import what a first view needs, once the server is there: before, its caches have no home."""
+    """Import the pages and work out their first views, once the server is there: before, its caches have no home."""
     from streamlit import runtime
 
     while not runtime.exists():
         time.sleep(0.02)
-    import dashboards.views
+    from dashboards.views import TITLES
 
-    _import("dashboards.views.explore")  # the first page
-    _import(*(f"dashboards.views.{module.name}" for module in pkgutil.iter_modules(dashboards.views.__path__)))
+    first, *others = TITLES
+    _ready(first)
     time.sleep(_LATER_SECONDS)
-    _import("autotune.storage", "optuna.importance")
+    for name in others:
+        _ready(name)
+    _import("autotune.storage")
+    _import("optuna.importance")
 
 
-def _import(*names: str) -> None:
-    for name in names:
-        with suppress(Exception):  # whoever needs it is told
-            importlib.import_module(name)
+def _ready(page: str) -> None:
+    prepare = getattr(_import(f"dashboards.views.{page}"), "prepare", None)
+    if prepare is not None:
+        with suppress(Exception):  # whoever opens the page is told
+            prepare()
+
+
+def _import(name: str) -> ModuleType | None:
+    with suppress(Exception):  # whoever needs it is told
+        return importlib.import_module(name)
+    return None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ GREY = "#8A8A8A"
 GRID = "rgba(128,128,128,0.25)"
 AXES = {"batch": "batch (sequences)", "context": "context (cached tokens per sequence)"}
 PATTERN = {"fillmode": "overlay", "fgcolor": "white", "fgopacity": 0.35, "size": 6, "solidity": 0.2}  # of bars
+NUMBERS = 98  # pixels beside an axis of numbers, its title included
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 
 
@@ -29,7 +30,7 @@ def base_figure(x: str, y: str) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"size": 13},
-        margin={"l": 70, "r": 20, "t": 25, "b": 60},
+        margin={"l": NUMBERS, "r": 25, "t": 25, "b": 60},
         height=440,
         legend={"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
         hoverlabel={"align": "left"},
@@ -46,6 +47,14 @@ def base_figure(x: str, y: str) -> go.Figure:
     figure.update_xaxes(title_text=x, **axis)
     figure.update_yaxes(title_text=y, **axis)
     return figure
+
+
+def make_room(figure: go.Figure) -> None:
+    """Widen the left margin for the names of bars: where it is too small, a browser draws everything twice."""
+    names = [name for trace in figure.data if trace.type == "bar" and trace.orientation == "h" for name in trace.y]
+    if names:
+        longest = max(len(line) for name in names for line in str(name).split("<br>"))
+        figure.update_layout(margin={"l": max(figure.layout.margin.l or 0, 46 + 7 * longest)})
 
 
 def headed(figure: go.Figure, text: str) -> None:

@@ -174,8 +174,10 @@ def test_a_study_is_opened_and_its_policy_downloaded(address: str, browser: Any,
 
 
 def test_measurements_are_shown(address: str, browser: Any, folder: Path) -> None:
-    open_page(browser, f"{address}/predicted-versus-measured")
+    open_page(browser, f"{address}/predicted-versus-measured?section=errors")
     assert drawn(browser, "errors")
+    open_page(browser, f"{address}/predicted-versus-measured")
+    assert drawn(browser, "predicted-measured")
     keep_picture(browser, "predicted-versus-measured", folder)
 
 

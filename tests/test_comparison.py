@@ -324,6 +324,24 @@ def test_the_page_filters_and_shows_one_measurement_in_full(runs: Path, monkeypa
     assert "No measurement passes all filters" in app.info[0].value
 
 
+def test_each_section_is_drawn_alone_and_keeps_what_was_chosen_in_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = AppTest.from_function(page, default_timeout=60)
+    app.query_params["section"], app.query_params["by"] = "errors", "device"
+    app.run()
+    assert len(app.get("plotly_chart")) == 1 and not app.dataframe
+    app.segmented_control(key="measured-section").set_value("points").run()
+    assert "measurements. Filled" in texts(app)
+    app.selectbox(key="measured-point").set_value("A0162").run()
+    app.segmented_control(key="measured-section").set_value("models").run()
+    assert not app.get("plotly_chart") and len(app.dataframe[0].value) > 20
+    app.segmented_control(key="measured-section").set_value("errors").run()
+    assert app.segmented_control(key="measured-by").value == "device"
+    assert (app.query_params["by"], app.query_params["point"]) == ("device", "A0162")
+
+
 def test_an_address_names_what_no_measurement_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     app = AppTest.from_function(page, default_timeout=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from dashboards.asgi import early_figures
 from dashboards.cli import server_options
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +102,17 @@ def test_no_path_leads_out_of_what_is_served(port: int, path: str) -> None:
     status, body = ask(port, path)
     assert b"root:" not in body and b"typer" not in body
     assert status in (400, 403, 404) or (status == 200 and b"<title>Streamlit" in body), (status, body[:100])
+
+
+def test_every_page_loads_what_draws_figures_at_once(port: int, tmp_path: Path) -> None:
+    """The file that the tag names is there, and holds plotly. Where Streamlit has no such file, there is no tag."""
+    for path in ("/", "/tuning"):
+        status, body = ask(port, path)
+        (name,) = re.findall(rb'<script type="module" src="\./(static/js/PlotlyChart[^"]+)"', body)
+        assert status == 200 and body.count(b"</head>") == 1
+    status, library = ask(port, f"/{name.decode()}")
+    assert status == 200 and b"plotly" in library and b"</head>" not in ask(port, "/_stcore/health")[1]
+    assert early_figures(tmp_path) == b""
 
 
 def test_other_sites_pages_are_refused(port: int) -> None:

@@ -71,7 +71,10 @@ MAY_LOAD: dict[str, tuple[str, ...]] = {
     "triton": ("runtime.kernels.*",),
     "transformers": (),
     "optuna": ("autotune.*",),
-    "streamlit": ("dashboards.app", "dashboards.frame", "dashboards.source_menu", "dashboards.views.*"),
+    "streamlit": (
+        *("dashboards.app", "dashboards.asgi", "dashboards.frame", "dashboards.source_menu"),
+        "dashboards.views.*",
+    ),
     "plotly": ("dashboards.*",),
 }
 # Commands without --json, each because it prints no result.

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from autotune.tiling_results import TilingResult
 
 T = TypeVar("T")
-TITLE = "Export"
-ORDER = 5
 
 PAGE = "export"
 _FRESH_SECONDS = 10.0  # for so long a database is not asked again

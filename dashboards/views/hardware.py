@@ -15,8 +15,6 @@ from hardware.files import UserError
 from hardware.own import MOST_BYTES, forget_profile, keep_profile, own_profiles, parse_profile
 from hardware.profile import HardwareProfile, list_profiles, user_folder
 
-TITLE = "Hardware"
-ORDER = 4
 PAGE = "hardware"
 SAID, UPLOADS, FORM = "hardware:said", "hardware:uploads", "hardware:form"  # kept between runs, not in the address
 MOST_FAULTS = 20  # of a file, in lines

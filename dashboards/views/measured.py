@@ -14,6 +14,7 @@ from dashboards.comparison import (
     BYS,
     FILTERS,
     KIND_WORDS,
+    SECTIONS,
     ComparisonView,
     chosen,
     comparison_info,
@@ -26,7 +27,7 @@ from dashboards.comparison import (
     options,
     points_columns,
 )
-from dashboards.frame import escape, figure, key, problem, remember, restore, table
+from dashboards.frame import escape, figure, key, not_drawn, problem, remember, restore, table, unfolded
 from dashboards.pairs import NO_CHECKOUT, ROOT, ROWS, Pair, Pairs, joined, published, rows_of_file
 from dashboards.published_models import models_columns, models_info
 from dashboards.record_files import File, file_of, local_files, our_files
@@ -37,8 +38,6 @@ from perfmodel.published.evidence import FOLDER, TABLES, predicted_rows
 from perfmodel.published.rows import parse_rows
 from runtime.config import require
 
-TITLE = "Predicted versus measured"
-ORDER = 2
 PAGE = "measured"
 POINTS = "predicted-measured"  # the name of the figure whose points can be chosen
 MOST_ROWS = 2000  # of an uploaded table: a second of predictions
@@ -78,8 +77,14 @@ def _uploaded(text: str, name: str, device: str) -> Pairs:
     return uploaded_records(text, name, load_profile(device))
 
 
+def prepare() -> None:
+    """Predict every row and record that ships."""
+    _published(_tables())
+    _ours(our_files())
+
+
 def page() -> None:
-    """Filters at the side; every point, the chosen one, errors by group and what is not predicted in the middle."""
+    """Filters at the side; in the middle every point and the chosen one, or errors by group, or others' models."""
     st.title("How far off are predictions?")
     restore(ComparisonView, PAGE)
     found = _found()
@@ -91,24 +96,28 @@ def page() -> None:
         return
     view = _controls(found.pairs)
     shown = chosen(found.pairs, view)
-    if shown:
-        view = _points(shown, view)
-        _errors(shown, view)
-    else:
+    drawn = [*FILTERS, "intervals", "section"]
+    if view.section == "models":
+        _models()
+    elif not shown:
         st.info("No measurement passes all filters at the side: clear one of them.")
+    elif view.section == "errors":
+        view = _errors(shown, view)
+        drawn.append("by")
+    else:
+        view = _points(shown, view)
+        drawn.append("point")
     remember(view, PAGE)
+    not_drawn(ComparisonView, PAGE, but=drawn)
     _unread(found)
-    _models()
 
 
 def _found() -> Pairs:
     """Everything that can be shown; what cannot be read is a problem in it."""
     parts = []
     start = Path.cwd()
-    places = [ROWS, *(FOLDER / name for name in TABLES)]
-    files = tuple(file for path in places if (file := file_of(path)) is not None)
     try:
-        parts.append(_published(files))
+        parts.append(_published(_tables()))
     except UserError as error:
         if str(error) == NO_CHECKOUT:
             st.caption(NO_CHECKOUT)
@@ -116,6 +125,12 @@ def _found() -> Pairs:
             parts.append(Pairs(problems=(str(error),)))
     parts += [_ours(our_files()), _local(local_files(start), str(start)), *_upload()]
     return joined(parts)
+
+
+def _tables() -> tuple[File, ...]:
+    """The files of what is published, as they are now."""
+    places = [ROWS, *(FOLDER / name for name in TABLES)]
+    return tuple(file for path in places if (file := file_of(path)) is not None)
 
 
 def _upload() -> list[Pairs]:
@@ -169,8 +184,16 @@ def _controls(pairs: tuple[Pair, ...]) -> ComparisonView:
                 )
             )
         intervals = st.checkbox("80% intervals", key=key(PAGE, "intervals"), help="where they are known")
+    section = st.segmented_control(
+        "What to show",
+        SECTIONS,
+        format_func=SECTIONS.__getitem__,
+        key=key(PAGE, "section"),
+        label_visibility="collapsed",
+        required=True,
+    )
     by = st.session_state[key(PAGE, "by")]
-    return ComparisonView(**filters, intervals=intervals, by=by, point=view.point)
+    return ComparisonView(**filters, intervals=intervals, by=by, point=view.point, section=section)
 
 
 def _points(pairs: tuple[Pair, ...], view: ComparisonView) -> ComparisonView:
@@ -221,19 +244,23 @@ def _one(pair: Pair) -> None:
             st.markdown("\n".join(f"- **{escape(name)}**: {escape(text)}" for name, text in pair.record))
             if pair.url is not None and pair.url.startswith(("https://", "http://")):
                 st.link_button("its source", pair.url)
-        for label, command in (("measured by", pair.measured_by), ("predicted by", pair.predicted_by)):
-            if command is not None:
-                st.caption(label)
-                st.code(command, language=None, wrap_lines=True)
+        # Drawn when it is opened: what shows code takes a browser a third of a second to load.
+        with st.popover("The commands that repeat both"):
+            for label, command in (("measured by", pair.measured_by), ("predicted by", pair.predicted_by)):
+                if command is not None:
+                    st.caption(label)
+                    st.code(command, language=None, wrap_lines=True)
 
 
-def _errors(pairs: tuple[Pair, ...], view: ComparisonView) -> None:
-    st.subheader("Errors")
-    by = st.segmented_control("by", BYS, key=key(PAGE, "by"), label_visibility="collapsed", required=True)
+def _errors(pairs: tuple[Pair, ...], view: ComparisonView) -> ComparisonView:
+    """Bars by group. Choosing another grouping gives another view."""
+    by = st.segmented_control("by", BYS, key=key(PAGE, "by"), required=True)
     info = errors_info(pairs, by)
     figure(errors_plot(info), "errors", errors_columns(info))
-    with st.expander("The same as a table, with bias and intervals"):
-        table(errors_columns(info), "errors-table")
+    with unfolded("The same as a table, with bias and intervals", "errors-unfolded") as opened:
+        if opened:
+            table(errors_columns(info), "errors-table")
+    return replace(view, by=by)
 
 
 def _unread(found: Pairs) -> None:
@@ -241,23 +268,25 @@ def _unread(found: Pairs) -> None:
         problem(line)
     if found.reasons:
         count = sum(number for _, number in found.reasons)
-        with st.expander(f"{count:,} rows are not predicted"):
-            st.caption("A row is predicted only where it says all that a prediction needs; nothing is guessed.")
-            table(columns_of(("reason", "rows"), found.reasons), "not-predicted")
+        with unfolded(f"{count:,} rows are not predicted", "not-predicted-unfolded") as opened:
+            if opened:
+                st.caption("A row is predicted only where it says all that a prediction needs; nothing is guessed.")
+                table(columns_of(("reason", "rows"), found.reasons), "not-predicted")
 
 
 def _models() -> None:
-    """Published speeds of diffusion models; what else a checkout is not."""
+    """Published speeds of diffusion models."""
     try:
         info = models_info()
     except UserError as error:
         if str(error) != NO_CHECKOUT:
             problem(error)
+        else:
+            st.info("The table of published models is in a checkout of the repository.")
         return
-    st.subheader("Published speeds of diffusion language models")
     st.caption(
-        "Figures of others, on the hardware and tasks they name; not comparable with one another, and none predicted "
-        "here. No tokens/s found for: "
+        "Published speeds of diffusion language models: figures of others, on the hardware and tasks they name. They "
+        "are not comparable with one another, and none is predicted here. No tokens/s found for: "
         + (", ".join(info.without_speed) or "none")
         + ". No tokens per forward found for: "
         + (", ".join(info.without_tokens_per_forward) or "none")

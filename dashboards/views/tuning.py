@@ -47,8 +47,6 @@ from hardware.files import UserError, known
 if TYPE_CHECKING:
     from autotune.watching import Contents, Watch
 
-TITLE = "Tuning"
-ORDER = 3
 PAGE = "tuning"
 PROGRESS = {"settings": "settings tried", "seconds": "time measuring"}
 SECTIONS = {"result": "Result", "settings": "Settings", "predictions": "Predictions", "failures": "Failures"}
