@@ -38,16 +38,17 @@ PRECISIONS = {
     "mxfp4 experts": quantised("bfloat16", experts="mxfp4"),
 }
 H100 = load_profile("h100-sxm")
+profile_of, engine_of, spec_of = cache(load_profile), cache(load_engine), cache(load_spec)  # each file is read once
 laws = settings(deadline=None, max_examples=40)
 
 
 @cache
 def place(model: str, device: str, engine: str, precision: str) -> Setting:
-    return setting(load_spec(model), load_profile(device), PRECISIONS[precision], engine=engine)
+    return setting(spec_of(model), profile_of(device), PRECISIONS[precision], engine=engine_of(engine))
 
 
 def supported(device: str, precision: str) -> bool:
-    return precision != "fp8" or "fp8" in load_profile(device).peak_flops_per_second
+    return precision != "fp8" or "fp8" in profile_of(device).peak_flops_per_second
 
 
 @st.composite
@@ -118,9 +119,9 @@ def test_an_interval_holds_its_estimate_and_nothing_below_the_bound(
 def test_every_engine_runs_every_model_with_every_sampler_everywhere(engine: str, device: str) -> None:
     """On as many devices as hold it."""
     for model in known_models() if engine == "ideal-graph" else MODELS:
-        spec = load_spec(model)
+        spec = spec_of(model)
         tensor = next(n for n in (1, 2, 4, 8, 16, 32) if spec.parameters * 2 / n < 40e9)
-        at = setting(spec, load_profile(device), "bfloat16", engine=engine)
+        at = setting(spec, profile_of(device), "bfloat16", engine=engine_of(engine))
         if tensor > 1:
             link = at.device.hardware.interconnect
             if link is None or tensor > link.devices:
