@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import ridgepoint
 from dashboards.address import from_query, to_query
 from dashboards.choice import GIVEN, SECTIONS, STORED, Choice, View, acceptances_of, answer, predict_command
+from dashboards.figures import roofline_info
 from dashboards.words import quantity
 from hardware.files import UserError, plain
 from hardware.profile import load_profile, save_profile
@@ -335,6 +336,16 @@ def test_the_page_needs_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_no_step_with_narrow_weights_lies_above_its_roof() -> None:
+    h100 = load_profile("h100-sxm")
+    for chosen, dtype in (({"weights": "fp8"}, "fp8"), ({"cache_dtype": "fp8"}, "bfloat16")):
+        choice = Choice(model="llama-3.1-8b", batch=256, context=512, **chosen)  # bound by compute
+        info = roofline_info([h100], answer(choice, h100).predictions)
+        (above,) = info.roofs
+        assert above.dtype == dtype
+        assert all(p.flops_per_second <= above.peak_flops_per_second for p in (*info.points, *info.operators))
 
 
 def test_infinite_is_not_a_number_of_tokens() -> None:
