@@ -168,12 +168,16 @@ def parallel_plot(info: ParallelInfo) -> go.Figure:
             text=words,
             hovertemplate="%{text}<extra></extra>",
         )
-    for place, axis in enumerate(info.axes):
-        figure.add_vline(x=place, line={"color": GREY, "width": 1})
-        for tick, said in zip(axis.ticks, axis.words, strict=True):
-            figure.add_annotation(
-                x=place, y=scaled[place](tick), text=f"<b>{safe(said)}</b>", showarrow=False, xanchor="right", xshift=-3
-            )
+    upright = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": GREY, "width": 1}}
+    beside = {"showarrow": False, "xanchor": "right", "xshift": -3}
+    figure.update_layout(  # all at once: plotly copies those that are there whenever one is added
+        shapes=[{**upright, "x0": place, "x1": place} for place in range(len(info.axes))],
+        annotations=[
+            {**beside, "x": place, "y": scaled[place](tick), "text": f"<b>{safe(said)}</b>"}
+            for place, axis in enumerate(info.axes)
+            for tick, said in zip(axis.ticks, axis.words, strict=True)
+        ],
+    )
     names = [safe(axis.name.replace("_", " ")) for axis in info.axes]
     figure.update_xaxes(
         tickvals=list(range(len(names))),
