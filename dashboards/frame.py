@@ -114,9 +114,9 @@ def table(
 
 
 @contextmanager
-def unfolded(label: str, name: str) -> Iterator[bool]:
-    """A part that is folded away: whether it is open. What is in it is drawn only then, and nobody waits for it."""
-    part = st.expander(label, key=name, on_change="rerun")
+def unfolded(label: str, name: str, *, at_first: bool = False) -> Iterator[bool]:
+    """A part that can be folded away: whether it is open. What is in it is drawn only then, and nobody waits for it."""
+    part = st.expander(label, expanded=at_first, key=name, on_change="rerun")
     with part:
         yield bool(part.open)
 

@@ -184,6 +184,11 @@ def test_each_section_shows_its_figures(page: AppTest) -> None:
     assert not page.get("plotly_chart") and "choose a sampler that drafts" in page.info[0].value
 
 
+def drawn(page: AppTest, name: str) -> bool:
+    kinds = (page.selectbox, page.number_input, page.text_input, page.checkbox)
+    return any(widget.key == f"explore-{name}" for kind in kinds for widget in kind)
+
+
 CONTROLS: list[tuple[str, str, Any]] = [
     ("number_input", "context", 16_384),
     ("number_input", "batch", 64),
@@ -208,8 +213,10 @@ CONTROLS: list[tuple[str, str, Any]] = [
 
 
 def test_each_control_changes_the_answer_and_the_address(page: AppTest) -> None:
-    """One after the other, in one session. What a sampler does not use is off, and kept."""
+    """One after the other, in one session. What a sampler does not use is off or not there, and kept."""
     page.query_params["section"] = "map"  # of one figure
+    page.run()
+    page.session_state["explore-precision"] = True  # unfolded
     page.run()
     choice = Choice()
     for kind, key, value in CONTROLS:
@@ -230,11 +237,28 @@ def test_each_control_changes_the_answer_and_the_address(page: AppTest) -> None:
         )
         judging = choice.sampler in {"two_forward", "single_forward"} or choice.decoding.verify
         for name, owner in (("levels", "single_forward"), ("denoising_steps", "denoising"), ("verify", "denoising")):
-            kind_of = {"levels": "text_input", "denoising_steps": "number_input", "verify": "checkbox"}[name]
-            assert getattr(page, kind_of)(key=f"explore-{name}").disabled == (choice.sampler != owner)
+            assert drawn(page, name) == (choice.sampler == owner)
         off = not judging or choice.acceptance != GIVEN
         assert page.number_input(key="explore-acceptance_length").disabled == off
         assert page.number_input(key="explore-mixing_weight").disabled == (not judging)
+
+
+def test_what_is_folded_away_counts_and_is_shown_where_it_is_not_as_usual(page: AppTest) -> None:
+    page.run()
+    assert not drawn(page, "weights")
+    page.session_state["explore-precision"] = True
+    page.run()
+    page.selectbox(key="explore-weights").set_value("fp8").run()
+    narrow = metrics(page)["speedup"]
+    page.session_state["explore-precision"] = False
+    page.run()
+    assert not drawn(page, "weights") and metrics(page)["speedup"] == narrow
+    page.session_state["explore-precision"] = True
+    page.run()
+    assert page.selectbox(key="explore-weights").value == "fp8" == page.query_params["weights"]
+    link = AppTest.from_file(str(APP), default_timeout=30)
+    link.query_params["weights"] = "fp8"
+    assert link.run().selectbox(key="explore-weights").value == "fp8" and metrics(link)["speedup"] == narrow
 
 
 def test_engines_and_acceptances_are_those_that_fit(page: AppTest) -> None:
@@ -259,6 +283,7 @@ def test_engines_and_acceptances_are_those_that_fit(page: AppTest) -> None:
 
 def test_the_model_can_be_changed(page: AppTest) -> None:
     page.query_params["context"] = "512"
+    page.query_params["cache_dtype"] = "fp8"  # which unfolds what is not as usual
     page.run()
     other = next(
         name for name in page.selectbox(key="explore-model").options if name != "zaya1-8b"
@@ -266,7 +291,7 @@ def test_the_model_can_be_changed(page: AppTest) -> None:
     page.selectbox(key="explore-model").set_value(other).run()
     assert shown(page) == []
     assert page.selectbox(key="explore-expert_weights").disabled != Choice(model=other, context=512).has_experts
-    found = answer(Choice(model=other, context=512), load_profile("h100-sxm")).chosen
+    found = answer(Choice(model=other, context=512, cache_dtype="fp8"), load_profile("h100-sxm")).chosen
     assert metrics(page)["two_forward tokens/s"] == f"{found.tokens_per_second:,.0f}"
     assert page.query_params["model"] == other
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
@@ -39,7 +40,7 @@ from dashboards.figures import (
     step_time_info,
     step_time_plot,
 )
-from dashboards.frame import escape, figure, key, problem, remember, restore
+from dashboards.frame import escape, figure, key, not_drawn, problem, remember, restore, unfolded
 from dashboards.maps import map_of, map_plot
 from dashboards.words import acceptance_words, engine_words, loss_words, quantity, step_words, verdict
 from hardware.files import UserError
@@ -79,11 +80,14 @@ def page() -> None:
     """Controls at the side, numbers and one section of figures in the middle; the address holds the view."""
     st.title("Does block-diffusion decoding pay here?")
     restore(View, PAGE)
+    absent: list[str] = []
     try:
-        choice = _controls()
+        choice = _controls(absent)
     except UserError as error:
         problem(error)
         return
+    finally:
+        not_drawn(View, PAGE, but=[field.name for field in dataclasses.fields(View) if field.name not in absent])
     found = _answers(choice)
     if found:
         _numbers(choice, found)
@@ -93,8 +97,13 @@ def page() -> None:
         {"speedup": _speedups, "map": _map, "step": _steps, "changes": _changes}[view.section](view, found)
 
 
-def _controls() -> Choice:
-    """The sidebar's widgets."""
+def _controls(absent: list[str]) -> Choice:
+    """The sidebar's widgets. Those that the choice has no use for are left out, and named in `absent`."""
+
+    def kept(name: str) -> Any:
+        absent.append(name)
+        return st.session_state[key(PAGE, name)]
+
     chosen, profiles = key(PAGE, "devices"), list_profiles()
     there = [name for name in st.session_state[chosen] if name in profiles]
     if len(there) < len(st.session_state[chosen]):  # a profile was deleted while it was shown, as `restore` has said
@@ -112,7 +121,7 @@ def _controls() -> Choice:
             key=key(PAGE, "dtype"),
             help="default: as published on a GPU, bfloat16 where that is not quantised; float32 on a CPU",
         )
-        precision = _precision(model)
+        precision = _precision(model, kept)
         batch = st.number_input("Batch (sequences)", min_value=1, step=1, key=key(PAGE, "batch"))
         context = st.number_input(
             "Context (cached tokens per sequence)", min_value=1, step=256, key=key(PAGE, "context")
@@ -122,16 +131,19 @@ def _controls() -> Choice:
         draft_tokens = st.number_input(
             "Draft tokens K", min_value=1, step=1, key=key(PAGE, "draft_tokens"), disabled=not drafting
         )
-        levels = st.text_input(
-            "Proposal levels",
-            key=key(PAGE, "levels"),
-            disabled=sampler != "single_forward",
-            help=f"{DENSE}, or the acceptance counts to draft ahead for, from 0, with commas",
-        )
-        steps = st.number_input(
-            "Denoising steps per block", min_value=1, step=1, key=key(PAGE, "denoising_steps"), disabled=not denoising
-        )
-        verify = st.checkbox("Verify the block", key=key(PAGE, "verify"), disabled=not denoising)
+        if sampler == "single_forward":
+            levels = st.text_input(
+                "Proposal levels",
+                key=key(PAGE, "levels"),
+                help=f"{DENSE}, or the acceptance counts to draft ahead for, from 0, with commas",
+            )
+        else:
+            levels = kept("levels")
+        if denoising:
+            steps = st.number_input("Denoising steps per block", min_value=1, step=1, key=key(PAGE, "denoising_steps"))
+            verify = st.checkbox("Verify the block", key=key(PAGE, "verify"))
+        else:
+            steps, verify = kept("denoising_steps"), kept("verify")
         judging = drafting and (verify or not denoising)
         acceptance = st.selectbox(
             "Acceptance of drafts",
@@ -179,24 +191,28 @@ def _controls() -> Choice:
     return choice
 
 
-def _precision(model: str) -> dict[str, Any]:
+def _precision(model: str, kept: Callable[[str], Any]) -> dict[str, Any]:
     """What is stored narrower than the weights' type, and over how many devices of a node the model is divided."""
     experts = load_spec(model).num_experts > 0
-    fields = (
-        ("weights", "Linear layers and experts stored in", True, "beside bfloat16; default: as Weights says"),
-        ("expert_weights", "Experts stored in", experts, "default: as the linear layers"),
-        ("activations", "Activations in matmuls", True, "default: fp8 for fp8 weights, else as Weights says"),
-        ("cache_dtype", "Keys and values stored in", True, "default: as Weights says"),
-    )
-    with st.expander("Precision and parallelism"):
+    stored = {
+        "weights": ("Linear layers and experts stored in", True, "beside bfloat16; default: as Weights says"),
+        "expert_weights": ("Experts stored in", experts, "default: as the linear layers"),
+        "activations": ("Activations in matmuls", True, "default: fp8 for fp8 weights, else as Weights says"),
+        "cache_dtype": ("Keys and values stored in", True, "default: as Weights says"),
+    }
+    counts = {
+        "tensor_parallel": ("Devices that share every layer", True),
+        "expert_parallel": ("Devices that the experts are dealt out to", experts),
+    }
+    usual = all(st.session_state[key(PAGE, name)] == getattr(Choice, name) for name in (*stored, *counts))
+    with unfolded("Precision and parallelism", key(PAGE, "precision"), at_first=not usual) as opened:
+        if not opened:
+            return {name: kept(name) for name in (*stored, *counts)}
         chosen: dict[str, Any] = {
             name: st.selectbox(label, STORED, key=key(PAGE, name), disabled=not able, help=words)
-            for name, label, able, words in fields
+            for name, (label, able, words) in stored.items()
         }
-        for name, label, able in (
-            ("tensor_parallel", "Devices that share every layer", True),
-            ("expert_parallel", "Devices that the experts are dealt out to", experts),
-        ):
+        for name, (label, able) in counts.items():
             chosen[name] = st.number_input(label, min_value=1, step=1, key=key(PAGE, name), disabled=not able)
     return chosen
 
