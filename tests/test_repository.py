@@ -72,7 +72,7 @@ MAY_LOAD: dict[str, tuple[str, ...]] = {
     "transformers": (),
     "optuna": ("autotune.*",),
     "streamlit": (
-        *("dashboards.app", "dashboards.asgi", "dashboards.frame", "dashboards.source_menu"),
+        *("dashboards.app", "dashboards.asgi", "dashboards.frame", "dashboards.source_menu", "dashboards.sweep_panel"),
         "dashboards.views.*",
     ),
     "plotly": ("dashboards.*",),

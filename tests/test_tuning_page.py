@@ -308,10 +308,13 @@ def test_the_study_that_ships_is_shown_with_every_control(shipped: StudyResult) 
         ("section=failures", lambda at: at.button_group("tuning-section").set_value("failures")),
         ("context=768", lambda at: at.selectbox("tuning-study").set_value("zaya-nano batch=8 context=768")),
     ]
+    at.session_state["tuning-all"] = True  # unfolded
     for said, act in controls:
         act(at)
         at.run()
         assert not at.exception and not at.error
+        if said == "section=settings":
+            assert len(at.dataframe[0].value) == len(shipped.measured)
         name, value = said.split("=")
         assert value in address_of(at)["study" if name == "context" else name]
     again = shown(**address_of(at))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 import streamlit as st
@@ -13,9 +13,9 @@ from autotune.report import StudyReport, study_report
 from autotune.results import StudyResult
 from dashboards import sweeps
 from dashboards.asking import UnansweredError, ask
-from dashboards.frame import escape, figure, key, not_drawn, problem, remember, restore, table
+from dashboards.frame import escape, figure, key, not_drawn, problem, remember, restore, table, unfolded
 from dashboards.source_menu import again_every, choose_source, unanswered
-from dashboards.sources import TYPED, Source, known_sources, source_of
+from dashboards.sources import TYPED, Source, known_sources
 from dashboards.studies import StagesInfo, history_info, parallel_info, pareto_info, rank_info
 from dashboards.study_figures import (
     Progress,
@@ -40,6 +40,7 @@ from dashboards.study_tables import (
     tiling_columns,
     trial_columns,
 )
+from dashboards.sweep_panel import source_of_sweep, sweep_panel, wait_for
 from dashboards.trials import decision_sentence
 from dashboards.words import percent, quantity
 from hardware.files import UserError, known
@@ -52,10 +53,7 @@ PROGRESS = {"settings": "settings tried", "seconds": "time measuring"}
 SECTIONS = {"result": "Result", "settings": "Settings", "predictions": "Predictions", "failures": "Failures"}
 TILINGS = "tilings"  # the section of a storage that holds searches of tilings
 _POLL_SECONDS = 3.0
-_MINUTES = "With the probe of this machine, which takes half a minute or more of the first search here."
-_DIVERGENCE = "The most tokens in which the chosen setting may differ from autoregressive decoding (--max-divergence)."
 _NEXT = f"{PAGE}:next"  # in the session: the source of a search that was started
-_ENDED = {"finished": "is finished", "stopped": "was stopped; what it measured is kept", "failed": "failed"}
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,9 @@ def page() -> None:
         _forget()
     sweep = sweeps.current()
     with st.sidebar:
-        _sweep_panel(sweep)
+        sweep_panel(PAGE, sweep, _choose_next)
     offered = known_sources()
-    ours = None if sweep is None else _source_of(sweep)
+    ours = None if sweep is None else source_of_sweep(sweep)
     if ours is not None:
         offered.setdefault(ours.name, ours)
     source = choose_source(PAGE, offered, _forget)
@@ -112,7 +110,7 @@ def page() -> None:
         elif ours is None or sweep is None or source.name != ours.name:
             problem(error)
         elif sweep.state == "running":
-            _wait_for(source)
+            wait_for(source)
         else:
             st.info("The last search stored nothing.")
         return
@@ -135,6 +133,10 @@ def _wanted(source: Source) -> View:
     """What is asked of a source that cannot be read now: it may be there again soon."""
     study, section, progress = (st.session_state[key(PAGE, name)] for name in ("study", "section", "progress"))
     return View(source.name, study or "", section or "result", progress)
+
+
+def _choose_next(source: Source) -> None:
+    st.session_state[_NEXT] = source.name
 
 
 def _forget() -> None:
@@ -277,8 +279,9 @@ def _settings(result: StudyResult, report: StudyReport, view: View) -> None:
         )
     else:
         st.info(escape(f"Not known: {report.importances_missing}."))
-    st.subheader("All settings")
-    table(trial_columns(result), "tuning-trials")
+    with unfolded(f"All {len(result.measured):,} settings", key(PAGE, "all")) as opened:
+        if opened:
+            table(trial_columns(result), "tuning-trials")
 
 
 def _predictions(result: StudyResult, report: StudyReport, view: View) -> None:
@@ -319,90 +322,3 @@ def _tilings(watch: Watch, source: Source) -> None:
     for what in sorted({r.subject.simulated for r in found if r.subject.simulated}):
         st.warning(escape(f"Simulated: {what}."))
     table(tiling_columns(found), "tuning-tilings")
-
-
-# --- a search from here
-
-
-def _source_of(sweep: sweeps.Sweep) -> Source | None:
-    """Where a search stores what it finds; it can be chosen before its file is there."""
-    try:
-        source = source_of(str(sweep.folder))
-    except UserError:
-        return None
-    name = source.shown.removesuffix("/study.db") if source.name == TYPED else source.name
-    return replace(source, name=name, label=name)
-
-
-def _wait_for(source: Source) -> None:
-    """Until the first study of a search is there."""
-    st.info("The search is starting. Its first setting is measured once the machine is probed and the model loaded.")
-
-    def look(first: bool) -> None:
-        sweep = sweeps.current()
-        if not first and (sweep is None or sweep.state != "running" or source.name in known_sources()):
-            st.rerun()
-
-    again_every(1.0, look)
-
-
-def _sweep_panel(sweep: sweeps.Sweep | None) -> None:
-    st.subheader("Tune on this machine")
-    if sweep is not None and sweep.state == "running":
-        again_every(1.0, _progress)
-        return
-    if sweep is not None:
-        said = f"The last search {_ENDED[sweep.state]}" + (f": {sweep.message}" if sweep.state == "failed" else ".")
-        (st.error if sweep.state == "failed" else st.info)(escape(said))
-    st.fragment(_sweep_form)()  # what is chosen here changes nothing else on the page
-
-
-def _sweep_form() -> None:
-    most = {name: f"{name}: up to {minutes:g} min" for name, minutes in sweeps.MOST_MINUTES.items()}
-    longest = max(sweeps.MOST_MINUTES.values())
-    request: dict[str, Any] = {
-        "model": st.selectbox("Model", sweeps.models(), key=key(PAGE, "model")),
-        "batch": st.number_input("Batch (sequences)", 1, sweeps.MOST_BATCH, key=key(PAGE, "batch")),
-        "context": st.number_input(
-            "Context (most cached tokens)", 1, value=None, placeholder="any", key=key(PAGE, "context")
-        ),
-        "effort": st.selectbox("Effort", list(most), 1, key=key(PAGE, "effort"), format_func=most.__getitem__),
-        "minutes": st.number_input("Minutes", 0.1, longest, 1.0, 0.5, key=key(PAGE, "minutes"), help=_MINUTES),
-        "lossless": st.checkbox("Lossless settings only", True, key=key(PAGE, "lossless")),
-    }
-    if not request["lossless"]:
-        differing = st.number_input(
-            "Tokens that may differ (%)", 0.0, 100.0, 1.0, 0.5, key=key(PAGE, "divergence"), help=_DIVERGENCE
-        )
-        request["max_divergence"] = differing / 100
-    request["replay"] = st.checkbox(
-        "From the recording that ships", key=key(PAGE, "replay"), help="measures nothing: its model, its batch"
-    )
-    if st.button("Start", type="primary", key=key(PAGE, "start")):
-        try:
-            started = sweeps.start(sweeps.SweepRequest(**request))
-        except UserError as error:
-            problem(error)
-            return
-        ours = _source_of(started)
-        if ours is not None:
-            st.session_state[_NEXT] = ours.name
-        st.rerun()
-
-
-def _progress(first: bool) -> None:
-    """How far the search is, and the button that ends it."""
-    sweep = sweeps.current()
-    if sweep is None:
-        return
-    if not first and sweep.state != "running":
-        st.rerun()
-    share = min(1.0, sweep.elapsed_seconds / sweep.limit_seconds) if sweep.limit_seconds else 0.0
-    left = max(0.0, (sweep.limit_seconds or 0.0) - sweep.elapsed_seconds)
-    st.progress(share, escape(f"{sweep.done} settings of at most {sweep.planned}, {left:.0f} s left"))
-    st.caption(escape(sweep.message))
-    st.code(sweep.command, language="bash", wrap_lines=True)
-    stopping = sweep.message == "stopping"
-    if st.button("Stop", key=key(PAGE, "stop"), disabled=stopping, help="What is measured is kept, and can go on."):
-        sweeps.stop()
-        st.rerun()
