@@ -113,6 +113,28 @@ def table(
     _download(name, columns if data is None else data)
 
 
+def short_table(columns: Mapping[str, Sequence[Any]], name: str) -> None:
+    """A table of a few rows with its data to download, drawn as text: a browser loads nothing for it."""
+    st.markdown(markdown_table(columns))
+    _download(name, columns)
+
+
+def markdown_table(columns: Mapping[str, Sequence[Any]]) -> str:
+    """Columns in Markdown, numbers to the right and to four digits."""
+    numbers = [all(v is None or isinstance(v, int | float) for v in values) for values in columns.values()]
+    rows = [[_cell(name) for name in columns], ["---:" if number else "---" for number in numbers]]
+    rows += [[_cell(value) for value in row] for row in zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = f"{value:,}" if number and isinstance(value, int) else f"{value:,.4g}" if number else str(value)
+    return escape(" ".join(text.split()))
+
+
 @contextmanager
 def unfolded(label: str, name: str, *, at_first: bool = False) -> Iterator[bool]:
     """A part that can be folded away: whether it is open. What is in it is drawn only then, and nobody waits for it."""

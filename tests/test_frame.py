@@ -15,7 +15,7 @@ from streamlit.testing.v1 import AppTest
 
 from dashboards.address import MOST, from_query, to_query
 from dashboards.columns import columns_of, csv_text
-from dashboards.frame import escape
+from dashboards.frame import escape, markdown_table
 from hardware.files import UserError
 from runtime.config import require
 
@@ -80,6 +80,17 @@ def test_a_table_is_read_back(rows: list[tuple[str, float, int | None]]) -> None
 
 def test_no_markdown_is_obeyed() -> None:
     assert escape("[x](http://a) *b* `c` $d$") == "\\[x\\]\\(http\\://a\\) \\*b\\* \\`c\\` \\$d\\$"
+
+
+def test_a_short_table_keeps_its_cells() -> None:
+    """Names come from files: a bar or a line in one would be another cell or row."""
+    table = markdown_table({"a | b": ["x\ny|z", None], "share": [1234.56789, 2], "is": [True, False]})
+    assert table.splitlines() == [
+        "| a \\| b | share | is |",
+        "| --- | ---: | ---: |",
+        "| x y\\|z | 1,235 | True |",
+        "|  | 2 | False |",
+    ]
 
 
 def two_pages() -> None:

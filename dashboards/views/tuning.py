@@ -13,7 +13,7 @@ from autotune.report import StudyReport, study_report
 from autotune.results import StudyResult
 from dashboards import sweeps
 from dashboards.asking import UnansweredError, ask
-from dashboards.frame import escape, figure, key, not_drawn, problem, remember, restore, table, unfolded
+from dashboards.frame import escape, figure, key, not_drawn, problem, remember, restore, short_table, table, unfolded
 from dashboards.source_menu import again_every, choose_source, unanswered
 from dashboards.sources import TYPED, Source, known_sources
 from dashboards.studies import StagesInfo, history_info, parallel_info, pareto_info, rank_info
@@ -298,9 +298,9 @@ def _predictions(result: StudyResult, report: StudyReport, view: View) -> None:
         "the table does not."
     )
     st.subheader("Stage by stage")
-    table(score_columns(report), "tuning-scores")
+    short_table(score_columns(report), "tuning-scores")
     st.subheader("Who proposed what")
-    table(source_columns(report), "tuning-sources")
+    short_table(source_columns(report), "tuning-sources")
     st.caption("The performance model proposed seed and guided, the latter corrected by what was measured before.")
 
 
