@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import ridgepoint
 from dashboards.pairs import ROWS, published, published_text
 from hardware.files import UserError
+from hardware.profile import load_profile, save_profile
 from perfmodel.engine import load_engine
 from perfmodel.kernels.library import CLASSES, load_library
 from perfmodel.published import evidence, fits
@@ -130,6 +131,16 @@ def test_rows_together_are_predicted_as_each_alone() -> None:
     assert [result.status for result in alone[:-1]] == ["predicted"] * len(fitting) and alone[-1].status != "predicted"
     assert predicted_rows([*fitting, large]) == alone
     assert [numbers(r) for r in predicted_rows(fitting)] == [pytest.approx(numbers(r)) for r in alone[:-1]]
+
+
+def test_devices_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """A row may name a file, and that may give its device the name of a bundled one."""
+    bundled, file = load_profile("h200"), tmp_path / "mine.yaml"
+    save_profile(dataclasses.replace(bundled, compute_units=bundled.compute_units // 4), file)
+    rows = [row_of(SERVED | {"hardware": device}) for device in ("2xH200 SXM", f"2x{file}")]
+    alone = [predicted_rows([row])[0] for row in rows]
+    assert {r.status for r in alone} == {"predicted"} and alone[0].predicted != alone[1].predicted
+    assert predicted_rows(rows) == alone
 
 
 def test_every_type_of_point_has_a_predictor_and_a_fit() -> None:

@@ -95,7 +95,8 @@ def alike(points: Sequence[ServedPoint]) -> list[list[int]]:
     """Positions of points that differ in sizes alone, together: one call times them all."""
     joined: dict[object, list[int]] = {}
     for i, p in enumerate(points):
-        same = (p.model, p.hardware.name, precision_of(p), p.engine, p.tensor, p.expert, p.workload, p.metric)
+        device = id(p.hardware)  # its name would not do: rows may name a file that gives its device another's name
+        same = (p.model, device, precision_of(p), p.engine, p.tensor, p.expert, p.workload, p.metric)
         joined.setdefault(same, []).append(i)
     return list(joined.values())
 
