@@ -26,10 +26,10 @@ _KEPT_SECONDS = 60.0  # that an answer waits for a reader: one of a closed page 
 class UnansweredError(UserError):
     """A database has not answered yet, or has failed. again: when it is asked again; None while it is waited for."""
 
-    def __init__(self, message: str, call: _Call) -> None:
+    def __init__(self, message: str, call: _Call, again: datetime | None = None) -> None:
         super().__init__(message)
         self._call = call
-        self.again = call.again
+        self.again = again
 
     def due(self) -> bool:
         """Whether there is something new to see: an answer, or the time to ask again."""
@@ -38,13 +38,13 @@ class UnansweredError(UserError):
 
 @dataclass
 class _Call:
-    """One question, while it is asked and afterwards. began: by time.monotonic()."""
+    """One question, while it is asked and afterwards. began, closed: when, by time.monotonic()."""
 
     began: float = field(default_factory=time.monotonic)
     ended: threading.Event = field(default_factory=threading.Event)
+    closed: float = 0.0  # once it has ended
     answer: Any = None
     problem: Exception | None = None
-    again: datetime | None = None
 
     def ask(self, source: Source, action: Callable[[], Any]) -> None:
         try:
@@ -52,14 +52,18 @@ class _Call:
                 self.answer = action()
         except Exception as error:
             self.problem = error
-            self.again = datetime.now() + timedelta(seconds=AGAIN_SECONDS)
+        self.closed = time.monotonic()
         self.ended.set()
 
+    def left(self) -> float:
+        """Seconds until a question that failed is asked again."""
+        return self.closed + AGAIN_SECONDS - time.monotonic()
+
     def due(self) -> bool:
-        return self.again is not None and datetime.now() >= self.again
+        return self.ended.is_set() and self.problem is not None and self.left() <= 0
 
     def old(self) -> bool:
-        return self.ended.is_set() and time.monotonic() - self.began > _KEPT_SECONDS
+        return self.ended.is_set() and time.monotonic() - self.closed > _KEPT_SECONDS
 
 
 _calls: dict[tuple[str, Hashable], _Call] = {}  # by the source's URL and the question
@@ -89,7 +93,8 @@ def ask(source: Source, question: Hashable, action: Callable[[], T]) -> T:
             f"{source.shown} has not answered yet. What it says is shown as soon as it is there.", call
         )
     if isinstance(call.problem, UserError):
-        raise UnansweredError(str(call.problem), call)
+        again = datetime.now() + timedelta(seconds=call.left())  # for people: a clock may be set, and waits may not
+        raise UnansweredError(str(call.problem), call, again)
     with _lock:
         if _calls.get(name) is call:
             del _calls[name]  # the next reader wants to know what is there then
