@@ -138,7 +138,9 @@ def _cell(value: object) -> str:
 @contextmanager
 def unfolded(label: str, name: str, *, at_first: bool = False) -> Iterator[bool]:
     """A part that can be folded away: whether it is open. What is in it is drawn only then, and nobody waits for it."""
-    part = st.expander(label, expanded=at_first, key=name, on_change="rerun")
+    if name not in st.session_state:  # Streamlit takes one whose `expanded` changes for another, and folds it
+        st.session_state[name] = at_first
+    part = st.expander(label, key=name, on_change="rerun")
     with part:
         yield bool(part.open)
 

@@ -259,6 +259,8 @@ def test_what_is_folded_away_counts_and_is_shown_where_it_is_not_as_usual(page: 
     link = AppTest.from_file(str(APP), default_timeout=30)
     link.query_params["weights"] = "fp8"
     assert link.run().selectbox(key="explore-weights").value == "fp8" and metrics(link)["speedup"] == narrow
+    link.selectbox(key="explore-weights").set_value("default").run()
+    assert link.query_params["weights"] == "default" and drawn(link, "weights")  # nothing folds under one's hand
 
 
 def test_engines_and_acceptances_are_those_that_fit(page: AppTest) -> None:
