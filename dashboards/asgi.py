@@ -9,8 +9,11 @@ import streamlit as st
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
 from streamlit import file_util
+
+from dashboards.views import TITLES
 
 _STALE = ("content-length", "etag", "last-modified")  # what they say is of the page as it was
 
@@ -37,6 +40,13 @@ async def load_figures_early(request: Request, call_next: RequestResponseEndpoin
     return Response(body.replace(b"</head>", tag + b"</head>", 1), response.status_code, headers)
 
 
+async def to_first_page(request: Request) -> Response:
+    """Streamlit knows its first page by no name, and says of its own that it does not exist."""
+    return RedirectResponse(f"/?{request.url.query}")
+
+
 app = st.App(
-    Path(__file__).with_name("app.py"), middleware=[Middleware(BaseHTTPMiddleware, dispatch=load_figures_early)]
+    Path(__file__).with_name("app.py"),
+    routes=[Route(f"/{next(iter(TITLES))}", to_first_page)],
+    middleware=[Middleware(BaseHTTPMiddleware, dispatch=load_figures_early)],
 )

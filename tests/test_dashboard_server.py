@@ -115,6 +115,13 @@ def test_every_page_loads_what_draws_figures_at_once(port: int, tmp_path: Path) 
     assert early_figures(tmp_path) == b""
 
 
+def test_the_first_page_is_found_by_its_name_too(port: int) -> None:
+    connection = HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    connection.request("GET", "/explore?batch=2&devices=h100-sxm")
+    assert connection.getresponse().headers["Location"] == "/?batch=2&devices=h100-sxm"
+    connection.close()
+
+
 def test_other_sites_pages_are_refused(port: int) -> None:
     """A WebSocket drives the page: it is opened for this server's own names and for its own page alone."""
     from websockets.exceptions import InvalidStatus
