@@ -409,6 +409,11 @@ def test_only_a_capturable_step_never_reads_the_device(decoding: DecodingConfig)
     assert all(step.tokens.shape[0] == step.counts.shape[0] == 2 for step in found)
 
 
+@cache
+def folder_of(file: str) -> str:
+    return Path(file).parent.name
+
+
 @pytest.mark.parametrize("decoding", [d for d in STEPS if capturable(d)], ids=str)
 def test_a_capturable_step_copies_nothing_to_the_device_and_draws_as_much_as_every_other(
     decoding: DecodingConfig,
@@ -424,7 +429,7 @@ def test_a_capturable_step_copies_nothing_to_the_device_and_draws_as_much_as_eve
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            frames = {Path(f.f_code.co_filename).parent.name for f, _ in traceback.walk_stack(sys._getframe(1))}
+            frames = {folder_of(f.f_code.co_filename) for f, _ in traceback.walk_stack(sys._getframe(1))}
             caller = next(name for name in ("model", "samplers", "tests") if name in frames)
             assert caller == "model" or not func.__name__.startswith("lift_fresh")
             return func(*args, **(kwargs or {}))
