@@ -86,8 +86,7 @@ def roofline_info(profiles: Sequence[HardwareProfile], predictions: Sequence[Pre
     for p in predictions:
         if p.hardware not in by_name:
             raise known("hardware of a prediction", p.hardware, by_name)
-        dtype = _fastest_dtype(by_name[p.hardware], p)
-        above = roofs[p.hardware, dtype] = roof(by_name[p.hardware], dtype)
+        above = roofs[p.hardware, p.fastest_dtype] = roof(by_name[p.hardware], p.fastest_dtype)
         peak = above.peak_flops_per_second
         flops, moved = sum(op.flops for op in p.operators), sum(op.bytes for op in p.operators)
         label = f"{p.model}, {_step_name(p)}"
@@ -111,13 +110,6 @@ def roofline_info(profiles: Sequence[HardwareProfile], predictions: Sequence[Pre
             if op.flops > 0 and op.bytes > 0 and op.bound_seconds > 0
         ]  # fmt: skip
     return RooflineInfo(tuple(roofs.values()), tuple(points), tuple(operators))
-
-
-def _fastest_dtype(hardware: HardwareProfile, p: Prediction) -> str:
-    """Whose peak is above all of a step: fp8 weights meet fp8 activations, beside a cache and a head in the dtype."""
-    stored = [words.removesuffix(" experts") for words in p.precision.split(", ") if not words.endswith(" cache")]
-    narrow = "fp8" in stored and "fp8" in {str(name) for name in hardware.peak_flops_per_second}
-    return "fp8" if narrow else p.workload.dtype
 
 
 def roofline_plot(info: RooflineInfo) -> go.Figure:

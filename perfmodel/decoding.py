@@ -21,7 +21,7 @@ from perfmodel.memory import require_memory
 from perfmodel.model_spec import ModelSpec, require_context
 from perfmodel.operators import Array, forward_costs, sampler_cost
 from perfmodel.parallel import ALONE, Parallel, divided
-from perfmodel.precision import Precision, attention_dtypes, uniform
+from perfmodel.precision import Precision, attention_dtypes, fastest_dtype, uniform
 from perfmodel.prediction import Bound, ForwardPrediction, OperatorPrediction, Prediction
 from perfmodel.roofline import BOUNDS, Device, Timing, Timings, any_of, engine_timing, time_operators, total
 from perfmodel.sizes import require_sizes
@@ -351,6 +351,7 @@ def predict(
         experts_per_layer=max(float(f.experts_per_layer) for f in step.forwards),
         ridge_point_flops_per_byte=at.device.ridge_point,
         precision=str(at.precision),
+        fastest_dtype=fastest_dtype(hardware, at.precision),
         parallel=parallel,
         closed_batch_tokens_per_second=closed,
         step_seconds_interval=None if between is None else (float(between[0]), float(between[1])),

@@ -42,6 +42,14 @@ def arithmetic_dtype(hardware: HardwareProfile, weights: str, activations: str) 
     return peak
 
 
+def fastest_dtype(hardware: HardwareProfile, precision: Precision) -> str:
+    """The dtype with the highest peak of those that a model's matmuls run at. UserError as for `arithmetic_dtype`."""
+    p = precision
+    pairs = ((p.weights, p.activations), (p.experts, p.expert_activations), (p.head, p.head))
+    peaks = {str(name): peak for name, peak in hardware.peak_flops_per_second.items()}
+    return max((arithmetic_dtype(hardware, *pair) for pair in pairs), key=peaks.__getitem__)
+
+
 def attention_dtypes(hardware: HardwareProfile, cache: str) -> tuple[str, str]:
     """What attention over a cache multiplies, keys first: an fp8 cache meets fp8 queries where the device multiplies
     fp8; any other narrow cache is widened to bfloat16."""

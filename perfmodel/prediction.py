@@ -71,6 +71,7 @@ class Prediction:
     experts_per_layer: float  # in the step's widest forward
     ridge_point_flops_per_byte: float
     precision: str  # element types, as `precision.Precision` names them
+    fastest_dtype: str  # the one with the highest peak of those that its matmuls run at
     parallel: Parallel
     # Of a fixed set of requests run to the end, the last ones alone; None: how requests differ is not known.
     closed_batch_tokens_per_second: float | None

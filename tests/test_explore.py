@@ -366,10 +366,16 @@ def test_the_page_needs_no_torch() -> None:
 
 
 def test_no_step_with_narrow_weights_lies_above_its_roof() -> None:
-    h100 = load_profile("h100-sxm")
-    for chosen, dtype in (({"weights": "fp8"}, "fp8"), ({"cache_dtype": "fp8"}, "bfloat16")):
-        choice = Choice(model="llama-3.1-8b", batch=256, context=512, **chosen)  # bound by compute
-        info = roofline_info([h100], answer(choice, h100).predictions)
+    for device, chosen, dtype in (
+        ("h100-sxm", {"weights": "fp8"}, "fp8"),
+        ("h100-sxm", {"weights": "fp8", "activations": "bfloat16"}, "bfloat16"),  # widened: no fp8 arithmetic
+        ("h100-sxm", {"weights": "int8", "activations": "int8"}, "int8"),
+        ("h100-sxm", {"cache_dtype": "fp8"}, "bfloat16"),
+        ("b200", {"weights": "mxfp4", "activations": "mxfp4"}, "fp4"),
+    ):
+        profile = load_profile(device)
+        choice = Choice((device,), "llama-3.1-8b", batch=256, context=512, **chosen)  # type: ignore[arg-type]
+        info = roofline_info([profile], answer(choice, profile).predictions)
         (above,) = info.roofs
         assert above.dtype == dtype
         assert all(p.flops_per_second <= above.peak_flops_per_second for p in (*info.points, *info.operators))
