@@ -263,6 +263,16 @@ def test_a_typed_place_is_opened_by_its_button_only(page: AppTest, tmp_path: Pat
     assert "max_batch" not in str(page.code) and enter("runs/other.db") == ["Simulated: made up. The files say so too."]
 
 
+def test_a_study_without_a_setting_to_export_can_be_left_again(page: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    page.run()
+    monkeypatch.setattr("dashboards.views.export.pickable", lambda study: {})
+    study = page.selectbox(key="export-study").options.index("what was decided") + 1
+    page.selectbox(key="export-study").select_index(study).run()
+    assert "there is none to export" in shown(page)[0] and page.query_params["study"]
+    page.selectbox(key="export-study").select_index(study - 1).run()
+    assert shown(page) == ["Simulated: made up. The files say so too."] and page.query_params["study"] == ""
+
+
 def test_without_a_study_the_page_says_how_to_make_one(page: AppTest, tmp_path: Path) -> None:
     (tmp_path / "runs" / "tune" / "study.db").unlink()
     page.query_params["source"] = "typed"

@@ -67,13 +67,15 @@ def page() -> None:
         remember(View(TYPED), PAGE)
         not_drawn(View, PAGE, but=["source"])
         return
+    drawn = ["source"]
     try:
         studies, tilings = _read(source, stamp(source))
+        drawn += ["target", "study"]  # also where no setting of the study can be chosen
         view = _choice(studies)
     except UserError as error:
         # The reader's choice holds, though it cannot be shown: it may be there again soon.
         remember(View(source.name, *(st.session_state[key(PAGE, f)] for f in _OF_SOURCE)), PAGE)
-        not_drawn(View, PAGE, but=["source"])
+        not_drawn(View, PAGE, but=drawn)
         if isinstance(error, UnansweredError):
             unanswered(PAGE, source, error)
         else:
