@@ -58,7 +58,7 @@ class SweepRequest:
     """What to tune on this machine's CPU. UserError for what cannot be.
 
     context: the most cached tokens, None for short prompts. minutes: the most that it takes, the decision included.
-    max_divergence: the largest share of tokens, 0 to 1, in which the chosen setting may differ from autoregressive ones.
+    max_divergence: the largest share of tokens, 0 to 1, in which the chosen setting may differ from autoregressive.
     replay: the recording that ships is searched instead, which measures nothing; the recording says the model, the
     batch and the context then, and those given here are not used.
     """
