@@ -350,7 +350,8 @@ def step_time_plot(info: StepTimeInfo) -> go.Figure:
             name=f"{bound}-bound",
             marker={"color": colour, "pattern": {**PATTERN, "shape": patterns[bound]}},
         )
-    figure.update_layout(barmode="stack", height=190 + 62 * len(info.bars))
+    plot = 105 + 62 * len(info.bars)  # pixels; the legend, told in shares of them, is below the name of the axis
+    figure.update_layout(barmode="stack", height=plot + 85, legend={"y": -80 / plot})
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
 

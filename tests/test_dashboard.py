@@ -372,6 +372,13 @@ def test_what_is_derived_from_an_acceptance_is_not_said_to_be_counted(name: str,
     assert words in acceptance_words(load_acceptance(name), "two_forward", draft_tokens)
 
 
+def test_the_legend_of_step_times_is_below_the_axis_however_few_bars_there_are() -> None:
+    alone = step(load_profile("h100-sxm"))
+    for count in (1, 2, 8):
+        layout = step_time_plot(step_time_info([alone] * count)).layout
+        assert -layout.legend.y * (layout.height - layout.margin.t - layout.margin.b) >= 75  # its name takes 50 pixels
+
+
 def test_every_page_is_in_the_menu() -> None:
     assert {module.name for module in pkgutil.iter_modules(dashboards.views.__path__)} == set(dashboards.views.TITLES)
 
