@@ -17,8 +17,6 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from tests.preloaded import preloaded
-
 
 def interpreted(module: str, function: str, *arguments: Any) -> Any:
     """What the function returns in a process where Triton interprets. Arguments and results go through JSON.
@@ -36,7 +34,7 @@ def interpreted(module: str, function: str, *arguments: Any) -> Any:
 @cache
 def _server() -> subprocess.Popen[str]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [preloaded(), "-W", "ignore", "-m", "tests.interpreter"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.interpreter"]
     server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)  # which closes its stdin, and so ends it
     return server

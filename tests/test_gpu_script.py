@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from runtime.kernels.registry import Kernel, kernel
 from runtime.kernels.target import TARGETS, Tiling
 from runtime.kernels.timing import Timed, Traffic
 from runtime.measurement import ForwardKind, Measurement, append_jsonl, read_jsonl
-from tests.preloaded import preloaded
 
 ROOT = Path(__file__).parents[1]
 ABSENT = ("typer", "rich", "optuna", "sqlalchemy", "tokenizers", "transformers", "streamlit", "plotly", "scipy")
@@ -50,7 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sys.meta_path.insert(0, Absent())\n"
     )
     environment = os.environ | {
-        "PYTHON": preloaded(),
+        "PYTHON": sys.executable,
         "PYTHONPATH": str(folder),
         "OUT": "out",
         "MEASUREMENTS": "kept",

@@ -23,7 +23,6 @@ from runtime.model.attention import Attention
 from runtime.model.frame import build_frame
 from runtime.model.rotary import Rotary
 from tests.models import VARIANTS, add_noise, config_of
-from tests.preloaded import forking
 
 LAYOUTS = {
     "decode": causal(1),
@@ -145,7 +144,7 @@ def test_the_paths_for_one_token_and_for_many_compile(slots: int) -> None:
     problem = Problem(config_of({}), 1, slots)
     target = TARGETS["sm_90"]
     job = Job("cca", target.name, problem, "bfloat16", tilings(target, problem)[0])
-    with forking(), Compilers(workers=1) as compilers:
+    with Compilers(workers=1) as compilers:
         [(_, result)] = compilers.compile([job])
     assert result.usable, result.outcome
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,6 @@ from runtime.kernels.target import Tiling
 from runtime.layout import Layout, causal, draft, single_forward
 from runtime.model.zaya import Zaya
 from tests.models import TINY, VARIANTS, config_of, noisy_model, random_ids
-from tests.preloaded import preloaded
 
 ROWS, CAPACITY, KEPT = 3, 150, 6
 THREADS = [1, 2]
@@ -317,7 +317,7 @@ UNOPTIMISED = """sh -c 'exec cc "$@" -O0' cc"""
 def multiply(**environment: str) -> None:
     """Use the native kernels in a new process."""
     environment = {**os.environ, "CC": UNOPTIMISED, **environment}
-    done = subprocess.run([preloaded(), "-c", MULTIPLY], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MULTIPLY], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 

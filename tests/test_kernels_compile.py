@@ -28,7 +28,6 @@ from runtime.kernels.launch import recording
 from runtime.kernels.problem import ODD_PROBLEMS, full_problems, problem_of
 from runtime.kernels.registry import KERNELS
 from runtime.kernels.target import AMD_OPTIONS, OPTIONS, TARGETS, Target, constants
-from tests.preloaded import forking
 
 DOCS = Path(__file__).parents[1] / "docs"
 FULL = ModelConfig()
@@ -90,13 +89,6 @@ def test_compiling_again_gives_the_committed_figures(kernel: str, target: str, c
     here = committed(target)[kernel, "1"][0]
     if f"with triton {triton_version()}:" in (DOCS / "kernels" / f"{target}.md").read_text(encoding="utf-8"):
         assert list(row(result)[3:]) == list(here.values())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_start() -> Iterator[None]:
-    """Compilers start in processes that need not import torch again."""
-    with forking():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from autotune.study import tune
 from runtime.config import DecodingConfig
 from tests.faulty import FaultyRunner, Machine, WrongExperts
 from tests.made_up import blind, subject, unsynced
-from tests.preloaded import forking
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +101,7 @@ def test_what_is_wrong_at_odd_sizes_alone_is_found_out(tmp_path: Path) -> None:
     workload comes to, and the engine that tells its right numbers apart from those."""
     space = space_of(2, modes=("loop", "grouped", "dense", "gather"))
     work = Work("zaya-nano", 2, prompts=2, new_tokens=12, repeats=1, threads=1)
-    with forking():
-        runner, described = _opened(WrongExperts(work), 120.0, isolated=True)  # type: ignore[arg-type]
+    runner, described = _opened(WrongExperts(work), 120.0, isolated=True)  # type: ignore[arg-type]
     try:
         assert described.workload.batch == 2 and described.identity.model == "zaya-nano"
         about = subject(batch=2, space=space, workload=described.workload, prompts=described.prompts)

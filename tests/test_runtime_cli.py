@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from runtime.kernels import native
 from runtime.measurement import read_jsonl
 from runtime.options import load
 from runtime.tokenizer import BOS, VOCABULARY, ByteTokenizer
-from tests.preloaded import preloaded
 
 TINY = ModelConfig(
     vocab_size=VOCABULARY,
@@ -320,7 +320,7 @@ def test_a_failing_compiler_is_one_line(checkpoint: Path, tmp_path: Path) -> Non
     compiler.write_text("#!/bin/sh\nexit 1\n")
     compiler.chmod(0o755)
     here = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [preloaded(), "-m", "ridgepoint", "generate", "--model", str(checkpoint), "--prompt", "a"]
+    command = [sys.executable, "-m", "ridgepoint", "generate", "--model", str(checkpoint), "--prompt", "a"]
     done = subprocess.run([*command, "--engine", "compiled"], env=os.environ | here, capture_output=True, text=True)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
     assert "the engine compiled needs a working compiler" in done.stderr and "No working C++ compiler" in done.stderr

@@ -32,7 +32,6 @@ from runtime.kernels.compiler import USABLE, Compiled, Compilers, Job, Program
 from runtime.kernels.problem import ODD, Problem
 from tests import faulty_kernels as made_up
 from tests.made_up import unsynced
-from tests.preloaded import forking
 
 ROUNDS = 6
 WORK = TilingWork(
@@ -57,8 +56,7 @@ def url(empty: Path, tmp_path: Path) -> Iterator[str]:
 
 def test_every_fault_ends_one_trial_with_its_name(url: str) -> None:
     """Through the real child process, which a crash and a hang end; and the sweep finds the tiling that is faster."""
-    with forking():
-        result = tune_tilings(url, WORK, rounds=ROUNDS, call_seconds=4)
+    result = tune_tilings(url, WORK, rounds=ROUNDS, call_seconds=4)
     found = {trial.tiling["FAULT"]: trial for trial in result.trials}
     assert {fault: trial.outcome for fault, trial in found.items()} == {
         made_up.SLOW: "correct",
@@ -278,7 +276,7 @@ def test_tilings_are_compiled_for_the_device_before_any_runs(url: str) -> None:
     }[method]  # fmt: skip
     shares: list[float] = []
     settings: dict[str, Any] = {"hardware": load_profile("h200"), "start": device.start, "on_compile": shares.append}
-    with forking(), Compilers(workers=1) as compilers:
+    with Compilers(workers=1) as compilers:
         result = tune_tilings(url, work, rounds=ROUNDS, compilers=compilers, **settings)
     assert shares == [1.0] and [t.outcome for t in result.trials] == ["correct"]
     assert result.trials[0].predicted_seconds is not None
