@@ -97,7 +97,7 @@ def run_workers(commands: Sequence[Sequence[str]], environments: Sequence[Mappin
                 except KeyboardInterrupt:
                     _interrupt(workers)
             if worker.returncode:
-                print(f"[{number}] ended with {_code(worker.returncode)}", file=sys.stderr)
+                _say(f"[{number}] ended with {_code(worker.returncode)}")
     for reader in readers:
         reader.join()
     return max((_code(w.returncode) for w in workers), default=0)
@@ -124,7 +124,13 @@ def _code(returncode: int) -> int:
 def _pass_on(stream: IO[str] | None, prefix: str) -> None:
     assert stream is not None
     for line in stream:
-        print(f"{prefix}{line.rstrip()}", file=sys.stderr)
+        _say(f"{prefix}{line.rstrip()}")
+
+
+def _say(line: str) -> None:
+    """A line in one piece: `print` writes its end apart, and another thread's line may come between."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 @contextmanager

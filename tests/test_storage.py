@@ -502,12 +502,13 @@ def test_a_cpu_has_one_worker_unless_nothing_is_timed() -> None:
 
 
 def test_workers_run_side_by_side_and_the_worst_end_counts(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Each waits for the others to have begun; one is killed, one fails."""
+    """Each waits for the others to have begun; one is killed, one fails. Their lines stay whole."""
     program = (
         "import os, pathlib, sys, time\n"
         "me = os.environ['ME']; here = pathlib.Path(sys.argv[1]); (here / me).touch()\n"
         "while len(list(here.iterdir())) < 3: time.sleep(0.01)\n"
-        "print('a result'); print('remark', file=sys.stderr, flush=True)\n"
+        "print('a result')\n"
+        "for _ in range(300): print('remark', file=sys.stderr, flush=True)\n"
         "os.kill(os.getpid(), 9) if me == 'b' else sys.exit(2 if me == 'c' else 0)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -515,7 +516,7 @@ def test_workers_run_side_by_side_and_the_worst_end_counts(capfd: pytest.Capture
     out, err = capfd.readouterr()
     assert out == ""
     assert sorted(err.splitlines()) == sorted(
-        [*(f"[{n}] remark" for n in (1, 2, 3)), "[2] ended with 137", "[3] ended with 2"]
+        [*(f"[{n}] remark" for n in (1, 2, 3) for _ in range(300)), "[2] ended with 137", "[3] ended with 2"]
     )
 
 
