@@ -31,13 +31,15 @@ async def load_figures_early(request: Request, call_next: RequestResponseEndpoin
     waits for the server half of that time.
     """
     response = await call_next(request)
-    if not response.headers.get("content-type", "").startswith("text/html"):
+    if request.method != "GET" or not response.headers.get("content-type", "").startswith("text/html"):
         return response
     parts = [part async for part in cast(StreamingResponse, response).body_iterator]
     body = b"".join(bytes(part) for part in parts if not isinstance(part, str))
-    headers = {name: value for name, value in response.headers.items() if name not in _STALE}
     tag = early_figures(Path(file_util.get_static_dir()))
-    return Response(body.replace(b"</head>", tag + b"</head>", 1), response.status_code, headers)
+    changed = Response(body.replace(b"</head>", tag + b"</head>", 1), response.status_code)
+    changed.raw_headers = [(name, value) for name, value in response.raw_headers if name.decode() not in _STALE]
+    changed.headers["content-length"] = str(len(changed.body))
+    return changed
 
 
 async def to_first_page(request: Request) -> Response:
