@@ -59,11 +59,14 @@ def unless_given_up() -> Iterator[None]:
 
 @contextmanager
 def unmasked() -> Iterator[None]:
-    """Raise what `Study.optimize` hides behind failures of its own: why the storage did not take the end of a trial."""
+    """Raise what `Study.optimize` hides behind failures of its own: why the storage did not take the end of a trial.
+
+    Ctrl-C in that moment too.
+    """
     try:
         yield
     except (AssertionError, UnboundLocalError) as error:
         masks = str(error) == "Should not reach." or "'updated_state'" in str(error)
-        if masks and isinstance(error.__context__, Exception):
+        if masks and error.__context__ is not None:
             raise error.__context__  # noqa: B904  # `from` would cut off its own cause
         raise

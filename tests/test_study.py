@@ -169,6 +169,31 @@ def test_an_interrupt_while_a_setting_is_drawn_loses_nothing(tmp_path: Path, mon
     assert sum(not SPACE.complete(t.params) for t in result.trials) == interrupts
 
 
+def test_an_interrupt_while_a_trials_end_is_stored_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna raises a failure of its own there, which says nothing of Ctrl-C."""
+    import optuna.study._optimize as optimize
+
+    tell, calls, due = optimize._tell_with_warning, [0], [2, 5]
+
+    def interrupted(**arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] in due:
+            raise KeyboardInterrupt
+        return tell(**arguments)
+
+    monkeypatch.setattr("autotune.strategies.SEEDS", 2)
+    monkeypatch.setattr(optimize, "_tell_with_warning", interrupted)
+    interrupts, result = 0, None
+    while result is None:
+        try:
+            result = small(tmp_path, MadeUp(), trials=8)
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == len(due) and len(result.measured) == 8 and result.decision
+
+
 def test_a_killed_process_costs_one_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial left running (SIGKILL) is run again, after the last stage that it had stored."""
     monkeypatch.setattr("autotune.strategies.SEEDS", 0)
